@@ -1,0 +1,1 @@
+"""LeNet-5 on MNIST: a PyTorch Lightning and Hydra research template."""

@@ -1,0 +1,114 @@
+"""From a config to objects, and from a checkpoint to a module."""
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from src.classifier import ImageClassifier
+from src.config import ConfigError
+
+
+class CheckpointError(Exception):
+    """A file that is no checkpoint of this template, or a damaged one; the message names it."""
+
+
+def build_datamodule(cfg: DictConfig) -> pl.LightningDataModule:
+    """The data module of ``cfg.data``."""
+    datamodule: pl.LightningDataModule = instantiate(cfg.data)
+    return datamodule
+
+
+def build_module(cfg: DictConfig) -> ImageClassifier:
+    """The task of ``cfg.model`` with its optimizer and scheduler, ready to train.
+
+    The whole config, resolved to plain values, becomes the module's hyper-parameters: Lightning puts them into each
+    checkpoint, from which ``restore`` builds the module again.
+    """
+    module: ImageClassifier = instantiate(
+        cfg.model, optimizer=instantiate(cfg.optimizer), scheduler=_plain(instantiate(cfg.get("scheduler")))
+    )
+    module.save_hyperparameters(OmegaConf.to_container(cfg, resolve=True))
+    return module
+
+
+def _plain(node: Any) -> dict[str, Any] | None:
+    """The scheduler's DictConfig around a live factory, as a dict."""
+    return dict(node) if node else None
+
+
+def build_trainer(cfg: DictConfig, **overrides: Any) -> pl.Trainer:
+    """The trainer of ``cfg.trainer`` with the nodes of ``cfg.callbacks`` and ``cfg.logger``.
+
+    Args:
+        cfg: A command's config.
+        overrides: Arguments of the Trainer that go before the config's.
+    """
+    trainer: pl.Trainer = instantiate(cfg.trainer)(
+        callbacks=_build_named(cfg.get("callbacks")),
+        logger=_build_named(cfg.get("logger")),
+        default_root_dir=cfg.output_dir,
+        **overrides,
+    )
+    return trainer
+
+
+def _build_named(nodes: DictConfig | None) -> list[Any]:
+    return [instantiate(node) for node in nodes.values() if node is not None] if nodes else []
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint to the CPU; nothing in it is ever unpickled but tensors and plain values.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, or holds anything else.
+    """
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{path}: no checkpoint that can be read ({reason}); choose another file") from error
+    missing = {"state_dict", "hyper_parameters"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if missing:
+        raise CheckpointError(f"{path}: not a checkpoint of this template: it has no {' and no '.join(sorted(missing))}")
+    return checkpoint
+
+
+def restore(path: str | Path) -> ImageClassifier:
+    """Build the module that a checkpoint holds, weights and all, from the file alone.
+
+    Args:
+        path: A ``best.ckpt`` or ``last.ckpt``.
+
+    Returns:
+        The module in evaluation mode, on the CPU.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, or its weights do not fit the model that it describes.
+    """
+    checkpoint = load_checkpoint(path)
+    cfg = OmegaConf.create(checkpoint["hyper_parameters"])
+    module: ImageClassifier = instantiate(cfg.model)
+    module.save_hyperparameters(checkpoint["hyper_parameters"])
+    try:
+        module.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: its weights do not fit its model: {' '.join(str(error).split())}") from error
+    return module.eval()
+
+
+def newest_checkpoint(logs: Path) -> Path:
+    """The best checkpoint of the newest run below a folder.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    found = list(logs.glob("**/checkpoints/best.ckpt"))
+    if not found:
+        raise ConfigError(f"no checkpoints/best.ckpt below {logs}: train first (python -m src.train) or set ckpt_path")
+    return max(found, key=lambda path: path.stat().st_mtime)

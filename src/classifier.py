@@ -1,0 +1,118 @@
+"""The task: classify images with any net from (B, C, H, W) to logits."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ImageClassifier(pl.LightningModule):
+    """Trains a net by cross-entropy; logs ``loss`` and ``acc`` of ``train/``, ``val/`` and ``test/`` once an epoch.
+
+    The training figures are means over the epoch's batches as they were trained on, counted on the device: one
+    ``self.log`` a step would cost a tenth of LeNet-5's step.
+
+    Args:
+        net: Maps images, float (B, C, H, W), to logits, (B, num_classes).
+        num_classes: Number of classes.
+        optimizer: Makes the optimizer of the parameters given to it. None will do where nothing is trained.
+        scheduler: Lightning's learning-rate scheduler configuration (``interval``, ``monitor`` and so on) with a
+            ``scheduler`` that makes the scheduler of an optimizer. A ``total_steps`` that is None there is filled in
+            with the run's number of optimizer steps. None or empty: the learning rate stays.
+        input_size: (C, H, W) of an image, for the graph in TensorBoard and the model summary.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        num_classes: int = 10,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+        scheduler: dict[str, Any] | None = None,
+        input_size: tuple[int, int, int] = (1, 32, 32),
+    ) -> None:
+        super().__init__()
+        # The same numbers in another memory layout: about 1.4x faster on a CPU.
+        self.net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.example_input_array = torch.zeros(1, *input_size)
+        # Of the running epoch: sum of the images' losses, correct images, images.
+        self.register_buffer("train_sums", torch.zeros(3), persistent=False)
+        self.eval_loss = MeanMetric()
+        # (num_classes, num_classes): images of class i that were taken for class j. Accuracy is read off it.
+        self.eval_confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of images (B, C, H, W)."""
+        logits: Tensor = self.net(images)
+        return logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean cross-entropy of the batch."""
+        images, labels = batch
+        logits = self.net(images)
+        loss = F.cross_entropy(logits, labels)
+        with torch.no_grad():
+            correct = (logits.argmax(dim=1) == labels).sum()
+            self.train_sums += torch.stack([loss * len(labels), correct, torch.full_like(loss, len(labels))])
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's means."""
+        loss_sum, correct, count = self.train_sums.tolist()
+        self.train_sums.zero_()
+        self.log_dict({"train/loss": loss_sum / count, "train/acc": correct / count})
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count the batch."""
+        self._count(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self._log_counts("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count the batch."""
+        self._count(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics; the confusion matrix stays in ``confusion``."""
+        self._log_counts("test")
+
+    def _count(self, batch: Batch) -> None:
+        images, labels = batch
+        logits = self.net(images)
+        self.eval_loss.update(F.cross_entropy(logits, labels), weight=len(labels))
+        self.eval_confusion.update(logits.argmax(dim=1), labels)
+
+    def _log_counts(self, split: str) -> None:
+        self.confusion: Tensor = self.eval_confusion.compute()
+        accuracy = self.confusion.trace() / self.confusion.sum()
+        self.log_dict({f"{split}/loss": self.eval_loss.compute(), f"{split}/acc": accuracy})
+        self.eval_loss.reset()
+        self.eval_confusion.reset()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer, with its scheduler if there is one."""
+        if self.optimizer is None:
+            raise ValueError("this module was built without an optimizer: it can be tested, not trained")
+        optimizer = self.optimizer(self.net.parameters())
+        if not self.scheduler:
+            return optimizer
+        make = self.scheduler["scheduler"]
+        runtime = {}
+        if make.keywords.get("total_steps", 0) is None:
+            runtime["total_steps"] = int(self.trainer.estimated_stepping_batches)
+        return {  # type: ignore[return-value]
+            "optimizer": optimizer,
+            "lr_scheduler": {**self.scheduler, "scheduler": make(optimizer, **runtime)},
+        }

@@ -1,0 +1,79 @@
+"""Batches by slicing tensors that live in memory."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class BatchLoader:
+    """Iterates over (images, labels) in batches, without worker processes or per-image Python.
+
+    With ``shuffle`` the order of the images is a pure function of (``seed``, epoch); Lightning sets the epoch through
+    ``set_epoch``, which it looks for at ``.sampler``. Epoch and position within it are the loader's state, so that a
+    run resumed in mid-epoch sees exactly the batches that it has not seen yet.
+
+    Args:
+        images: Images of any dtype, (N, ...).
+        labels: Class of each image, (N,).
+        batch_size: Images a batch, 1 or more; the last batch of an epoch may be smaller.
+        shuffle: Whether to permute the images anew in every epoch.
+        seed: Seed of the permutations, 0 or more.
+
+    Raises:
+        ValueError: If ``batch_size`` is below 1, or images and labels differ in number.
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, batch_size: int, *, shuffle: bool = False, seed: int = 0
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: expected 1 or more")
+        if len(images) != len(labels):
+            raise ValueError(f"{len(images)} images but {len(labels)} labels: expected one label an image")
+        self.images = images
+        self.labels = labels
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+        self.position = 0  # batches handed out in this epoch
+        self._resumed: dict[str, int] | None = None
+        self.sampler = self  # where Lightning looks for set_epoch
+        self.batch_sampler = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the permutation of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return -(-len(self.images) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (images (B, ...), labels (B,)), from the start unless this very epoch is being resumed."""
+        resumed, self._resumed = self._resumed, None
+        first = resumed["position"] if resumed and resumed["epoch"] == self.epoch else 0
+        order = None
+        if self.shuffle:  # here, not in set_epoch: Lightning sets the epoch after it asked for the iterator
+            order = torch.randperm(len(self.images), generator=_generator(self.seed, self.epoch))
+        for self.position in range(first + 1, len(self) + 1):
+            start, stop = (self.position - 1) * self.batch_size, self.position * self.batch_size
+            chosen = slice(start, stop) if order is None else order[start:stop]
+            yield self.images[chosen], self.labels[chosen]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch and number of batches handed out in it."""
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration over the saved epoch continue behind the batches that it had handed out."""
+        self._resumed = dict(state)
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    """An independent stream for each pair: with seed + epoch, neighbouring seeds would share most of their orders."""
+    state = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))

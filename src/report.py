@@ -1,0 +1,91 @@
+"""What a run says at its end, on the console and in files."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra-core", "tensorboard")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git commit and command line: what somebody needs to repeat a run."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "git_commit": git.stdout.strip() or None,
+        "command": sys.argv,
+    }
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(content, indent=2) + "\n")
+    aside.replace(path)
+
+
+def shown(path: str | Path) -> str:
+    """A path as a person would type it: from the working directory where it lies below."""
+    path = Path(path).resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def print_table(title: str, rows: Mapping[str, Any]) -> None:
+    """A table of two columns."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    _console().print(table)
+
+
+def print_confusion(confusion: Tensor) -> None:
+    """Accuracy per class and the confusion matrix, (num_classes, num_classes), a row a true class."""
+    num_classes = len(confusion)
+    table = Table(title="confusion matrix (row: true class, column: predicted)", title_justify="left")
+    table.add_column("class")
+    for label in range(num_classes):
+        table.add_column(str(label), justify="right")
+    table.add_column("accuracy", justify="right")
+    for label, (row, accuracy) in enumerate(zip(confusion.tolist(), class_accuracies(confusion), strict=True)):
+        cells = [f"[bold]{count}[/bold]" if column == label else str(count or "·") for column, count in enumerate(row)]
+        table.add_row(str(label), *cells, "-" if accuracy is None else f"{accuracy:.4f}")
+    _console().print(table)
+
+
+def class_accuracies(confusion: Tensor) -> list[float | None]:
+    """Share of each class's images that were taken for it; None for a class without images."""
+    totals = confusion.sum(dim=1).tolist()
+    return [hits / total if total else None for hits, total in zip(confusion.diag().tolist(), totals, strict=True)]
+
+
+def _console() -> Console:
+    """Wide enough for paths where the output is no terminal, which has no width."""
+    return Console(width=None if sys.stdout.isatty() else 120, soft_wrap=False)
+
+
+def describe_data(data: Mapping[str, Any]) -> str:
+    """The source and the number of images a split, in a line."""
+    splits = ", ".join(f"{count:,} {split}" for split, count in data.get("num_images", {}).items())
+    return f"{data.get('source', '?')}: {splits}"
+
+
+def print_next(commands: Mapping[str, str]) -> None:
+    """The commands to try next, each with what it does."""
+    for command, purpose in commands.items():
+        _console().print(f"  {command}  [dim]# {purpose}[/dim]", highlight=False)

@@ -1,0 +1,77 @@
+"""Train a model: ``python -m src.train [group=option] [key=value]``."""
+
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from src.config import run, short_errors
+
+
+def train(cfg: DictConfig) -> dict[str, float]:
+    """Train, and test with the best checkpoint; everything lands in ``cfg.output_dir``.
+
+    Args:
+        cfg: The config of ``conf/train.yaml``, composed.
+
+    Returns:
+        The last validation's metrics, and the test's where ``cfg.test``, by name.
+    """
+    import time
+
+    import pytorch_lightning as pl
+
+    from src import build, report
+    from src.callbacks.speed import Speed
+
+    start = time.perf_counter()
+    output_dir = Path(cfg.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    pl.seed_everything(cfg.seed, verbose=False)
+    if cfg.ckpt_path:
+        build.load_checkpoint(cfg.ckpt_path)  # says what is wrong with it, better than the trainer would
+    datamodule = build.build_datamodule(cfg)
+    module = build.build_module(cfg)
+    trainer = build.build_trainer(cfg)
+    OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
+
+    trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if cfg.test:
+        (tested,) = trainer.test(module, datamodule, ckpt_path=best or None, weights_only=True, verbose=False)
+        metrics |= tested
+
+    data = {key: value for key, value in datamodule.state_dict().items() if key != "loader"}
+    seconds = time.perf_counter() - start
+    record = {"metrics": metrics, "data": data, "seed": cfg.seed, "seconds": seconds, "best_checkpoint": best}
+    if trainer.is_global_zero:
+        report.write_json(output_dir / "metrics.json", record | report.environment())
+        rates = [rate for callback in trainer.callbacks if isinstance(callback, Speed) for rate in callback.rates]
+        report.print_table(
+            "done",
+            {name: value for name, value in sorted(metrics.items()) if name.startswith(("val/", "test/"))}
+            | {"data": report.describe_data(data)}
+            | {"time": f"{seconds:.1f} s"}
+            | ({"images/s": f"{sorted(rates)[len(rates) // 2]:.0f} (median epoch)"} if rates else {})
+            | {"best": report.shown(best) if best else "no checkpoint was asked for"},
+        )
+        report.print_next(
+            {
+                "python -m src.test": "accuracy per digit, confusion matrix",
+                "tensorboard --logdir logs": "the curves of all runs",
+                "python -m src.train -m optimizer.lr=0.001,0.003,0.01": "try three learning rates",
+            }
+        )
+    return metrics
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    """Train as the command line says."""
+    with short_errors():
+        train(cfg)
+
+
+if __name__ == "__main__":
+    run(main, "train")
