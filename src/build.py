@@ -112,3 +112,22 @@ def newest_checkpoint(logs: Path) -> Path:
     if not found:
         raise ConfigError(f"no checkpoints/best.ckpt below {logs}: train first (python -m src.train) or set ckpt_path")
     return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def restore_datamodule(path: str | Path, **overrides: Any) -> pl.LightningDataModule:
+    """Build the data module that a checkpoint's run used, with the same split.
+
+    A run on the package's digits is given those again, any other the files: neither is ever tested on images that it
+    was trained on.
+
+    Args:
+        path: A checkpoint.
+        overrides: Arguments of the data module that go before the run's; None keeps the run's.
+    """
+    checkpoint = load_checkpoint(path)
+    cfg = OmegaConf.create(checkpoint["hyper_parameters"])
+    cfg.data.update({key: value for key, value in overrides.items() if value is not None})
+    state = next((state for state in checkpoint.values() if isinstance(state, dict) and "source" in state), {})
+    if cfg.data.get("source") == "auto":
+        cfg.data.source = "package" if state.get("source") == "package" else "download"
+    return build_datamodule(cfg)

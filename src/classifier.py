@@ -66,11 +66,12 @@ class ImageClassifier(pl.LightningModule):
             self.train_sums += torch.stack([loss * len(labels), correct, torch.full_like(loss, len(labels))])
         return loss
 
-    def on_train_epoch_end(self) -> None:
-        """Log the epoch's means."""
-        loss_sum, correct, count = self.train_sums.tolist()
-        self.train_sums.zero_()
-        self.log_dict({"train/loss": loss_sum / count, "train/acc": correct / count})
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log the epoch's means behind its last batch, before validation and all callbacks' ends of the epoch."""
+        if self.trainer.is_last_batch:
+            loss_sum, correct, count = self.train_sums.tolist()
+            self.train_sums.zero_()
+            self.log_dict({"train/loss": loss_sum / count, "train/acc": correct / count}, on_step=False, on_epoch=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count the batch."""

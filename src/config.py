@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -136,10 +137,10 @@ RULES: dict[str, dict[str, Rule]] = {
         "gradient_clip_val": _or_null(POSITIVE),
         "deterministic": FLAG,
         "num_sanity_val_steps": _int(-1),
-        "limit_train_batches": SHARE,
-        "limit_val_batches": SHARE,
-        "limit_test_batches": SHARE,
-        "overfit_batches": SHARE,
+        "limit_train_batches": _or_null(SHARE),
+        "limit_val_batches": _or_null(SHARE),
+        "limit_test_batches": _or_null(SHARE),
+        "overfit_batches": _or_null(SHARE),
     },
 }
 
@@ -271,6 +272,8 @@ def run(main: Callable[[], Any], config_name: str) -> None:
         config_name: Its root in ``conf/``, where misspelt keys are looked up.
     """
     global _asked_full_error
+    # Lightning 2.6 calls what torch 2.15 has deprecated; nothing that a user could mend.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     os.environ.setdefault("PROJECT_ROOT", str(ROOT))
     _asked_full_error = os.environ.get(FULL_ERROR, "")
     os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would print over many lines

@@ -18,19 +18,22 @@ PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra-
 
 
 def environment() -> dict[str, Any]:
-    """Versions, git commit and command line: what somebody needs to repeat a run."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Versions, git commit and arguments: what somebody needs to repeat a run."""
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "git_commit": git.stdout.strip() or None,
-        "command": sys.argv,
+        "git_commit": _git_commit(),
+        "arguments": sys.argv[1:],
     }
+
+
+def _git_commit() -> str | None:
+    """The commit of the code, with -dirty behind it where files differ; None without git or a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return git.stdout.strip() or None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

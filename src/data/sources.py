@@ -36,7 +36,7 @@ class DataError(Exception):
     """Data that are missing, damaged or not what they should be; the message names the file and the remedy."""
 
 
-def read_files(folder: Path, md5: Mapping[str, str]) -> tuple[Digits, Digits]:
+def read_files(folder: Path, md5: Mapping[str, str | None]) -> tuple[Digits, Digits]:
     """Read the four IDX files of an MNIST-like data set, each gzipped (``.gz``) or not.
 
     Args:
@@ -70,7 +70,7 @@ def _find(folder: Path, name: str) -> Path:
     raise DataError(f"{folder / name}[.gz] not found: put it there, set data.root, or use data.source=download")
 
 
-def _read_idx(path: Path, md5: Mapping[str, str]) -> Tensor:
+def _read_idx(path: Path, md5: Mapping[str, str | None]) -> Tensor:
     """Read one file of the IDX format (two zero bytes, type, number of dimensions, sizes, data; big-endian)."""
     remedy = "delete it and fetch it again"
     content = path.read_bytes()
@@ -95,7 +95,7 @@ def _read_idx(path: Path, md5: Mapping[str, str]) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(shape)
 
 
-def download(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str], timeout: float) -> bool:
+def download(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str | None], timeout: float) -> bool:
     """Download the four gzipped IDX files unless whole ones are there, one process at a time.
 
     They arrive in a folder aside and are moved into place when all are there and their checksums are right.
@@ -126,7 +126,7 @@ def download(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str], timeo
     return True
 
 
-def _fetch_all(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str], timeout: float) -> None:
+def _fetch_all(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str | None], timeout: float) -> None:
     from torchvision.datasets.utils import download_url
 
     reasons = []
