@@ -144,7 +144,7 @@ RULES: dict[str, dict[str, Rule]] = {
     },
 }
 
-REQUIRED_NODES = ("data", "model", "optimizer", "trainer")  # each builds one object
+REQUIRED_NODES = ("data", "model", "optimizer", "trainer")  # each builds one object, where a command trains
 NODES_BY_NAME = ("callbacks", "logger")  # each holds named nodes
 
 
@@ -159,9 +159,9 @@ def check(cfg: DictConfig) -> None:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
     assert isinstance(config, dict)
-    for name in REQUIRED_NODES:
-        if name in cfg:
-            _require_target(name, config[name])
+    if "trainer" in config:
+        for name in REQUIRED_NODES:
+            _require_target(name, config.get(name))
     for name in NODES_BY_NAME:
         for key, node in (config.get(name) or {}).items():
             if node is not None:
