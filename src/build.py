@@ -1,7 +1,6 @@
 """From a config to objects, and from a checkpoint to a module."""
 
 import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from src.classifier import ImageClassifier
-from src.config import ConfigError
-
-
-class CheckpointError(Exception):
-    """A file that is no checkpoint of this template, or a damaged one; the message names it."""
+from src.config import CheckpointError, ConfigError, check_checkpoint
 
 
 def build_datamodule(cfg: DictConfig) -> pl.LightningDataModule:
@@ -68,14 +63,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If the file is missing, damaged, or holds anything else.
     """
+    check_checkpoint(path)
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{path}: no checkpoint that can be read ({reason}); choose another file") from error
+        raise CheckpointError(
+            f"ckpt_path={path}: no checkpoint that can be read ({reason}); choose another file"
+        ) from error
     missing = {"state_dict", "hyper_parameters"} - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
-        raise CheckpointError(f"{path}: not a checkpoint of this template: it has no {' and no '.join(sorted(missing))}")
+        raise CheckpointError(
+            f"ckpt_path={path}: not a checkpoint of this template: it lacks {' and '.join(sorted(missing))}"
+        )
     return checkpoint
 
 
@@ -98,7 +98,9 @@ def restore(path: str | Path) -> ImageClassifier:
     try:
         module.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: its weights do not fit its model: {' '.join(str(error).split())}") from error
+        raise CheckpointError(
+            f"ckpt_path={path}: its weights do not fit its model: {' '.join(str(error).split())}"
+        ) from error
     return module.eval()
 
 

@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,10 @@ _asked_full_error = ""  # what the user has set it to
 
 class ConfigError(ValueError):
     """A setting that cannot be; the message names the key, the value and what was expected."""
+
+
+class CheckpointError(Exception):
+    """A file that is no checkpoint of this template, or a damaged one; the message names it."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,7 +78,7 @@ POSITIVE = Rule("a number above 0", lambda v: _is_number(v) and 0 < v < float("i
 NOT_NEGATIVE = Rule("a number of 0 or more", lambda v: _is_number(v) and 0 <= v < float("inf"))
 SHARE = Rule(
     "a whole number of 0 or more, or a share from 0.0 to 1.0",
-    lambda v: _is_int(v) and v >= 0 or isinstance(v, float) and 0 <= v <= 1,
+    lambda v: v >= 0 if _is_int(v) else _is_number(v) and 0 <= v <= 1,
 )
 BETAS = Rule(
     "two numbers from 0 up to, not including, 1",
@@ -128,7 +132,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "accelerator": _one_of("auto", "cpu", "gpu", "mps", "cuda", "tpu"),
         "devices": Rule(
             "auto, a number of devices, or a list of their indices",
-            lambda v: v == "auto" or _is_int(v) and (v >= 1 or v == -1) or isinstance(v, list | str) and len(v) > 0,
+            lambda v: v >= 1 or v == -1 if _is_int(v) else isinstance(v, list | str) and len(v) > 0,
         ),
         "max_epochs": _int(1),
         "check_val_every_n_epoch": _int(1),
@@ -153,6 +157,7 @@ def check(cfg: DictConfig) -> None:
 
     Raises:
         ConfigError: At the first value that cannot be.
+        CheckpointError: If ``ckpt_path`` is no checkpoint.
     """
     try:
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -168,7 +173,7 @@ def check(cfg: DictConfig) -> None:
                 _require_target(f"{name}.{key}", node)
     _check_node("", config)
     if config.get("ckpt_path"):
-        check_file(config["ckpt_path"])
+        check_checkpoint(config["ckpt_path"])
     _check_accelerator(config.get("trainer", config).get("accelerator"))
 
 
@@ -195,16 +200,16 @@ def _check_node(path: str, node: Any) -> None:
         _check_node(full_key, value)
 
 
-def check_file(path: str) -> None:
+def check_checkpoint(path: str | Path) -> None:
     """Check that a checkpoint is there and is one, as far as can be told without torch.
 
     Raises:
-        ConfigError: If it is not.
+        CheckpointError: If it is not.
     """
     if not Path(path).is_file():
-        raise ConfigError(f"ckpt_path={path}: no such file; runs keep theirs in logs/train/<run>/checkpoints/")
+        raise CheckpointError(f"ckpt_path={path}: no such file; runs keep theirs in logs/train/<run>/checkpoints/")
     if not zipfile.is_zipfile(path):
-        raise ConfigError(f"ckpt_path={path}: not a checkpoint, or a truncated one; choose another file")
+        raise CheckpointError(f"ckpt_path={path}: not a checkpoint, or a truncated one; choose another file")
 
 
 def _check_accelerator(accelerator: str | None) -> None:
@@ -215,8 +220,8 @@ def _check_accelerator(accelerator: str | None) -> None:
         has_mps = torch.backends.mps.is_available()
         if accelerator == "mps" and not has_mps:
             raise ConfigError("accelerator=mps: needs a Mac with Apple silicon; use trainer=cpu or trainer=gpu")
-        if not (has_mps and accelerator != "cuda" or torch.cuda.is_available()):
-            raise ConfigError(f"accelerator={accelerator}: torch finds no GPU here; use trainer=cpu, or mend the driver")
+        if not (torch.cuda.is_available() or (has_mps and accelerator != "cuda")):
+            raise ConfigError(f"accelerator={accelerator}: torch finds no GPU; use trainer=cpu or mend the driver")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -365,8 +370,5 @@ def _all_keys(node: Any, path: str = "") -> list[str]:
     keys = []
     for key in node:
         full_key = f"{path}.{key}" if path else str(key)
-        child = node._get_node(key)
-        keys += [full_key, *_all_keys(child, full_key)]
-        if isinstance(child, ListConfig):
-            continue
+        keys += [full_key, *_all_keys(node._get_node(key), full_key)]
     return keys

@@ -49,4 +49,3 @@ class EpochLines(ProgressBar):
         shown = "  ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()) if "per_second" not in name)
         seconds = time.perf_counter() - self._start
         log.info(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {shown}  {seconds:.1f} s")
-

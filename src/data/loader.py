@@ -59,9 +59,10 @@ class BatchLoader:
         order = None
         if self.shuffle:  # here, not in set_epoch: Lightning sets the epoch after it asked for the iterator
             order = torch.randperm(len(self.images), generator=_generator(self.seed, self.epoch))
-        for self.position in range(first + 1, len(self) + 1):
-            start, stop = (self.position - 1) * self.batch_size, self.position * self.batch_size
+        for index in range(first, len(self)):
+            start, stop = index * self.batch_size, (index + 1) * self.batch_size
             chosen = slice(start, stop) if order is None else order[start:stop]
+            self.position = index + 1
             yield self.images[chosen], self.labels[chosen]
 
     def state_dict(self) -> dict[str, Any]:

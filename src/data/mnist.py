@@ -98,6 +98,7 @@ class MNISTDataModule(pl.LightningDataModule):
         self.augment = augment
         self.splits: dict[str, Digits] = {}
         self.used_source = ""
+        self._files: tuple[Digits, Digits] | None = None
         self._loader: BatchLoader | None = None
         self._loader_state: dict[str, Any] | None = None
 
@@ -110,6 +111,11 @@ class MNISTDataModule(pl.LightningDataModule):
         """Download the files where the source asks for it; Lightning calls this on one process of a machine."""
         if self.source not in ("auto", "download"):
             return
+        try:
+            self._files = read_files(self.folder, self.md5)  # kept for setup, so that they are read once
+            return
+        except DataError:
+            pass  # missing or damaged: fetch them
         try:
             if download(self.folder, self.mirrors, self.md5, self.timeout):
                 self.used_source = "download"
@@ -126,7 +132,8 @@ class MNISTDataModule(pl.LightningDataModule):
             self._setup_package()
             return
         try:
-            train, test = read_files(self.folder, self.md5)
+            train, test = self._files or read_files(self.folder, self.md5)
+            self._files = None
         except DataError:
             if self.source != "auto" or self.name != "MNIST":
                 raise
@@ -135,7 +142,7 @@ class MNISTDataModule(pl.LightningDataModule):
         self.used_source = self.used_source or "files"
         num_train = len(train.labels) - self.val_size
         if not 0 < num_train < len(train.labels):
-            raise ValueError(f"val_size={self.val_size}: expected 1 to {len(train.labels) - 1}, to leave images to train")
+            raise ValueError(f"val_size={self.val_size}: expected 1 to {len(train.labels) - 1}")
         order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(self.split_seed))
         self.splits = {
             "train": _take(train, order[:num_train]),
@@ -165,9 +172,9 @@ class MNISTDataModule(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> BatchLoader:
-        """Batches of the training split, in a new order each epoch."""
-        train = self.splits["train"]
-        self._loader = BatchLoader(train.images, train.labels, self.batch_size, shuffle=True, seed=self.seed)
+        """Batches of the training split, in a new order each epoch (in none under ``trainer.overfit_batches``)."""
+        shuffle = not (self.trainer and self.trainer.overfit_batches)
+        self._loader = BatchLoader(*self.splits["train"], self.batch_size, shuffle=shuffle, seed=self.seed)
         if self._loader_state:
             self._loader.load_state_dict(self._loader_state)
             self._loader_state = None

@@ -149,7 +149,7 @@ def _fetch_all(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str | Non
 
 @contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    """torchvision's downloader takes no time limit, so it is set on every socket made meanwhile."""
+    """Set a time limit, which torchvision's downloader does not take, on every socket made meanwhile."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

@@ -1,6 +1,5 @@
 """LeNet-5, the convolutional network of LeCun et al. (1998), in today's layers."""
 
-import torch
 from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
@@ -40,6 +39,7 @@ class LeNet5(nn.Module):
         layer is radial basis functions; here C3 connects to all six maps and the output layer is linear.
 
     Example:
+        >>> import torch
         >>> LeNet5()(torch.zeros(2, 1, 32, 32)).shape
         torch.Size([2, 10])
     """

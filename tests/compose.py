@@ -1,0 +1,30 @@
+"""Configs as the commands get them, and the commands themselves."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from src.config import CONF, ROOT
+
+
+def compose_cfg(output_dir: Path, *overrides: str, config_name: str = "train") -> DictConfig:
+    """The config of a command that writes to ``output_dir``."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(config_name, [f"output_dir={output_dir}", f"root_dir={output_dir}", *overrides])
+
+
+def run_command(verb: str, *arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m src.<verb>`` as a user does; its output is no terminal."""
+    return subprocess.run(
+        [sys.executable, "-m", f"src.{verb}", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )

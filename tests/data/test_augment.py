@@ -1,0 +1,130 @@
+"""src/data/augment.py: measured on a blob, whose centre of mass moves as the image does."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from src.data import augment
+from src.data.augment import random_affine
+from src.data.mnist import BACKGROUND
+
+NUM, SIZE = 2000, 32
+
+
+def make_blobs(x: float, y: float) -> Tensor:
+    """Copies of a soft dot that lies (x, y) pixels right and below of the centre, (NUM, 1, SIZE, SIZE)."""
+    axis = torch.arange(SIZE) - (SIZE - 1) / 2
+    dot = torch.exp(-((axis.view(1, -1) - x) ** 2 + (axis.view(-1, 1) - y) ** 2) / (2 * 1.5**2))
+    return (dot + BACKGROUND).expand(NUM, 1, SIZE, SIZE)
+
+
+def centres(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels from the image's centre to that of its mass, rightwards and downwards, (NUM,) each."""
+    axis = torch.arange(SIZE) - (SIZE - 1) / 2
+    mass = (images - BACKGROUND).squeeze(1)
+    total = mass.sum(dim=(1, 2))
+    return (mass.sum(dim=1) * axis).sum(dim=1) / total, (mass.sum(dim=2) * axis).sum(dim=1) / total
+
+
+def keep_only(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in {"MAX_DEGREES", "MAX_SHIFT", "MAX_SCALE", "MAX_SHEAR"} - {change}:
+        monkeypatch.setattr(augment, limit, 0.0)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 32, 32), (5, 3, 28, 20)])
+def test_shape_and_dtype_are_kept(shape: tuple[int, ...]) -> None:
+    changed = random_affine(torch.rand(shape), 0.0)
+
+    assert changed.shape == shape
+    assert changed.dtype == torch.float32
+
+
+def test_images_given_are_not_changed() -> None:
+    images = torch.rand(4, 1, 32, 32)
+    before = images.clone()
+    random_affine(images, BACKGROUND)
+
+    assert torch.equal(images, before)
+
+
+def test_background_stays_background() -> None:
+    images = torch.full((8, 1, 32, 32), BACKGROUND)
+
+    assert torch.equal(random_affine(images, BACKGROUND), images)
+
+
+def test_each_image_gets_a_change_of_its_own() -> None:
+    changed = random_affine(make_blobs(5, 5), BACKGROUND)
+
+    assert len(changed.unique(dim=0)) == NUM
+
+
+def test_values_stay_in_their_range() -> None:
+    images = BACKGROUND + 3 * torch.rand(64, 1, 32, 32)
+    changed = random_affine(images, BACKGROUND)
+
+    assert changed.min() >= BACKGROUND - 1e-5
+    assert changed.max() <= images.max() + 1e-5
+
+
+def test_without_limits_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_only("", monkeypatch)
+    images = make_blobs(5, 5)
+
+    torch.testing.assert_close(random_affine(images, BACKGROUND), images)
+
+
+def test_rotation_keeps_the_radius_and_stays_below_10_degrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_only("MAX_DEGREES", monkeypatch)
+    x, y = centres(random_affine(make_blobs(8, 0), BACKGROUND))
+    degrees = torch.atan2(y, x).rad2deg()
+
+    torch.testing.assert_close(torch.hypot(x, y), torch.full((NUM,), 8.0), atol=0.05, rtol=0)
+    assert_fills(degrees, -10, 10)
+
+
+def test_shift_stays_below_2_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_only("MAX_SHIFT", monkeypatch)
+    x, y = centres(random_affine(make_blobs(8, -4), BACKGROUND))
+
+    assert_fills(x - 8, -2, 2)
+    assert_fills(y + 4, -2, 2)
+    assert torch.stack([x, y]).corrcoef()[0, 1].abs() < 0.1
+
+
+def test_scale_stays_below_10_percent(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_only("MAX_SCALE", monkeypatch)
+    x, y = centres(random_affine(make_blobs(6, -3), BACKGROUND))
+
+    assert_fills(x / 6, 0.9, 1.1)
+    torch.testing.assert_close(y, -x / 2, atol=0.05, rtol=0)
+
+
+def test_shear_slants_by_a_tenth_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_only("MAX_SHEAR", monkeypatch)
+    x, y = centres(random_affine(make_blobs(0, 8), BACKGROUND))
+
+    assert_fills(x / 8, -0.1, 0.1)
+    torch.testing.assert_close(y, torch.full((NUM,), 8.0), atol=0.05, rtol=0)
+
+
+def test_all_changes_together_stay_small() -> None:
+    x, y = centres(random_affine(make_blobs(0, 0), BACKGROUND))
+
+    # Both shifts at their limit, enlarged by scale and shear.
+    assert torch.hypot(x, y).max() <= 2 * 2**0.5 * 1.1 * 1.05 + 0.05
+
+
+def assert_fills(values: Tensor, low: float, high: float) -> None:
+    """From one limit to the other (within 1 % of the way), evenly: the quarters lie where they should."""
+    tolerance = (high - low) / 100
+    assert low - tolerance <= values.min() <= low + tolerance
+    assert high - tolerance <= values.max() <= high + tolerance
+    quartiles = values.quantile(torch.tensor([0.25, 0.5, 0.75]))
+    truth = low + (high - low) * torch.tensor([0.25, 0.5, 0.75])
+    torch.testing.assert_close(quartiles, truth, atol=5 * tolerance, rtol=0)

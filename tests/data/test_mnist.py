@@ -1,0 +1,269 @@
+"""src/data/mnist.py, read from real files and used by a real Trainer."""
+
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import yaml
+from torch import Tensor
+from torchvision.transforms import v2
+
+from src.data.mnist import MNISTDataModule, preprocess
+from src.data.sources import DataError, Digits, read_files, read_package
+from tests.conftest import NUM_TEST, NUM_TRAIN, ROOT, Mirror
+
+NUM_VAL = 60
+
+
+def ready(root: Path, **settings: Any) -> MNISTDataModule:
+    """A module whose data are read, by default from the tiny files."""
+    datamodule = MNISTDataModule(str(root), **{"source": "files", "val_size": NUM_VAL, "batch_size": 32} | settings)
+    datamodule.prepare_data()
+    datamodule.setup()
+    return datamodule
+
+
+def images_of(*splits: Digits) -> Counter[bytes]:
+    """How often each image and its class occurs; the noise makes each image one of its kind."""
+    return Counter(
+        image.numpy().tobytes() + bytes([int(label)]) for split in splits for image, label in zip(*split, strict=True)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def test_preprocess_does_what_torchvision_does() -> None:
+    images = torch.randint(0, 256, (4, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before = images.clone()
+    truth = v2.Compose([v2.Pad(2), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.1307], [0.3081])])
+
+    torch.testing.assert_close(preprocess(images), truth(images.unsqueeze(1)))
+    assert torch.equal(images, before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Splits
+
+
+def test_validation_images_are_cut_off_the_training_files(mnist_root: Path) -> None:
+    datamodule = ready(mnist_root, val_size=NUM_VAL)
+    train, test = read_files(mnist_root / "MNIST" / "raw", {})
+    splits = datamodule.splits
+
+    assert datamodule.num_images == {"train": NUM_TRAIN - NUM_VAL, "val": NUM_VAL, "test": NUM_TEST}
+    assert images_of(splits["train"], splits["val"]) == images_of(train)
+    assert torch.equal(splits["test"].images, test.images)
+    assert torch.equal(splits["test"].labels, test.labels)
+
+
+@pytest.mark.parametrize("source", ["files", "package"])
+def test_split_follows_split_seed_and_order_follows_seed(source: str, mnist_root: Path) -> None:
+    first, reseeded, resplit = (
+        ready(mnist_root, source=source, **seeds) for seeds in ({}, {"seed": 1}, {"split_seed": 1})
+    )
+
+    for split in ("train", "val", "test"):
+        assert torch.equal(first.splits[split].images, reseeded.splits[split].images)
+    assert not torch.equal(next(iter(first.train_dataloader()))[0], next(iter(reseeded.train_dataloader()))[0])
+    assert images_of(first.splits["val"]) != images_of(resplit.splits["val"])
+
+
+def test_package_is_split_with_as_many_of_each_class(tmp_path: Path) -> None:
+    datamodule = ready(tmp_path, source="package")
+
+    assert datamodule.num_images == {"train": 4000, "val": 500, "test": 500}
+    for split, num in (("train", 400), ("val", 50), ("test", 50)):
+        assert datamodule.splits[split].labels.bincount().tolist() == [num] * 10
+    assert images_of(*datamodule.splits.values()) == images_of(read_package())
+
+
+@pytest.mark.parametrize("val_size", [0, NUM_TRAIN, NUM_TRAIN + 1])
+def test_val_size_must_leave_images_to_both(val_size: int, mnist_root: Path) -> None:
+    with pytest.raises(ValueError, match=f"val_size={val_size}: expected 1 to 299"):
+        ready(mnist_root, val_size=val_size)
+
+
+@pytest.mark.parametrize("setting", [{"source": "web"}, {"augment": "mixup"}])
+def test_unknown_choice_is_refused(setting: dict[str, str]) -> None:
+    ((name, value),) = setting.items()
+
+    with pytest.raises(ValueError, match=f"{name}={value}: expected one of"):
+        MNISTDataModule("data", **setting)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources
+
+
+@pytest.mark.parametrize("source", ["auto", "files", "download"])
+def test_whole_files_are_used(
+    source: str, mnist_root: Path, mnist_md5: dict[str, str | None], caplog: pytest.LogCaptureFixture
+) -> None:
+    datamodule = ready(mnist_root, source=source, md5=mnist_md5)
+
+    assert datamodule.used_source == "files"
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("damage", ["no files", "a damaged file"])
+def test_auto_warns_once_and_takes_the_package(
+    damage: str, mnist_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if damage == "a damaged file":
+        folder = shutil.copytree(mnist_root / "MNIST" / "raw", tmp_path / "MNIST" / "raw")
+        (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(b"damaged")
+    datamodule = ready(tmp_path, source="auto")
+
+    assert datamodule.used_source == "package"
+    assert sum(datamodule.num_images.values()) == 5000
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert str(tmp_path / "MNIST" / "raw") in record.getMessage()
+
+
+@pytest.mark.xfail(strict=True, reason="prepare_data tries the mirrors and warns again")
+def test_auto_does_not_warn_again_when_the_test_follows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    datamodule = ready(tmp_path, source="auto")
+    datamodule.prepare_data()  # Lightning does so for each of fit and test
+
+    assert len(caplog.records) == 1
+
+
+def test_auto_takes_the_package_for_nothing_but_mnist(tmp_path: Path) -> None:
+    datamodule = MNISTDataModule(str(tmp_path), name="FashionMNIST", source="auto")
+
+    with pytest.raises(DataError, match="no mirror"):
+        datamodule.prepare_data()
+    with pytest.raises(DataError, match="not found"):  # what the other processes of a machine call
+        datamodule.setup()
+
+
+@pytest.mark.parametrize("source", ["files", "download"])
+def test_other_sources_do_not_fall_back(source: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="FashionMNIST|MNIST|no mirror"):
+        ready(tmp_path, source=source)
+
+
+@pytest.mark.parametrize("source", ["auto", "download"])
+def test_missing_files_are_downloaded(
+    source: str,
+    serve: Callable[..., Mirror],
+    mnist_files: dict[str, bytes],
+    mnist_md5: dict[str, str | None],
+    tmp_path: Path,
+) -> None:
+    settings = {"source": source, "mirrors": [serve(mnist_files).url], "md5": mnist_md5}
+
+    assert ready(tmp_path, **settings).used_source == "download"
+    assert ready(tmp_path, **settings).used_source == "files"
+
+
+@pytest.mark.full_mnist
+def test_official_files_have_their_checksums_and_sizes(full_mnist_root: Path) -> None:
+    md5 = yaml.safe_load((ROOT / "conf" / "data" / "mnist.yaml").read_text())["md5"]
+    datamodule = ready(full_mnist_root, source="auto", md5=md5, val_size=5000)
+
+    assert datamodule.used_source == "files"
+    assert datamodule.num_images == {"train": 55_000, "val": 5_000, "test": 10_000}
+
+
+@pytest.mark.full_mnist
+def test_preprocessed_training_images_have_mean_0_and_deviation_1(full_mnist_root: Path) -> None:
+    train, _ = read_files(full_mnist_root / "MNIST" / "raw", {})
+    images = preprocess(train.images)[:, :, 2:-2, 2:-2].double()
+
+    assert abs(float(images.mean())) < 1e-3
+    assert abs(float(images.std()) - 1) < 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a Trainer
+
+
+class Recorder(pl.LightningModule):
+    """Learns nothing; keeps the batches of each stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.batches: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "val": [], "test": []}
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        self.batches["train"].append(batch)
+        return self.weight**2
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.batches["val"].append(batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.batches["test"].append(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def seen(self) -> list[list[int]]:
+        """Each training batch, by the sums of its images' pixels."""
+        return [images.sum(dim=(1, 2, 3)).mul(1000).round().tolist() for images, _ in self.batches["train"]]
+
+
+def make_trainer(**settings: Any) -> pl.Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return pl.Trainer(accelerator="cpu", enable_model_summary=False, **quiet | settings)
+
+
+no_gpu_needed = pytest.mark.filterwarnings("ignore:GPU available but not used")
+
+
+@no_gpu_needed
+@pytest.mark.parametrize("augment", ["none", "affine"])
+def test_augmentation_changes_training_images_alone(augment: str, mnist_root: Path) -> None:
+    datamodule = ready(mnist_root, augment=augment)
+    module = Recorder()
+    trainer = make_trainer(max_epochs=1, num_sanity_val_steps=-1)
+    trainer.fit(module, datamodule)
+    trainer.test(module, datamodule, verbose=False)
+
+    truth = {
+        "train": list(datamodule.train_dataloader()),
+        "val": list(datamodule.val_dataloader()) * 2,  # once to check sanity
+        "test": list(datamodule.test_dataloader()),
+    }
+    for split, batches in truth.items():
+        assert len(module.batches[split]) == len(batches)
+        for (images, labels), (original, true_labels) in zip(module.batches[split], batches, strict=True):
+            assert torch.equal(labels, true_labels)
+            same = (images == preprocess(original)).all(dim=(1, 2, 3))
+            assert not same.any() if (split, augment) == ("train", "affine") else same.all()
+
+
+@no_gpu_needed
+@pytest.mark.parametrize("steps", [3, 8, 11])  # of 8 batches an epoch: within the first, at its end, within the next
+def test_run_resumed_sees_the_batches_that_it_has_not_seen(steps: int, mnist_root: Path, tmp_path: Path) -> None:
+    whole = Recorder()
+    make_trainer(max_epochs=2).fit(whole, ready(mnist_root))
+
+    first = Recorder()
+    trainer = make_trainer(max_epochs=2, max_steps=steps)
+    trainer.fit(first, ready(mnist_root))
+    trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+    second = Recorder()
+    make_trainer(max_epochs=2).fit(
+        second, ready(mnist_root), ckpt_path=str(tmp_path / "stopped.ckpt"), weights_only=True
+    )
+
+    assert len(first.seen()) == steps
+    assert first.seen() + second.seen() == whole.seen()
+
+
+def test_state_says_what_the_images_were(mnist_root: Path) -> None:
+    state: Mapping[str, Any] = ready(mnist_root).state_dict()
+
+    assert state == {"source": "files", "num_images": {"train": 240, "val": 60, "test": 60}, "loader": None}

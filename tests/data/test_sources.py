@@ -1,0 +1,331 @@
+"""src/data/sources.py against torchvision's reader, real HTTP mirrors on loopback, and every damage we know of."""
+
+import gzip
+import hashlib
+import multiprocessing
+import re
+import shutil
+import socket
+import socketserver
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.client import HTTPException
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.datasets import MNIST
+
+from src.data.sources import IDX_FILES, DataError, download, read_files, read_package
+from tests.conftest import NUM_TEST, NUM_TRAIN, Mirror, make_digits, write_digits, write_idx
+
+TRAIN_IMAGES, TRAIN_LABELS = IDX_FILES[:2]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading files
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """A folder of the tiny data set's files, uncompressed; the test may change them."""
+    folder = tmp_path / "MNIST" / "raw"
+    write_digits(folder, gzipped=False)
+    return folder
+
+
+@pytest.fixture
+def gzipped(mnist_root: Path, tmp_path: Path) -> Path:
+    """The same, gzipped."""
+    return shutil.copytree(mnist_root / "MNIST" / "raw", tmp_path / "gzipped" / "raw")
+
+
+@pytest.mark.parametrize("kind", ["plain", "gzipped"])
+def test_files_are_read_as_they_were_written(kind: str, request: pytest.FixtureRequest) -> None:
+    train, test = read_files(request.getfixturevalue(kind), {})
+
+    for split, (images, labels) in ((train, make_digits(NUM_TRAIN, 0)), (test, make_digits(NUM_TEST, 1))):
+        assert split.images.dtype == torch.uint8
+        assert split.labels.dtype == torch.int64
+        np.testing.assert_array_equal(split.images, images)
+        np.testing.assert_array_equal(split.labels, labels)
+
+
+def test_files_are_read_as_torchvision_reads_them(plain: Path) -> None:
+    for split, train in zip(read_files(plain, {}), (True, False), strict=True):
+        truth = MNIST(str(plain.parents[1]), train=train)
+        assert torch.equal(split.images, truth.data)
+        assert torch.equal(split.labels, truth.targets)
+
+
+@pytest.mark.parametrize("name", IDX_FILES)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda content: content[:-7], id="cut"),
+        pytest.param(lambda content: content[:7], id="cut in the header"),
+        pytest.param(lambda content: b"", id="empty"),
+        pytest.param(lambda content: content + b"more", id="appended"),
+        pytest.param(lambda content: b"\0\0\x0d" + content[3:], id="magic of floats"),
+        pytest.param(lambda content: content[:3] + b"\2" + content[4:], id="magic of 2 dimensions"),
+    ],
+)
+def test_damaged_plain_file_is_named(name: str, damage: Callable[[bytes], bytes], plain: Path) -> None:
+    (plain / name).write_bytes(damage((plain / name).read_bytes()))
+
+    with pytest.raises(DataError, match=re.escape(str(plain / name))):
+        read_files(plain, {})
+
+
+@pytest.mark.parametrize("name", IDX_FILES)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda content: content[:-12], id="cut"),
+        pytest.param(lambda content: b"", id="empty"),
+        pytest.param(lambda content: content + b"more", id="appended"),
+        pytest.param(lambda content: content[:20] + bytes(20) + content[40:], id="overwritten"),
+        pytest.param(lambda content: b"<html>moved</html>", id="another file"),
+    ],
+)
+def test_damaged_gzipped_file_is_named(name: str, damage: Callable[[bytes], bytes], gzipped: Path) -> None:
+    path = gzipped / f"{name}.gz"
+    path.write_bytes(damage(path.read_bytes()))
+
+    with pytest.raises(DataError, match=re.escape(str(path))):
+        read_files(gzipped, {})
+
+
+@pytest.mark.parametrize(("kind", "suffix", "byte"), [("plain", "", -1), ("gzipped", ".gz", 5)])
+def test_checksum_finds_the_bit_flip_that_the_format_hides(
+    kind: str, suffix: str, byte: int, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(kind)
+    path = folder / f"{TRAIN_IMAGES}{suffix}"
+    content = bytearray(path.read_bytes())
+    md5 = {path.name: hashlib.md5(content, usedforsecurity=False).hexdigest()}
+    read_files(folder, md5)
+    content[byte] ^= 1  # a pixel, and the time in gzip's header
+    path.write_bytes(content)
+
+    read_files(folder, {})
+    with pytest.raises(DataError, match=re.escape(str(path))):
+        read_files(folder, md5)
+
+
+@pytest.mark.parametrize("size", [(14, 56), (32, 32)])
+def test_images_of_another_size_are_refused(size: tuple[int, int], plain: Path) -> None:
+    write_idx(plain / TRAIN_IMAGES, np.zeros((NUM_TRAIN, *size), np.uint8), gzipped=False)
+
+    with pytest.raises(DataError, match=f"{re.escape(str(plain / TRAIN_IMAGES))}.*{size[0]}x{size[1]}"):
+        read_files(plain, {})
+
+
+def test_images_without_a_label_are_refused(plain: Path) -> None:
+    write_idx(plain / TRAIN_LABELS, np.zeros(NUM_TRAIN - 1, np.uint8), gzipped=False)
+
+    with pytest.raises(DataError, match=f"{TRAIN_IMAGES} has 300 .*{TRAIN_LABELS} 299 "):
+        read_files(plain, {})
+
+
+def test_label_of_an_eleventh_class_is_refused(plain: Path) -> None:
+    write_idx(plain / TRAIN_LABELS, np.full(NUM_TRAIN, 10, np.uint8), gzipped=False)
+
+    with pytest.raises(DataError, match=re.escape(str(plain / TRAIN_LABELS))):
+        read_files(plain, {})
+
+
+@pytest.mark.xfail(raises=ValueError, strict=True, reason="torch.frombuffer takes no empty buffer")
+def test_data_set_without_images_is_refused(plain: Path) -> None:
+    write_idx(plain / TRAIN_IMAGES, np.zeros((0, 28, 28), np.uint8), gzipped=False)
+    write_idx(plain / TRAIN_LABELS, np.zeros(0, np.uint8), gzipped=False)
+
+    with pytest.raises(DataError, match=re.escape(str(plain))):
+        read_files(plain, {})
+
+
+@pytest.mark.parametrize("name", IDX_FILES)
+def test_missing_file_is_named(name: str, gzipped: Path) -> None:
+    (gzipped / f"{name}.gz").unlink()
+
+    with pytest.raises(DataError, match=re.escape(f"{gzipped / name}[.gz] not found")):
+        read_files(gzipped, {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Download
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    """The folder, not there yet, to download to."""
+    return tmp_path / "data" / "MNIST" / "raw"
+
+
+class MailServer(socketserver.BaseRequestHandler):
+    """What answers here does not speak HTTP."""
+
+    def handle(self) -> None:
+        self.request.recv(1000)
+        self.request.sendall(b"220 this is a mail server\r\n")
+
+
+@pytest.fixture
+def bad_mirrors(serve: Callable[..., Mirror], mnist_files: dict[str, bytes]) -> Iterator[dict[str, str]]:
+    """URLs of mirrors that do not deliver, by what is wrong with them."""
+    last = f"{IDX_FILES[-1]}.gz"
+    with (
+        socket.socket() as down,
+        socket.create_server(("127.0.0.1", 0)) as silent,  # the kernel takes the call, nobody answers
+        socketserver.ThreadingTCPServer(("127.0.0.1", 0), MailServer) as mail,
+    ):
+        down.bind(("127.0.0.1", 0))  # nobody listens
+        threading.Thread(target=mail.serve_forever, args=(0.01,), daemon=True).start()
+        yield {
+            "down": f"http://127.0.0.1:{down.getsockname()[1]}",
+            "silent": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "lacks a file": serve({name: mnist_files[name] for name in mnist_files if name != last}).url,
+            "corrupts": serve(mnist_files | {last: mnist_files[last][:-1] + b"?"}).url,
+            "cuts short": serve(mnist_files | {last: mnist_files[last][:-12]}).url,
+            "not HTTP": f"http://127.0.0.1:{mail.server_address[1]}",
+            "no URL": "example.org/mnist",
+        }
+        mail.shutdown()
+
+
+BAD_MIRRORS = [
+    "down",
+    "silent",
+    "lacks a file",
+    "corrupts",
+    "cuts short",
+    pytest.param("not HTTP", marks=pytest.mark.xfail(raises=HTTPException, strict=True, reason="is not caught")),
+    pytest.param("no URL", marks=pytest.mark.xfail(raises=ValueError, strict=True, reason="is not caught")),
+]
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """Content of every file by name, whatever its folder, but for the lock."""
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
+
+
+def test_download_puts_the_files_in_place_and_nothing_aside(
+    serve: Callable[..., Mirror], mnist_files: dict[str, bytes], mnist_md5: dict[str, str | None], target: Path
+) -> None:
+    mirror = serve(mnist_files)
+
+    assert download(target, [mirror.url + "/"], mnist_md5, timeout=5)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == mnist_files
+    assert {path.name for path in target.parent.iterdir()} <= {"raw", ".raw.lock"}
+    assert socket.getdefaulttimeout() is None
+    assert mirror.fetched == [f"{name}.gz" for name in IDX_FILES]
+
+
+def test_files_that_are_there_are_not_downloaded_again(
+    serve: Callable[..., Mirror], mnist_files: dict[str, bytes], mnist_md5: dict[str, str | None], gzipped: Path
+) -> None:
+    mirror = serve(mnist_files)
+
+    assert not download(gzipped, [mirror.url], mnist_md5, timeout=5)
+    assert mirror.checked == mirror.fetched == []
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_damaged_file_is_replaced(
+    suffix: str,
+    serve: Callable[..., Mirror],
+    mnist_files: dict[str, bytes],
+    mnist_md5: dict[str, str | None],
+    target: Path,
+) -> None:
+    target.mkdir(parents=True)
+    (target / f"{TRAIN_IMAGES}{suffix}").write_bytes(b"damaged")
+
+    assert download(target, [serve(mnist_files).url], mnist_md5, timeout=5)
+    assert files_below(target) == mnist_files
+
+
+@pytest.mark.parametrize("kind", BAD_MIRRORS)
+def test_bad_mirror_is_passed_over(
+    kind: str,
+    bad_mirrors: dict[str, str],
+    serve: Callable[..., Mirror],
+    mnist_files: dict[str, bytes],
+    mnist_md5: dict[str, str | None],
+    target: Path,
+) -> None:
+    start = time.monotonic()
+
+    assert download(target, [bad_mirrors[kind], serve(mnist_files).url], mnist_md5, timeout=0.5)
+    assert files_below(target.parent) == mnist_files
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+@pytest.mark.parametrize("kind", BAD_MIRRORS)
+def test_bad_mirror_is_named_and_leaves_nothing(
+    kind: str, checksums: bool, bad_mirrors: dict[str, str], mnist_md5: dict[str, str | None], target: Path
+) -> None:
+    with pytest.raises(DataError, match=re.escape(bad_mirrors[kind])):
+        download(target, [bad_mirrors[kind]], mnist_md5 if checksums else {}, timeout=0.5)
+    assert files_below(target.parent) == {}
+
+
+def test_every_mirror_is_named_when_none_delivers(bad_mirrors: dict[str, str], target: Path) -> None:
+    down, silent = bad_mirrors["down"], bad_mirrors["silent"]
+
+    with pytest.raises(DataError, match=f"{down}: .*{silent}: .*timed out"):
+        download(target, [down, silent], {}, timeout=0.5)
+
+
+def test_download_without_mirrors_says_so(target: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.mirrors .*empty"):
+        download(target, [], {}, timeout=0.5)
+
+
+def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(b"a file, not a folder")
+
+    with pytest.raises(DataError, match=re.escape(str(tmp_path / "data" / "raw"))):
+        download(tmp_path / "data" / "raw", [], {}, timeout=0.5)
+
+
+def test_processes_at_once_download_each_file_once(
+    serve: Callable[..., Mirror], mnist_files: dict[str, bytes], mnist_md5: dict[str, str | None], target: Path
+) -> None:
+    mirror = serve(mnist_files, delay=0.1)  # one is still at it when the others come
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["src.data.sources", "torchvision.datasets.utils"])  # imported once, not 4 times
+
+    with context.Pool(4) as pool:
+        downloaded = pool.starmap(download, [(target, [mirror.url], mnist_md5, 5.0)] * 4, chunksize=1)
+
+    assert sorted(downloaded) == [False, False, False, True]
+    assert sorted(mirror.fetched) == sorted(mirror.checked) == sorted(mnist_files)
+    assert files_below(target.parent) == mnist_files
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The package
+
+
+def test_package_has_500_digits_of_each_class() -> None:
+    images, labels = read_package()
+
+    assert images.shape == (5000, 28, 28)
+    assert images.dtype == torch.uint8
+    assert labels.bincount().tolist() == [500] * 10
+
+
+@pytest.mark.full_mnist
+def test_package_has_the_first_training_images_of_each_class(full_mnist_root: Path) -> None:
+    images, labels = (
+        np.frombuffer(gzip.decompress((full_mnist_root / "MNIST" / "raw" / f"{name}.gz").read_bytes()), np.uint8)
+        for name in IDX_FILES[:2]
+    )
+    images, labels = images[16:].reshape(-1, 28, 28), labels[8:]
+    package = read_package()
+
+    for label in range(10):
+        np.testing.assert_array_equal(package.images[package.labels == label], images[labels == label][:500])

@@ -1,0 +1,66 @@
+import pytest
+import pytorch_lightning as pl
+import torch
+from sklearn.metrics import accuracy_score, confusion_matrix, log_loss
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from src.classifier import ImageClassifier
+
+IMAGES = torch.randn(50, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+LABELS = torch.randint(0, 3, (50,), generator=torch.Generator().manual_seed(1))
+LOADER = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=16)  # the last batch is smaller
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def _classifier(**arguments: object) -> ImageClassifier:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    return ImageClassifier(net, num_classes=3, input_size=(1, 4, 4), **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_test_metrics_are_those_of_sklearn() -> None:
+    module = _classifier()
+    (metrics,) = pl.Trainer(**QUIET).test(module, LOADER, verbose=False)  # type: ignore[arg-type]
+    with torch.no_grad():
+        probabilities = module(IMAGES).softmax(dim=1).numpy()
+    predictions = probabilities.argmax(axis=1)
+    assert metrics["test/acc"] == pytest.approx(accuracy_score(LABELS, predictions))
+    assert metrics["test/loss"] == pytest.approx(log_loss(LABELS, probabilities), rel=1e-5)
+    assert module.confusion.tolist() == confusion_matrix(LABELS, predictions).tolist()
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_training_metrics_are_means_over_the_epochs_images() -> None:
+    module = _classifier(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))  # the weights stay
+    trainer = pl.Trainer(max_epochs=2, log_every_n_steps=1, **QUIET)  # type: ignore[arg-type]
+    trainer.fit(module, LOADER, LOADER)
+    with torch.no_grad():
+        logits = module(IMAGES)
+    assert trainer.callback_metrics["train/loss"].item() == pytest.approx(
+        nn.functional.cross_entropy(logits, LABELS).item(), rel=1e-5
+    )
+    assert trainer.callback_metrics["train/acc"].item() == pytest.approx(accuracy_score(LABELS, logits.argmax(dim=1)))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_step_is_that_of_plain_pytorch() -> None:
+    module = _classifier(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    plain.load_state_dict(module.net.state_dict())
+    trainer = pl.Trainer(max_epochs=1, limit_train_batches=1, log_every_n_steps=1, **QUIET)  # type: ignore[arg-type]
+    trainer.fit(module, LOADER, LOADER)
+    nn.functional.cross_entropy(plain(IMAGES[:16]), LABELS[:16]).backward()
+    for ours, theirs in zip(module.net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs - 0.1 * theirs.grad)  # type: ignore[operator]
+
+
+def test_cannot_be_trained_without_an_optimizer() -> None:
+    with pytest.raises(ValueError, match="built without an optimizer"):
+        _classifier().configure_optimizers()

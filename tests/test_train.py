@@ -1,0 +1,207 @@
+"""The train command: what it writes, what it shows, that it learns."""
+
+import json
+import os
+import pty
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from src.build import load_checkpoint, restore
+from src.config import ROOT
+from src.train import train
+from tests.compose import compose_cfg, run_command
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three epochs over the package's digits, by the command."""
+    root = tmp_path_factory.mktemp("root with spaces")
+    result = run_command("train", "data=mnist5k", "trainer.max_epochs=3", "trainer=cpu", PROJECT_ROOT=str(root))
+    assert result.returncode == 0, result.stderr
+    (folder,) = (root / "logs" / "train").iterdir()
+    (folder / "stdout").write_text(result.stdout)
+    (folder / "stderr").write_text(result.stderr)
+    return folder
+
+
+def test_learns_real_digits(run_dir: Path) -> None:
+    metrics = json.loads((run_dir / "metrics.json").read_text())["metrics"]
+    assert metrics["test/acc"] > 0.9  # 0.95 over many seeds; chance is 0.1
+    assert metrics["val/acc"] > 0.9
+
+
+def test_writes_everything_into_one_folder(run_dir: Path) -> None:
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert {"config.yaml", "metrics.json", "train.log"} <= {path.name for path in run_dir.iterdir()}
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert config["trainer"]["max_epochs"] == 3
+    assert config["output_dir"] == str(run_dir)
+    assert "${" not in (run_dir / "config.yaml").read_text()
+
+
+def test_records_data_versions_and_commit(run_dir: Path) -> None:
+    record = json.loads((run_dir / "metrics.json").read_text())
+    assert record["data"] == {"source": "package", "num_images": {"train": 4000, "val": 500, "test": 500}}
+    assert record["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert record["seconds"] > 0
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (record["git_commit"] or "").removesuffix("-dirty") == commit.stdout.strip()
+
+
+def test_says_one_line_an_epoch_where_the_output_is_no_terminal(run_dir: Path) -> None:
+    lines = [line for line in (run_dir / "stderr").read_text().splitlines() if line]
+    assert [line.split()[:2] for line in lines] == [["epoch", "1/3"], ["epoch", "2/3"], ["epoch", "3/3"]]
+    assert all("train/loss" in line and "val/acc" in line for line in lines)
+    assert "package: 4,000 train, 500 val, 500 test" in (run_dir / "stdout").read_text()
+
+
+def test_shows_a_progress_bar_on_a_terminal(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "src.train", "data=mnist5k", "trainer.max_epochs=1", "trainer=cpu"]
+    environment = {**os.environ, "PROJECT_ROOT": str(tmp_path), "TERM": "xterm", "COLUMNS": "120"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        try:
+            while chunk := os.read(ours, 65536):
+                shown += chunk
+        except OSError:  # Linux's way to say that the other side has closed it
+            pass
+    os.close(ours)
+    assert process.returncode == 0
+    assert b"Epoch 0/0" in shown
+    assert "━".encode() in shown
+
+
+def test_tensorboard_holds_the_curves_text_and_graph(run_dir: Path) -> None:
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    tags = events.Tags()
+    scalars = {"train/loss", "train/acc", "val/loss", "val/acc", "train/images_per_second", "lr-Adam"}
+    assert scalars <= set(tags["scalars"])
+    assert [event.step for event in events.Scalars("train/loss")] == [
+        event.step for event in events.Scalars("val/loss")
+    ]
+    assert len(events.Scalars("val/acc")) == 3
+    assert {"config/text_summary", "data/text_summary", "custom_scalars__config__"} <= set(tags["tensors"])
+    config = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "max_epochs: 3" in config
+    assert tags["graph"]
+
+
+def test_the_best_checkpoint_has_the_best_validation_accuracy(run_dir: Path) -> None:
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    accuracies = {event.step: event.value for event in events.Scalars("val/acc")}
+    best = load_checkpoint(run_dir / "checkpoints" / "best.ckpt")
+    assert accuracies[best["global_step"] - 1] == max(accuracies.values())
+
+
+def test_same_seed_same_weights_other_seed_other_weights(tmp_path: Path, mnist_root: Path) -> None:
+    def weights(name: str, seed: int) -> torch.Tensor:
+        train(
+            compose_cfg(
+                tmp_path / name,
+                f"seed={seed}",
+                f"data.root={mnist_root}",
+                "data.source=files",
+                "data.md5=null",
+                "data.val_size=50",
+                "data.augment=affine",
+                "trainer=cpu",
+                "trainer.max_epochs=2",
+                "trainer.log_every_n_steps=1",
+                "callbacks=minimal",
+                "logger=[]",
+            )  # fmt: skip
+        )
+        module = restore(tmp_path / name / "checkpoints" / "last.ckpt")
+        return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+    first = weights("a", seed=0)
+    assert torch.equal(first, weights("b", seed=0))
+    assert not torch.equal(first, weights("c", seed=1))
+
+
+def test_resumes_from_a_checkpoint(run_dir: Path, tmp_path: Path) -> None:
+    last = run_dir / "checkpoints" / "last.ckpt"
+    result = run_command(
+        "train", "data=mnist5k", "trainer=cpu", "trainer.max_epochs=4", "scheduler=[]", "optimizer.lr=1e-4",
+        f"ckpt_path='{last}'", PROJECT_ROOT=str(tmp_path),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[1] for line in result.stderr.splitlines() if line.startswith("epoch")] == ["4/4"]
+
+
+def test_runs_started_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "src.train", "data=mnist5k", "debug=fast", "trainer=cpu", "logger=[]"]
+    command.append("hydra.job_logging.handlers.file.delay=true")
+    environment = {**os.environ, "PROJECT_ROOT": str(tmp_path)}
+    time.sleep(1 - time.time() % 1)
+    runs = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-3, stderr=-3) for _ in range(3)]
+    assert [process.wait() for process in runs] == [0, 0, 0]
+    assert len(list(tmp_path.glob("logs/train/*/metrics.json"))) == 3
+
+
+def test_works_from_any_directory(tmp_path: Path) -> None:
+    result = run_command(
+        "train",
+        "data=mnist5k",
+        "debug=fast",
+        "trainer=cpu",
+        "hydra.run.dir=here",
+        cwd=tmp_path,
+        PROJECT_ROOT=str(tmp_path),
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "here" / "metrics.json").is_file()
+
+
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("only root can mount the small file system that this needs")
+    try:
+        result = run_command(
+            "train", "data=mnist5k", "trainer.max_epochs=1", "trainer=cpu", f"hydra.run.dir={disk}/run"
+        )
+        names = [path.name for path in disk.glob("run/checkpoints/*")]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert result.returncode == 1
+    assert "No space left on device" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert names == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("override", ["trainer=gpu", "accelerator=gpu"])
+def test_trains_on_a_gpu(override: str, tmp_path: Path) -> None:
+    result = run_command("train", "data=mnist5k", "trainer.max_epochs=3", override, PROJECT_ROOT=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    (record,) = tmp_path.glob("logs/train/*/metrics.json")
+    assert json.loads(record.read_text())["metrics"]["test/acc"] > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.full_mnist
+def test_ten_epochs_reach_99_percent_over_three_seeds(tmp_path: Path, full_mnist_root: Path) -> None:
+    accuracies = []
+    for seed in range(3):
+        overrides = (f"data.root={full_mnist_root}", f"seed={seed}", "trainer=cpu")
+        metrics = train(compose_cfg(tmp_path / str(seed), *overrides))
+        accuracies.append(metrics["test/acc"])
+    print(f"n=3 mean {statistics.mean(accuracies):.4f} std {statistics.stdev(accuracies):.4f}: {accuracies}")
+    assert statistics.mean(accuracies) >= 0.990
