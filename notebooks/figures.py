@@ -134,7 +134,7 @@ def draw_architecture(path: Path) -> None:
             axes.text(middle, -top - 8, count, ha="center", va="baseline", fontsize=11, color=GREY)
         for number in range(1, len(layers)):
             _draw_connection(axes, layers[number - 1], lefts[number - 1], layers[number], lefts[number])
-        sum_of_all = f"{total:,} in all"
+        sum_of_all = f"total: {total:,}"
         axes.text(layers[0].width / 2, -top - 12, sum_of_all, ha="center", va="baseline", fontsize=11, color=GREY)
         _save(figure, path)
 

@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import LearningRateMonitor
 
 from src.classifier import ImageClassifier
 from src.config import CheckpointError, ConfigError, check_checkpoint
@@ -44,9 +45,13 @@ def build_trainer(cfg: DictConfig, **overrides: Any) -> pl.Trainer:
         cfg: A command's config.
         overrides: Arguments of the Trainer that go before the config's.
     """
+    loggers = _build_named(cfg.get("logger"))
+    callbacks = _build_named(cfg.get("callbacks"))
+    if not loggers:  # this one refuses to run without; so that logger=[] works alone
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     trainer: pl.Trainer = instantiate(cfg.trainer)(
-        callbacks=_build_named(cfg.get("callbacks")),
-        logger=_build_named(cfg.get("logger")),
+        callbacks=callbacks,
+        logger=loggers,
         default_root_dir=cfg.output_dir,
         **overrides,
     )

@@ -306,6 +306,7 @@ def short_errors() -> Iterator[None]:
     except Exception as error:
         if os.environ.get(FULL_ERROR) == "1":
             raise
+        logging.raiseExceptions = False  # a log that cannot be written, on a full disk, shall not hide the error
         log.debug("stack trace of the error that follows", exc_info=error)
         log.error(explain(error))
         if HydraConfig.get().mode == RunMode.MULTIRUN:

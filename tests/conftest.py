@@ -1,4 +1,4 @@
-"""What several tests share: a tiny MNIST in the real file format, a mirror that serves it, and where the real one is."""
+"""What several tests share: a tiny MNIST in the real file format, a mirror that serves it, and the real one."""
 
 import gzip
 import hashlib
@@ -101,7 +101,7 @@ class Mirror(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: Mirror
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         name = self.path.removeprefix("/mnist/")
         (self.server.checked if self.headers["Method"] == "HEAD" else self.server.fetched).append(name)
         time.sleep(self.server.delay)

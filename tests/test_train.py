@@ -121,7 +121,7 @@ def test_same_seed_same_weights_other_seed_other_weights(tmp_path: Path, mnist_r
                 "trainer.log_every_n_steps=1",
                 "callbacks=minimal",
                 "logger=[]",
-            )  # fmt: skip
+            )
         )
         module = restore(tmp_path / name / "checkpoints" / "last.ckpt")
         return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
@@ -143,10 +143,12 @@ def test_resumes_from_a_checkpoint(run_dir: Path, tmp_path: Path) -> None:
 
 def test_runs_started_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "src.train", "data=mnist5k", "debug=fast", "trainer=cpu", "logger=[]"]
-    command.append("hydra.job_logging.handlers.file.delay=true")
     environment = {**os.environ, "PROJECT_ROOT": str(tmp_path)}
     time.sleep(1 - time.time() % 1)
-    runs = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-3, stderr=-3) for _ in range(3)]
+    runs = [
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(3)
+    ]
     assert [process.wait() for process in runs] == [0, 0, 0]
     assert len(list(tmp_path.glob("logs/train/*/metrics.json"))) == 3
 

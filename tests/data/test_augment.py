@@ -61,7 +61,7 @@ def test_background_stays_background() -> None:
 def test_each_image_gets_a_change_of_its_own() -> None:
     changed = random_affine(make_blobs(5, 5), BACKGROUND)
 
-    assert len(changed.unique(dim=0)) == NUM
+    assert len({image.numpy().tobytes() for image in changed}) == NUM
 
 
 def test_values_stay_in_their_range() -> None:
@@ -121,10 +121,10 @@ def test_all_changes_together_stay_small() -> None:
 
 
 def assert_fills(values: Tensor, low: float, high: float) -> None:
-    """From one limit to the other (within 1 % of the way), evenly: the quarters lie where they should."""
-    tolerance = (high - low) / 100
+    """From one limit to the other (within 2 % of the way), evenly: the quarters lie where they should."""
+    tolerance = (high - low) / 50
     assert low - tolerance <= values.min() <= low + tolerance
     assert high - tolerance <= values.max() <= high + tolerance
     quartiles = values.quantile(torch.tensor([0.25, 0.5, 0.75]))
     truth = low + (high - low) * torch.tensor([0.25, 0.5, 0.75])
-    torch.testing.assert_close(quartiles, truth, atol=5 * tolerance, rtol=0)
+    torch.testing.assert_close(quartiles, truth, atol=2 * tolerance, rtol=0)
