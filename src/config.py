@@ -1,32 +1,15 @@
-"""What every command does before torch is imported: check its config, claim its folder, say errors in short."""
+"""Which configs make sense: checked in milliseconds, since the classes that take the values need seconds to import."""
 
-import difflib
-import logging
-import os
-import re
-import sys
-import traceback
-import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-log = logging.getLogger(__name__)
-
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
-FULL_ERROR = "HYDRA_FULL_ERROR"
-_asked_full_error = ""  # what the user has set it to
 
 
 class ConfigError(ValueError):
@@ -35,10 +18,6 @@ class ConfigError(ValueError):
 
 class CheckpointError(Exception):
     """A file that is no checkpoint of this template, or a damaged one; the message names it."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which values make sense. Checked here, in milliseconds, since the classes that take them need seconds to import.
 
 
 class Rule(NamedTuple):
@@ -162,7 +141,7 @@ def check(cfg: DictConfig) -> None:
     try:
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, dict)
     if "trainer" in config:
         for name in REQUIRED_NODES:
@@ -222,154 +201,3 @@ def _check_accelerator(accelerator: str | None) -> None:
             raise ConfigError("accelerator=mps: needs a Mac with Apple silicon; use trainer=cpu or trainer=gpu")
         if not (torch.cuda.is_available() or (has_mps and accelerator != "cuda")):
             raise ConfigError(f"accelerator={accelerator}: torch finds no GPU; use trainer=cpu or mend the driver")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Before the run.
-
-
-class Preflight(Callback):
-    """Hydra's callback ahead of a run: rejects a bad config before its folder is made, then claims the folder."""
-
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check the config and claim ``hydra.run.dir``; ends the command where that fails."""
-        _restore_full_error()
-        try:
-            job = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-            job.output_dir = config.hydra.run.dir
-            check(job)
-            folder = Path(config.hydra.run.dir)
-            if any(override.startswith("hydra.run.dir=") for override in config.hydra.overrides.hydra):
-                folder.mkdir(parents=True, exist_ok=True)  # named by the user, it may be there: another rank's, say
-            else:
-                config.hydra.run.dir = str(_claim(folder))
-        except Exception as error:  # Hydra turns an Exception in a callback into a warning
-            if os.environ.get(FULL_ERROR) == "1":
-                traceback.print_exc()
-            sys.exit(explain(error))
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Each job of a sweep is checked when it starts."""
-        _restore_full_error()
-
-
-def _claim(folder: Path) -> Path:
-    """Make a folder that no other run has, even one started in the same second: name, name_2, name_3..."""
-    for number in range(1, 1000):
-        candidate = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
-        try:
-            candidate.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return candidate
-    raise FileExistsError(f"{folder} and 999 more are taken")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors: a line or two for what the user can mend; the stack trace goes to the log, or to who asks for it.
-
-
-def run(main: Callable[[], Any], config_name: str) -> None:
-    """Run a command that ``hydra.main`` decorates; errors of composition are said in short, with exit status 1.
-
-    Args:
-        main: The decorated function.
-        config_name: Its root in ``conf/``, where misspelt keys are looked up.
-    """
-    global _asked_full_error
-    # Lightning 2.6 calls what torch 2.15 has deprecated; nothing that a user could mend.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-    os.environ.setdefault("PROJECT_ROOT", str(ROOT))
-    _asked_full_error = os.environ.get(FULL_ERROR, "")
-    os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would print over many lines
-    try:
-        main()
-    except Exception as error:
-        if _asked_full_error == "1":
-            raise
-        sys.exit(explain(error, config_name))
-
-
-def _restore_full_error() -> None:
-    """The config is composed: what the job starts shall see what the user has set."""
-    os.environ[FULL_ERROR] = _asked_full_error
-
-
-@contextmanager
-def short_errors() -> Iterator[None]:
-    """Within a job: log an error in short, its trace to the log file alone, and end with exit status 1.
-
-    In a sweep the error goes on to the launcher, so that the other jobs run.
-    """
-    try:
-        yield
-    except Exception as error:
-        if os.environ.get(FULL_ERROR) == "1":
-            raise
-        logging.raiseExceptions = False  # a log that cannot be written, on a full disk, shall not hide the error
-        log.debug("stack trace of the error that follows", exc_info=error)
-        log.error(explain(error))
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise
-        sys.exit(1)
-
-
-def explain(error: BaseException, config_name: str = "") -> str:
-    """Say an error in one or two lines: the setting or file, the value, what was expected, the remedy."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, option = error.missing_cfg_file.rpartition("/")
-        return f"error: {group}={option}: no such file in conf/{group}/; {_nearest(option, error.options or ())}"
-    if isinstance(error, ConfigCompositionException):
-        return f"error: {_explain_composition(error, config_name)}"
-    if isinstance(error, OmegaConfBaseException):
-        return f"error: {error.full_key or 'config'}: {_first_line(error)}"
-    if type(error).__name__ == "InstantiationException":
-        # "Error in call to target 'torch.optim.Adam':\nTypeError(...)\nfull_key: optimizer"
-        key = re.search(r"full_key: (\S+)", str(error))
-        cause = error.__cause__ or error
-        return f"error: {key.group(1) if key else 'config'}: {_first_line(cause)}"
-    if isinstance(error, OSError) and error.strerror:
-        where = f" {error.filename}" if error.filename else ""
-        return f"error:{where}: {error.strerror}; mend that or choose another folder with hydra.run.dir=<folder>"
-    if isinstance(error, HydraException | ValueError | OSError) or type(error).__module__.startswith("src."):
-        return f"error: {' '.join(str(error).split())}"
-    frame = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
-    where = f" ({Path(frame.filename).name}, line {frame.lineno})" if frame else ""
-    return (
-        f"error: {type(error).__name__}: {_first_line(error)}{where}\n"
-        f"The stack trace is in the run's log; {FULL_ERROR}=1 prints it."
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-def _nearest(name: str, options: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(options) or 'none'}"
-
-
-def _explain_composition(error: ConfigCompositionException, config_name: str) -> str:
-    """Find the nearest name for a key that is not there."""
-    found = re.search(r"Could not (?:override|delete)[^']*'([^']+)'", str(error))
-    if not found:
-        cause = error.__cause__
-        key = f"{cause.full_key}: " if isinstance(cause, OmegaConfBaseException) and cause.full_key else ""
-        return key + " ".join(str(cause or error).split("full_key")[0].split())
-    key = found.group(1).split("=")[0].lstrip("+~")
-    if isinstance(error.__cause__, OmegaConfBaseException) and "not in struct" not in str(error.__cause__):
-        return f"{key}: {_first_line(error.__cause__)}"
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(config_name)
-    return f"{key}: no such key; {_nearest(key, _all_keys(cfg))}" + f" (+{key}=... adds a new one)"
-
-
-def _all_keys(node: Any, path: str = "") -> list[str]:
-    if not isinstance(node, DictConfig) or node._is_none():
-        return []
-    keys = []
-    for key in node:
-        full_key = f"{path}.{key}" if path else str(key)
-        keys += [full_key, *_all_keys(node._get_node(key), full_key)]
-    return keys

@@ -6,7 +6,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from src.config import run, short_errors
+from src.command import run, short_errors
 
 
 def test(cfg: DictConfig) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def test(cfg: DictConfig) -> dict[str, Any]:
     report.print_table(
         "tested",
         {"checkpoint": report.shown(path), "data": report.describe_data(data)}
-        | metrics
+        | dict(metrics)
         | {"written to": report.shown(output_dir / "metrics.json")},
     )
     return result
@@ -57,7 +57,7 @@ def test(cfg: DictConfig) -> dict[str, Any]:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="test")
 def main(cfg: DictConfig) -> None:
     """Test as the command line says."""
-    with short_errors():
+    with short_errors(cfg):
         test(cfg)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from src.config import run, short_errors
+from src.command import run, short_errors
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -47,7 +47,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     record = {"metrics": metrics, "data": data, "seed": cfg.seed, "seconds": seconds}
     if trainer.is_global_zero:
         report.write_json(output_dir / "metrics.json", record | report.environment())
-        rates = [rate for callback in trainer.callbacks if isinstance(callback, Speed) for rate in callback.rates]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        rates = [rate for callback in callbacks if isinstance(callback, Speed) for rate in callback.rates]
         report.print_table(
             "done",
             {name: value for name, value in sorted(metrics.items()) if name.startswith(("val/", "test/"))}
@@ -69,7 +70,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(cfg: DictConfig) -> None:
     """Train as the command line says."""
-    with short_errors():
+    with short_errors(cfg):
         train(cfg)
 
 

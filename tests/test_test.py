@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from src.build import restore, restore_datamodule
+from src.data.mnist import MNISTDataModule
 from src.data.sources import read_package
 from src.train import train
 from tests.compose import compose_cfg, run_command
@@ -39,7 +40,7 @@ def test_tests_the_newest_run_without_its_overrides(root: Path) -> None:
     assert record["data"]["num_images"]["test"] == 500
 
     datamodule = restore_datamodule(checkpoint)
-    datamodule.setup()
+    datamodule.setup("test")
     module = restore(checkpoint)
     with torch.no_grad():
         batches = [datamodule.on_after_batch_transfer(batch, 0) for batch in datamodule.test_dataloader()]
@@ -63,7 +64,8 @@ def test_tests_the_checkpoint_that_is_named(root: Path, tmp_path: Path) -> None:
 
 def test_the_test_split_is_the_one_that_training_left_out(root: Path) -> None:
     datamodule = restore_datamodule(root / "logs/train/new/checkpoints/best.ckpt")
-    datamodule.setup()
+    datamodule.setup("test")
+    assert isinstance(datamodule, MNISTDataModule)
     splits = {name: {image.numpy().tobytes() for image in split.images} for name, split in datamodule.splits.items()}
     assert not splits["test"] & (splits["train"] | splits["val"])
     assert set.union(*splits.values()) == {image.numpy().tobytes() for image in read_package().images}

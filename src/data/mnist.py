@@ -142,7 +142,7 @@ class MNISTDataModule(pl.LightningDataModule):
         self.used_source = self.used_source or "files"
         num_train = len(train.labels) - self.val_size
         if not 0 < num_train < len(train.labels):
-            raise ValueError(f"val_size={self.val_size}: expected 1 to {len(train.labels) - 1}")
+            raise DataError(f"val_size={self.val_size}: expected 1 to {len(train.labels) - 1}")
         order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(self.split_seed))
         self.splits = {
             "train": _take(train, order[:num_train]),
@@ -173,7 +173,7 @@ class MNISTDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> BatchLoader:
         """Batches of the training split, in a new order each epoch (in none under ``trainer.overfit_batches``)."""
-        shuffle = not (self.trainer and self.trainer.overfit_batches)
+        shuffle = not (self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
         self._loader = BatchLoader(*self.splits["train"], self.batch_size, shuffle=shuffle, seed=self.seed)
         if self._loader_state:
             self._loader.load_state_dict(self._loader_state)

@@ -32,7 +32,7 @@ class Digits(NamedTuple):
     labels: Tensor
 
 
-class DataError(Exception):
+class DataError(ValueError):
     """Data that are missing, damaged or not what they should be; the message names the file and the remedy."""
 
 

@@ -11,7 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import LambdaCallback
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -218,7 +218,12 @@ class Recorder(pl.LightningModule):
 
 def make_trainer(**settings: Any) -> pl.Trainer:
     return pl.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, **settings
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
     )
 
 
@@ -230,7 +235,7 @@ no_gpu_needed = pytest.mark.filterwarnings("ignore:GPU available but not used")
 def test_augmentation_changes_training_images_alone(augment: str, mnist_root: Path) -> None:
     datamodule = ready(mnist_root, augment=augment)
     module = Recorder()
-    trainer = make_trainer(max_epochs=1, num_sanity_val_steps=-1, enable_checkpointing=False)
+    trainer = make_trainer(max_epochs=1, num_sanity_val_steps=-1)
     trainer.fit(module, datamodule)
     trainer.test(module, datamodule, verbose=False)
 
@@ -250,14 +255,15 @@ def test_augmentation_changes_training_images_alone(augment: str, mnist_root: Pa
 @no_gpu_needed
 @pytest.mark.parametrize("steps", [3, 8, 11])  # of 8 batches an epoch: within the first, at its end, within the next
 def test_resumed_run_sees_the_batches_that_are_left(steps: int, mnist_root: Path, tmp_path: Path) -> None:
-    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=steps, save_top_k=-1)
-    whole = Recorder()
-    make_trainer(max_epochs=2, callbacks=saving).fit(whole, ready(mnist_root))
+    path = tmp_path / "middle.ckpt"
 
-    resumed = Recorder()
-    make_trainer(max_epochs=2, enable_checkpointing=False).fit(
-        resumed, ready(mnist_root), ckpt_path=str(tmp_path / f"step={steps}.ckpt"), weights_only=True
-    )
+    def save(trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == steps:
+            trainer.save_checkpoint(path)
+
+    whole, resumed = Recorder(), Recorder()
+    make_trainer(max_epochs=2, callbacks=LambdaCallback(on_train_batch_end=save)).fit(whole, ready(mnist_root))
+    make_trainer(max_epochs=2).fit(resumed, ready(mnist_root), ckpt_path=path, weights_only=True)
 
     assert len(whole.seen()) == 16
     assert resumed.seen() == whole.seen()[steps:]

@@ -1,0 +1,76 @@
+"""Errors in a line or two: the setting or file, the value, what was expected, the remedy."""
+
+import difflib
+import re
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from src.config import CONF
+
+
+def explain(error: BaseException, config_name: str = "") -> str:
+    """Say an error in one or two lines: the setting or file, the value, what was expected, the remedy."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        return f"error: {group}={option}: no such file in conf/{group}/; {_nearest(option, error.options or ())}"
+    if isinstance(error, ConfigCompositionException):
+        return f"error: {_explain_composition(error, config_name)}"
+    if isinstance(error, OmegaConfBaseException):
+        return f"error: {error.full_key or 'config'}: {_first_line(error)}"
+    if type(error).__name__ == "InstantiationException":
+        # "Error in call to target 'torch.optim.Adam':\nTypeError(...)\nfull_key: optimizer"
+        key = re.search(r"full_key: (\S+)", str(error))
+        cause = error.__cause__ or error
+        return f"error: {key.group(1) if key else 'config'}: {_first_line(cause)}"
+    if isinstance(error, OSError) and error.strerror:
+        where = f" {error.filename}" if error.filename else ""
+        return f"error:{where}: {error.strerror}; mend that or choose another folder with hydra.run.dir=<folder>"
+    if isinstance(error, HydraException | OSError) or type(error).__module__.startswith("src."):
+        return f"error: {' '.join(str(error).split())}"
+    frame = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
+    where = f" ({Path(frame.filename).name}, line {frame.lineno})" if frame else ""
+    return (
+        f"error: {type(error).__name__}: {_first_line(error)}{where}\n"
+        "The stack trace is in the run's log; HYDRA_FULL_ERROR=1 prints it."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _nearest(name: str, options: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(options) or 'none'}"
+
+
+def _explain_composition(error: ConfigCompositionException, config_name: str) -> str:
+    """Find the nearest name for a key that is not there."""
+    found = re.search(r"Could not (?:override|delete)[^']*'([^']+)'", str(error))
+    if not found:
+        cause = error.__cause__
+        key = f"{cause.full_key}: " if isinstance(cause, OmegaConfBaseException) and cause.full_key else ""
+        return key + " ".join(str(cause or error).split("full_key")[0].split())
+    key = found.group(1).split("=")[0].lstrip("+~")
+    if isinstance(error.__cause__, OmegaConfBaseException) and "not in struct" not in str(error.__cause__):
+        return f"{key}: {_first_line(error.__cause__)}"
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose(config_name)
+    return f"{key}: no such key; {_nearest(key, _all_keys(cfg))}" + f" (+{key}=... adds a new one)"
+
+
+def _all_keys(node: Any, path: str = "") -> list[str]:
+    if not isinstance(node, DictConfig) or node._is_none():
+        return []
+    keys = []
+    for key in node:
+        full_key = f"{path}.{key!s}".lstrip(".")
+        keys += [full_key, *_all_keys(node._get_node(key), full_key)]
+    return keys

@@ -1,0 +1,112 @@
+"""Every command and every code block of the README does what it says."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from src.config import CONF, ROOT
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+# A tenth of a second each; a command's own settings stay, as later ones win.
+SHORT = ["data.source=package", "trainer.max_epochs=1", "trainer.limit_train_batches=3", "trainer.log_every_n_steps=1"]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project, in a path with spaces, with the files that the README shows."""
+    project = tmp_path_factory.mktemp("my project")
+    for name in ("src", "conf", "logs"):
+        shutil.copytree(
+            ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__", "train", "multirun", "test")
+        )
+    blocks = re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 4
+    for path, content in blocks:
+        assert not (project / path).exists()
+        (project / path).write_text(content)
+    return project
+
+
+def _run(project: Path, command: str, *more: str) -> subprocess.CompletedProcess[str]:
+    words = command.split()
+    assert words[0] == "python"
+    return subprocess.run(
+        [sys.executable, *words[1:], *more], cwd=project, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_does_what_it_says(command: str, project: Path) -> None:
+    if command.startswith("make "):
+        target = command.split()[1]
+        dry = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert dry.returncode == 0, dry.stderr  # CI runs them
+        assert "-m" in dry.stdout
+    elif command.startswith("tensorboard "):
+        _assert_tensorboard_serves(command, project)
+    elif command == "python -m src.train trainer=gpu":
+        result = _run(project, command, *SHORT)
+        assert "torch finds no GPU" in result.stderr
+    elif "digits8x8" in command:
+        result = _run(project, command, "trainer.max_epochs=3")
+        assert result.returncode == 0, result.stderr
+        assert "test/acc" in result.stdout
+    elif "src.train" in command:
+        result = _run(project, command, *SHORT)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("val/acc") == command.count(",") + 1
+    else:
+        assert command == "python -m src.test"
+        result = _run(project, command)
+        assert result.returncode == 0, result.stderr
+        assert "test/acc" in result.stdout
+
+
+def _assert_tensorboard_serves(command: str, project: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tensorboard.main", *command.split()[1:], "--port", str(port)],
+        cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        runs = "[]"
+        while runs.strip() == "[]" and time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=5) as response:
+                    runs = response.read().decode()
+            except OSError:
+                time.sleep(0.2)
+        assert "train/" in runs
+        assert "multirun/" in runs
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_the_groups_and_options_are_those_of_conf() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (`[^|]*`) \|", README, re.MULTILINE)
+    listed = {group: set(re.findall(r"`([\w]+)`", options)) for group, options in rows}
+    there = {
+        folder.name: {path.stem for path in folder.glob("*.yaml")}
+        for folder in CONF.iterdir()
+        if folder.is_dir() and folder.name not in ("hydra", "local")
+    }
+    assert listed == there
+
+
+def test_the_error_shown_is_the_one_said(project: Path) -> None:
+    command, shown = re.findall(r"```\n\$ (python .*)\n(.*)\n```", README)[0]
+    assert _run(project, command).stderr.strip() == shown
