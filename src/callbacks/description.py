@@ -30,8 +30,9 @@ class Description(Callback):
                 writer.add_custom_scalars(CHARTS)
                 if isinstance(pl_module.example_input_array, torch.Tensor):
                     with warnings.catch_warnings():
-                        # TensorBoard's graph is made by torch.jit.trace, which torch has deprecated.
+                        # The graph is made by torch.jit.trace, which is deprecated and touches what is, too.
                         warnings.simplefilter("ignore", FutureWarning)
+                        warnings.simplefilter("ignore", DeprecationWarning)
                         writer.add_graph(pl_module, pl_module.example_input_array.to(pl_module.device))
 
 

@@ -41,12 +41,14 @@ class BatchLoader:
         self.epoch = 0
         self.position = 0  # batches handed out in this epoch
         self._resumed: dict[str, int] | None = None
-        self.sampler = self  # where Lightning looks for set_epoch
-        self.batch_sampler = None
+        if shuffle:
+            self.sampler = self  # where Lightning looks for set_epoch, and for a sign of shuffling
+            self.batch_sampler = None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the permutation of the next iteration."""
-        self.epoch = epoch
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -67,7 +69,7 @@ class BatchLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch and number of batches handed out in it."""
-        return {"epoch": self.epoch, "position": self.position}
+        return dict(self._resumed or {"epoch": self.epoch, "position": self.position})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration over the saved epoch continue behind the batches that it had handed out."""

@@ -109,7 +109,7 @@ class MNISTDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download the files where the source asks for it; Lightning calls this on one process of a machine."""
-        if self.source not in ("auto", "download"):
+        if self.splits or self.source not in ("auto", "download"):
             return
         try:
             self._files = read_files(self.folder, self.md5)  # kept for setup, so that they are read once

@@ -8,6 +8,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ def read_files(folder: Path, md5: Mapping[str, str | None]) -> tuple[Digits, Dig
                 f"{folder}: {names[0]} has {len(split.images)} images but {names[1]} {len(split.labels)} labels: "
                 "expected as many; fetch both again"
             )
-        if len(split.labels) == 0 or split.labels.max() >= NUM_CLASSES:
+        if split.labels.max() >= NUM_CLASSES:
             raise DataError(f"{folder / names[1]}: expected labels from 0 to {NUM_CLASSES - 1}; fetch the file again")
     return train, test
 
@@ -89,6 +90,8 @@ def _read_idx(path: Path, md5: Mapping[str, str | None]) -> Tensor:
     shape = [int(size) for size in np.frombuffer(content[4:header], ">u4")]
     if len(content) - header != np.prod(shape, dtype=object):
         raise DataError(f"{path} is damaged: its header says {shape}, it holds {len(content) - header} bytes; {remedy}")
+    if 0 in shape:
+        raise DataError(f"{path} holds nothing: its header says {shape}; {remedy}")
     if num_dims == 3 and shape[1:] != [28, 28]:
         raise DataError(f"{path} holds images of {shape[1]}x{shape[2]} pixels: expected 28x28; choose other files")
     # A bytearray, since tensors over read-only memory make torch warn.
@@ -137,7 +140,7 @@ def _fetch_all(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str | Non
                     url = f"{mirror.rstrip('/')}/{name}.gz"
                     download_url(url, aside, md5=md5.get(f"{name}.gz"))
                 read_files(Path(aside), md5)
-            except (OSError, RuntimeError, DataError) as error:  # URLError is an OSError; RuntimeError: checksum
+            except (OSError, RuntimeError, ValueError, HTTPException) as error:  # RuntimeError: a wrong checksum
                 reasons.append(f"{mirror}: {error}")
                 continue
             for name in IDX_FILES:

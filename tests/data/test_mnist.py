@@ -131,7 +131,6 @@ def test_auto_warns_once_and_takes_the_package(
     assert str(tmp_path / "MNIST" / "raw") in record.getMessage()
 
 
-@pytest.mark.xfail(strict=True, reason="prepare_data tries the mirrors and warns again")
 def test_auto_does_not_warn_again_when_the_test_follows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     datamodule = ready(tmp_path, source="auto")
     datamodule.prepare_data()  # Lightning does so for each of fit and test
@@ -267,6 +266,28 @@ def test_resumed_run_sees_the_batches_that_are_left(steps: int, mnist_root: Path
 
     assert len(whole.seen()) == 16
     assert resumed.seen() == whole.seen()[steps:]
+
+
+@no_gpu_needed
+def test_overfitting_repeats_the_same_batches(mnist_root: Path) -> None:
+    module = Recorder()
+    make_trainer(max_epochs=2, overfit_batches=2).fit(module, ready(mnist_root))
+
+    assert len(module.seen()) == 4
+    assert module.seen()[:2] == module.seen()[2:]
+
+
+def test_state_restored_continues_behind_the_batches_seen(mnist_root: Path) -> None:
+    datamodule, restored = ready(mnist_root), ready(mnist_root)
+    batches = iter(datamodule.train_dataloader())
+    next(batches)
+    restored.load_state_dict(datamodule.state_dict())
+
+    left = list(restored.train_dataloader())
+    assert len(left) == 7
+    for (images, labels), (true_images, true_labels) in zip(left, batches, strict=True):
+        assert torch.equal(images, true_images)
+        assert torch.equal(labels, true_labels)
 
 
 def test_state_says_what_the_images_were(mnist_root: Path) -> None:
