@@ -113,6 +113,7 @@ RULES: dict[str, dict[str, Rule]] = {
             "auto, a number of devices, or a list of their indices",
             lambda v: v >= 1 or v == -1 if _is_int(v) else isinstance(v, list | str) and len(v) > 0,
         ),
+        "precision": _one_of("32-true", "16-mixed", "bf16-mixed"),
         "max_epochs": _int(1),
         "check_val_every_n_epoch": _int(1),
         "log_every_n_steps": _int(1),
