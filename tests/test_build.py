@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.build import build_module, build_trainer, load_checkpoint, newest_checkpoint, restore
+from src.build import build_datamodule, build_module, build_trainer, load_checkpoint, newest_checkpoint, restore
 from src.config import CONF, CheckpointError, ConfigError, check
 from src.train import train
 from tests.compose import compose_cfg
@@ -25,6 +25,7 @@ def test_every_yaml_file_composes_and_builds(option: str, tmp_path: Path) -> Non
             check(cfg)
         cfg.trainer.accelerator = "cpu"
     check(cfg)
+    assert build_datamodule(cfg).batch_size == cfg.data.batch_size  # type: ignore[attr-defined]
     module = build_module(cfg)
     module.trainer = trainer = build_trainer(cfg)
     assert module.hparams["seed"] == 42

@@ -96,6 +96,17 @@ def _assert_tensorboard_serves(command: str, project: Path) -> None:
         server.wait()
 
 
+def test_a_machines_own_settings_go_before_the_defaults(project: Path) -> None:
+    local = project / "conf" / "local" / "default.yaml"
+    local.parent.mkdir()
+    local.write_text("# @package _global_\ndefaults:\n  - override /accelerator: cpu\ndata:\n  root: elsewhere\n")
+    shown = _run(project, "python -m src.train --cfg job --resolve --package data").stdout
+    accelerator = _run(project, "python -m src.train --cfg job --resolve --package trainer").stdout
+    local.unlink()
+    assert "root: elsewhere" in shown
+    assert "accelerator: cpu" in accelerator
+
+
 def test_the_groups_and_options_are_those_of_conf() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (`[^|]*`) \|", README, re.MULTILINE)
     listed = {group: set(re.findall(r"`([\w]+)`", options)) for group, options in rows}
