@@ -28,7 +28,7 @@ class ImageClassifier(pl.LightningModule):
         scheduler: Lightning's learning-rate scheduler configuration (``interval``, ``monitor`` and so on) with a
             ``scheduler`` that makes the scheduler of an optimizer. A ``total_steps`` that is None there is filled in
             with the run's number of optimizer steps. None or empty: the learning rate stays.
-        input_size: (C, H, W) of an image, for the graph in TensorBoard and the model summary.
+        input_size: (C, H, W) of an image, for the graph in TensorBoard and the shapes in the model summary.
     """
 
     train_sums: Tensor
@@ -39,14 +39,14 @@ class ImageClassifier(pl.LightningModule):
         num_classes: int = 10,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         scheduler: dict[str, Any] | None = None,
-        input_size: tuple[int, int, int] = (1, 32, 32),
+        input_size: tuple[int, int, int] | None = None,
     ) -> None:
         super().__init__()
         # The same numbers in another memory layout: about 1.4x faster on a CPU.
         self.net = net.to(memory_format=torch.channels_last)
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.example_input_array = torch.zeros(1, *input_size)
+        self.example_input_array = torch.zeros(1, *input_size) if input_size else None
         # Of the running epoch: sum of the images' losses, correct images, images.
         self.register_buffer("train_sums", torch.zeros(3), persistent=False)
         self.eval_loss = MeanMetric()

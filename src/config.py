@@ -154,7 +154,8 @@ def check(cfg: DictConfig) -> None:
     _check_node("", config)
     if config.get("ckpt_path"):
         check_checkpoint(config["ckpt_path"])
-    _check_accelerator(config.get("trainer", config).get("accelerator"))
+    device = config.get("trainer") or config.get("accelerator") or {}  # a test has no trainer of its own
+    _check_accelerator(device.get("accelerator"))
 
 
 def _require_target(key: str, node: Any) -> None:

@@ -56,6 +56,8 @@ def shown(path: str | Path) -> str:
 def print_table(title: str, rows: Mapping[str, Any]) -> None:
     """A table of two columns."""
     table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")  # a path is to be copied whole
     for name, value in rows.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     _console().print(table)

@@ -50,7 +50,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         rates = [rate for callback in callbacks if isinstance(callback, Speed) for rate in callback.rates]
         report.print_table(
-            "done",
+            "trained and tested" if cfg.test else "trained",
             {name: value for name, value in sorted(metrics.items()) if name.startswith(("val/", "test/"))}
             | {"data": report.describe_data(data)}
             | {"time": f"{seconds:.1f} s"}

@@ -85,6 +85,13 @@ def test_a_gpu_that_is_not_there_is_said(override: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_testing_on_a_gpu_that_is_not_there_is_said(tmp_path: Path) -> None:
+    result = run_command("test", "accelerator=gpu", PROJECT_ROOT=str(tmp_path), CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 1
+    assert "accelerator=gpu: torch finds no GPU" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(sys.platform == "darwin", reason="a Mac has MPS")
 def test_mps_off_a_mac_is_said(tmp_path: Path) -> None:
     result = run_command("train", "trainer=mps", PROJECT_ROOT=str(tmp_path))

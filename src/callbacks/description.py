@@ -1,5 +1,6 @@
 """What a run is, as text beside its curves."""
 
+import logging
 import warnings
 
 import pytorch_lightning as pl
@@ -7,6 +8,9 @@ import torch
 import yaml
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
+from torch.utils.tensorboard import SummaryWriter
+
+log = logging.getLogger(__name__)
 
 CHARTS = {
     "train and val": {
@@ -29,11 +33,17 @@ class Description(Callback):
                 writer.add_text("data", _as_code({key: data[key] for key in data if key != "loader"}))
                 writer.add_custom_scalars(CHARTS)
                 if isinstance(pl_module.example_input_array, torch.Tensor):
-                    with warnings.catch_warnings():
-                        # The graph is made by torch.jit.trace, which is deprecated and touches what is, too.
-                        warnings.simplefilter("ignore", FutureWarning)
-                        warnings.simplefilter("ignore", DeprecationWarning)
-                        writer.add_graph(pl_module, pl_module.example_input_array.to(pl_module.device))
+                    _add_graph(writer, pl_module, pl_module.example_input_array.to(pl_module.device))
+
+
+def _add_graph(writer: SummaryWriter, module: pl.LightningModule, images: torch.Tensor) -> None:
+    """Trace the net; one that torch.jit.trace cannot follow trains without its picture."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit.trace is deprecated, and touches what is, too
+            writer.add_graph(module, images)
+    except Exception as error:  # whatever the user's net raises
+        log.warning("no graph in TensorBoard: %s", str(error).strip().split("\n")[0])
 
 
 def _as_code(content: dict) -> str:

@@ -1,4 +1,4 @@
-"""The README's figures: ``python -m notebooks.figures [run folder]``."""
+"""The README's figures: ``python -m notebooks.draw [run folder]``."""
 
 import argparse
 import math
@@ -217,7 +217,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 def main() -> None:
     """Draw the architecture, and the curves of a run where one is given."""
-    parser = argparse.ArgumentParser(prog="python -m notebooks.figures", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m notebooks.draw", description=main.__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="a run's folder, with its TensorBoard event files")
     args = parser.parse_args()
     draw_architecture(FIGURES / "lenet5.svg")

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from notebooks.figures import draw_architecture
+from notebooks.draw import draw_architecture
 from src.config import ROOT
 
 
