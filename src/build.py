@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LearningRateMonitor
 
 from src.classifier import ImageClassifier
-from src.config import CheckpointError, ConfigError, check_checkpoint
+from src.config import CheckpointError, check_checkpoint
 
 
 def build_datamodule(cfg: DictConfig) -> pl.LightningDataModule:
@@ -107,18 +107,6 @@ def restore(path: str | Path) -> ImageClassifier:
             f"ckpt_path={path}: its weights do not fit its model: {' '.join(str(error).split())}"
         ) from error
     return module.eval()
-
-
-def newest_checkpoint(logs: Path) -> Path:
-    """The best checkpoint of the newest run below a folder.
-
-    Raises:
-        ConfigError: If there is none.
-    """
-    found = list(logs.glob("**/checkpoints/best.ckpt"))
-    if not found:
-        raise ConfigError(f"no checkpoints/best.ckpt below {logs}: train first (python -m src.train) or set ckpt_path")
-    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def restore_datamodule(path: str | Path, **overrides: Any) -> pl.LightningDataModule:

@@ -152,10 +152,12 @@ def check(cfg: DictConfig) -> None:
             if node is not None:
                 _require_target(f"{name}.{key}", node)
     _check_node("", config)
-    if config.get("ckpt_path"):
-        check_checkpoint(config["ckpt_path"])
     device = config.get("trainer") or config.get("accelerator") or {}  # a test has no trainer of its own
     _check_accelerator(device.get("accelerator"))
+    if config.get("ckpt_path"):
+        check_checkpoint(config["ckpt_path"])
+    elif "trainer" not in config:
+        newest_checkpoint(Path(config["root_dir"]) / "logs")
 
 
 def _require_target(key: str, node: Any) -> None:
@@ -191,6 +193,18 @@ def check_checkpoint(path: str | Path) -> None:
         raise CheckpointError(f"ckpt_path={path}: no such file; runs keep theirs in logs/train/<run>/checkpoints/")
     if not zipfile.is_zipfile(path):
         raise CheckpointError(f"ckpt_path={path}: not a checkpoint, or a truncated one; choose another file")
+
+
+def newest_checkpoint(logs: Path) -> Path:
+    """The best checkpoint of the newest run below a folder.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    found = list(logs.glob("**/checkpoints/best.ckpt"))
+    if not found:
+        raise ConfigError(f"no checkpoints/best.ckpt below {logs}: train first (python -m src.train) or set ckpt_path")
+    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def _check_accelerator(accelerator: str | None) -> None:

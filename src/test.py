@@ -7,6 +7,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from src.command import run, short_errors
+from src.config import newest_checkpoint
 
 
 def test(cfg: DictConfig) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def test(cfg: DictConfig) -> dict[str, Any]:
 
     from src import build, report
 
-    path = Path(cfg.ckpt_path or build.newest_checkpoint(Path(cfg.root_dir) / "logs"))
+    path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
     module = build.restore(path)
     datamodule = build.restore_datamodule(path, root=cfg.data.root, eval_batch_size=cfg.data.batch_size)
     trainer = pl.Trainer(

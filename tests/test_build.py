@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.build import build_datamodule, build_module, build_trainer, load_checkpoint, newest_checkpoint, restore
-from src.config import CONF, CheckpointError, ConfigError, check
+from src.build import build_datamodule, build_module, build_trainer, load_checkpoint, restore
+from src.config import CONF, CheckpointError, ConfigError, check, newest_checkpoint
 from src.train import train
 from tests.compose import compose_cfg
 

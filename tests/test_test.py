@@ -83,6 +83,7 @@ def test_a_missing_checkpoint_is_said(arguments: list[str], message: str, tmp_pa
     assert result.returncode == 1
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_truncated_checkpoint_is_said(root: Path, tmp_path: Path) -> None:
