@@ -109,10 +109,11 @@ RULES: dict[str, dict[str, Rule]] = {
     },
     "pytorch_lightning.Trainer": {
         "accelerator": _one_of("auto", "cpu", "gpu", "mps", "cuda", "tpu"),
-        "devices": Rule(
-            "auto, a number of devices, or a list of their indices",
-            lambda v: v >= 1 or v == -1 if _is_int(v) else isinstance(v, list | str) and len(v) > 0,
+        "devices": Rule(  # several processes would each train on, and count, all of the images
+            "1, or a list of one device's index: training on several devices is not supported",
+            lambda v: len(v) == 1 and _is_int(v[0]) if isinstance(v, list) else _is_int(v) and v == 1,
         ),
+        "num_nodes": _one_of(1),
         "precision": _one_of("32-true", "16-mixed", "bf16-mixed"),
         "max_epochs": _int(1),
         "check_val_every_n_epoch": _int(1),

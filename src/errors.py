@@ -27,8 +27,9 @@ def explain(error: BaseException, config_name: str = "") -> str:
     if type(error).__name__ == "InstantiationException":
         # "Error in call to target 'torch.optim.Adam':\nTypeError(...)\nfull_key: optimizer"
         key = re.search(r"full_key: (\S+)", str(error))
-        cause = error.__cause__ or error
-        return f"error: {key.group(1) if key else 'config'}: {_first_line(cause)}"
+        lines = str(error.__cause__ or error).strip().splitlines()
+        said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])  # the reason stands behind the colon
+        return f"error: {key.group(1) if key else 'config'}: {said}"
     if isinstance(error, OSError) and error.strerror:
         where = f" {error.filename}" if error.filename else ""
         return f"error:{where}: {error.strerror}; mend that or choose another folder with hydra.run.dir=<folder>"

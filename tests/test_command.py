@@ -25,6 +25,10 @@ REJECTED_BEFORE_TORCH = {
     "data.val_size=60000": "data.val_size=60000: expected a whole number from 1 to 59999",
     "data.source=web": "data.source=web: expected one of auto, files, download, package",
     "model.net.activation=sigmoid": "model.net.activation=sigmoid: expected one of tanh, relu",
+    "trainer.devices=2": "trainer.devices=2: expected 1, or a list of one device's index",
+    "trainer.devices=auto": "training on several devices is not supported",
+    "trainer.devices=[0,1]": "training on several devices is not supported",
+    "+trainer.num_nodes=2": "trainer.num_nodes=2: expected one of 1",
     "seed=-1": "seed=-1: expected a whole number from 0",
     "ckpt_path=nowhere.ckpt": "ckpt_path=nowhere.ckpt: no such file",
     f"ckpt_path={Path(__file__).as_posix()}": "not a checkpoint, or a truncated one",
@@ -120,6 +124,15 @@ def test_damaged_data_are_named(tmp_path: Path, mnist_root: Path) -> None:
     assert "train-images-idx3-ubyte.gz is damaged" in result.stderr
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.glob("logs/train/*/checkpoints"))
+
+
+def test_a_class_that_is_not_there_is_named(tmp_path: Path) -> None:
+    override = "optimizer._target_=torch.optim.Adamm"
+    result = run_command("train", override, "data=mnist5k", "trainer=cpu", PROJECT_ROOT=str(tmp_path))
+    assert result.returncode == 1
+    assert "optimizer: Error loading 'torch.optim.Adamm'" in result.stderr
+    assert "No module named 'torch.optim.Adamm'" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_no_network_is_said_where_a_download_was_asked_for(tmp_path: Path) -> None:

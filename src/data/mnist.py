@@ -114,15 +114,15 @@ class MNISTDataModule(pl.LightningDataModule):
         try:
             self._files = read_files(self.folder, self.md5)  # kept for setup, so that they are read once
             return
-        except DataError:
-            pass  # missing or damaged: fetch them
+        except DataError as error:
+            reason = str(error)  # missing or damaged: fetch them
         try:
             if download(self.folder, self.mirrors, self.md5, self.timeout):
                 self.used_source = "download"
         except DataError as error:
             if self.source == "download" or self.name != "MNIST":
                 raise
-            self._warn_of_package(error)
+            self._warn_of_package(f"{error}; {reason}")
 
     def setup(self, stage: str | None = None) -> None:
         """Read and split the data, once."""
@@ -162,7 +162,7 @@ class MNISTDataModule(pl.LightningDataModule):
         }
         self.used_source = "package"
 
-    def _warn_of_package(self, reason: DataError) -> None:
+    def _warn_of_package(self, reason: str) -> None:
         log.warning(
             "NOT ALL OF MNIST: this run uses the 5,000 digits of a Python package (4,000 / 500 / 500), so its accuracy "
             "compares with nothing published.\n"

@@ -131,6 +131,18 @@ def test_auto_warns_once_and_takes_the_package(
     assert str(tmp_path / "MNIST" / "raw") in record.getMessage()
 
 
+def test_auto_names_the_damaged_file_that_it_does_without(
+    tmp_path: Path, mnist_root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    shutil.copytree(mnist_root / "MNIST" / "raw", raw)
+    damaged = raw / "train-labels-idx1-ubyte.gz"
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+
+    assert ready(tmp_path, source="auto").used_source == "package"
+    assert f"{damaged} is damaged" in caplog.text
+
+
 def test_auto_does_not_warn_again_when_the_test_follows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     datamodule = ready(tmp_path, source="auto")
     datamodule.prepare_data()  # Lightning does so for each of fit and test
