@@ -40,7 +40,7 @@ lock: $(INSTALLED) ## renew requirements*.txt from the ranges in pyproject.toml
 
 clean: ## remove .venv and the caches; logs/ and data/ stay
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
-	find src tests conf -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src hydra_plugins tests conf -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # uv installs about five times faster than pip. Bytecode is compiled here because importing Lightning without it takes
 # 22 s instead of 4 wherever PYTHONDONTWRITEBYTECODE is set. The stamp comes last: an interrupted install is redone.

@@ -15,6 +15,10 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 Batch = tuple[Tensor, Tensor]
 
 
+class DivergenceError(ArithmeticError):
+    """The loss is no longer finite; the message says since when, and what to try."""
+
+
 class ImageClassifier(pl.LightningModule):
     """Trains a net by cross-entropy; logs ``loss`` and ``acc`` of ``train/``, ``val/`` and ``test/`` once an epoch.
 
@@ -69,7 +73,14 @@ class ImageClassifier(pl.LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Log the epoch's means behind its last batch, before validation and all callbacks' ends of the epoch."""
+        """Log the epoch's means behind its last batch, before validation and all callbacks' ends of the epoch.
+
+        Raises:
+            DivergenceError: If the loss of a batch was not finite; looked up as often as losses are logged, since it
+                makes a GPU wait.
+        """
+        if self.trainer.is_last_batch or (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._require_finite("training", self.train_sums[0])
         if self.trainer.is_last_batch:
             loss_sum, correct, count = self.train_sums.tolist()
             self.train_sums.zero_()
@@ -100,9 +111,19 @@ class ImageClassifier(pl.LightningModule):
     def _log_counts(self, split: str) -> None:
         self.confusion: Tensor = self.eval_confusion.compute()
         accuracy = self.confusion.trace() / self.confusion.sum()
-        self.log_dict({f"{split}/loss": self.eval_loss.compute(), f"{split}/acc": accuracy})
+        loss = self.eval_loss.compute()
+        self.log_dict({f"{split}/loss": loss, f"{split}/acc": accuracy})
         self.eval_loss.reset()
         self.eval_confusion.reset()
+        if split == "val":
+            self._require_finite("validation", loss)
+
+    def _require_finite(self, stage: str, loss: Tensor) -> None:
+        if not loss.isfinite():
+            raise DivergenceError(
+                f"the {stage} loss is {loss.item()} in epoch {self.current_epoch}, by step {self.global_step}: "
+                "try a lower optimizer.lr, or trainer.gradient_clip_val=1"
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, with its scheduler if there is one."""

@@ -2,7 +2,10 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,13 +18,18 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from src.config import ROOT, check
+from src.config import ROOT, ConfigError, check
 from src.errors import explain
 
 log = logging.getLogger(__name__)
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+SWEEP_PARENT = "SWEEP_PARENT"  # in the environment of a sweep's job: the process that has started it
 _asked_full_error = ""  # what the user has set it to
+
+
+class JobError(Exception):
+    """A sweep's job has failed; the message says why, without the traceback, which would keep the model in memory."""
 
 
 def run(main: Callable[[], Any], config_name: str) -> None:
@@ -37,6 +45,10 @@ def run(main: Callable[[], Any], config_name: str) -> None:
     os.environ.setdefault("PROJECT_ROOT", str(ROOT))
     _asked_full_error = os.environ.get(FULL_ERROR, "")
     os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would print over many lines
+    for signum in (signal.SIGINT, signal.SIGTERM):  # Lightning would end with 1 and with 0
+        signal.signal(signum, _exit)
+    if SWEEP_PARENT in os.environ:
+        threading.Thread(target=_end_with, args=(int(os.environ[SWEEP_PARENT]),), daemon=True).start()
     try:
         main()
     except Exception as error:
@@ -45,26 +57,51 @@ def run(main: Callable[[], Any], config_name: str) -> None:
         sys.exit(explain(error, config_name))
 
 
+def _exit(signum: int, frame: object) -> None:
+    sys.exit(128 + signum)
+
+
+def _end_with(parent: int) -> None:
+    """Kill this process and all that it has started when its parent is gone, killed itself perhaps."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
+
+
+def user_environment() -> dict[str, str]:
+    """The environment as the user has set it."""
+    return {**os.environ, FULL_ERROR: _asked_full_error}
+
+
+def in_sweep() -> bool:
+    """Whether this is a job of a sweep, in the sweep's process or in one of its own."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN or SWEEP_PARENT in os.environ
+
+
 @contextmanager
 def short_errors(cfg: DictConfig) -> Iterator[None]:
     """Within a job: log an error in short, its trace to the log file alone, and end with exit status 1.
 
-    In a sweep the error goes on to the launcher, so that the other jobs run; and each job is checked here, since
-    ``Preflight`` sees a single run's config only.
+    In a sweep the error is written to ``error.txt`` too. Each job is checked here, since ``Preflight`` checks
+    single runs only.
     """
-    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    message = ""
     try:
-        if in_sweep:
+        if in_sweep():
             check(cfg)
         yield
     except Exception as error:
-        if _asked_full_error == "1":
+        if _asked_full_error == "1" and not in_sweep():
             raise
         logging.raiseExceptions = False  # a log that cannot be written, on a full disk, shall not hide the error
-        log.debug("stack trace of the error that follows", exc_info=error)
-        log.error(explain(error))
-        if in_sweep:
-            raise
+        log.log(logging.ERROR if _asked_full_error == "1" else logging.DEBUG, "stack trace:", exc_info=error)
+        message = explain(error)
+        log.error(message)
+    if message and in_sweep():
+        (Path(cfg.output_dir) / "error.txt").write_text(f"{message}\n")
+    if message and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise JobError(message)
+    if message:
         sys.exit(1)
 
 
@@ -77,19 +114,27 @@ class Preflight(Callback):
         try:
             job = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             job.output_dir = config.hydra.run.dir
-            check(job)
+            if SWEEP_PARENT not in os.environ:
+                _refuse_sweep(config)
+                check(job)
             folder = Path(config.hydra.run.dir)
             if any(override.startswith("hydra.run.dir=") for override in config.hydra.overrides.hydra):
                 folder.mkdir(parents=True, exist_ok=True)  # named by the user, it may be there: another rank's, say
             else:
-                config.hydra.run.dir = str(_claim(folder))
+                config.hydra.run.dir = str(claim(folder))
         except Exception as error:  # Hydra turns an Exception in a callback into a warning
             if os.environ.get(FULL_ERROR) == "1":
                 traceback.print_exc()
             sys.exit(explain(error))
 
 
-def _claim(folder: Path) -> Path:
+def _refuse_sweep(config: DictConfig) -> None:
+    option = config.hydra.runtime.choices.get("sweep")
+    if option:
+        raise ConfigError(f"sweep={option}: a sweep needs -m: python -m src.train -m sweep={option}")
+
+
+def claim(folder: Path) -> Path:
     """Make a folder that no other run has, even one started in the same second: name, name_2, name_3..."""
     for number in range(1, 1000):
         candidate = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")

@@ -67,7 +67,13 @@ SEED = Rule("a whole number from 0 to 4294967295", lambda v: _is_int(v) and 0 <=
 
 # By the beginning of a node's `_target_`; "" is the top of the config. Keys that are not there are not checked.
 RULES: dict[str, dict[str, Rule]] = {
-    "": {"seed": SEED, "test": FLAG, "ckpt_path": _or_null(TEXT)},
+    "": {
+        "seed": SEED,
+        "monitor": TEXT,
+        "mode": _one_of("min", "max"),
+        "test": FLAG,
+        "ckpt_path": _or_null(TEXT),
+    },
     "src.data.mnist.": {
         "root": TEXT,
         "name": TEXT,

@@ -5,14 +5,13 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra-core", "tensorboard")
 
@@ -37,11 +36,20 @@ def _git_commit() -> str | None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
-    text = json.dumps(content, indent=2) + "\n"
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(text)
+        aside.write_bytes(content)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
@@ -60,10 +68,10 @@ def print_table(title: str, rows: Mapping[str, Any]) -> None:
     table.add_column(overflow="fold")  # a path is to be copied whole
     for name, value in rows.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    _console().print(table)
+    make_console().print(table)
 
 
-def print_confusion(confusion: Tensor) -> None:
+def print_confusion(confusion: Sequence[Sequence[int]]) -> None:
     """Accuracy per class and the confusion matrix, (num_classes, num_classes), a row a true class."""
     num_classes = len(confusion)
     table = Table(title="confusion matrix (row: true class, column: predicted)", title_justify="left")
@@ -71,19 +79,18 @@ def print_confusion(confusion: Tensor) -> None:
     for label in range(num_classes):
         table.add_column(str(label), justify="right")
     table.add_column("accuracy", justify="right")
-    for label, (row, accuracy) in enumerate(zip(confusion.tolist(), class_accuracies(confusion), strict=True)):
+    for label, (row, accuracy) in enumerate(zip(confusion, class_accuracies(confusion), strict=True)):
         cells = [f"[bold]{count}[/bold]" if column == label else str(count or "·") for column, count in enumerate(row)]
         table.add_row(str(label), *cells, "-" if accuracy is None else f"{accuracy:.4f}")
-    _console().print(table)
+    make_console().print(table)
 
 
-def class_accuracies(confusion: Tensor) -> list[float | None]:
+def class_accuracies(confusion: Sequence[Sequence[int]]) -> list[float | None]:
     """Share of each class's images that were taken for it; None for a class without images."""
-    totals = confusion.sum(dim=1).tolist()
-    return [hits / total if total else None for hits, total in zip(confusion.diag().tolist(), totals, strict=True)]
+    return [row[label] / sum(row) if sum(row) else None for label, row in enumerate(confusion)]
 
 
-def _console() -> Console:
+def make_console() -> Console:
     """Wide enough for paths where the output is no terminal, which has no width."""
     return Console(width=None if sys.stdout.isatty() else 120, soft_wrap=False)
 
@@ -97,4 +104,4 @@ def describe_data(data: Mapping[str, Any]) -> str:
 def print_next(commands: Mapping[str, str]) -> None:
     """The commands to try next, each with what it does."""
     for command, purpose in commands.items():
-        _console().print(f"  {command}  [dim]# {purpose}[/dim]", highlight=False)
+        make_console().print(f"  {command}  [dim]# {purpose}[/dim]", highlight=False)

@@ -1,5 +1,6 @@
 """Test a checkpoint: ``python -m src.test [ckpt_path=...]``."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,46 +11,61 @@ from src.command import run, short_errors
 from src.config import newest_checkpoint
 
 
-def test(cfg: DictConfig) -> dict[str, Any]:
+def test_checkpoint(path: Path, output_dir: Path, accelerator: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
     """Test a checkpoint on the test split of the data that it was trained on.
 
     Args:
-        cfg: The config of ``conf/test.yaml``, composed.
+        path: A checkpoint.
+        output_dir: Where ``metrics.json`` is to be written.
+        accelerator: The Trainer's ``accelerator``, ``devices`` and ``precision``.
+        overrides: Arguments of the data module that go before the run's; None keeps the run's.
 
     Returns:
-        What ``metrics.json`` in ``cfg.output_dir`` holds: ``metrics`` by name, ``class_accuracy`` (a list),
-        ``confusion`` (rows: true classes), ``data``, ``checkpoint`` and the environment.
+        What ``metrics.json`` holds: ``metrics`` by name, ``class_accuracy`` (a list), ``confusion`` (rows: true
+        classes), ``data``, ``checkpoint`` and the environment.
     """
     import pytorch_lightning as pl
 
     from src import build, report
 
-    path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
     module = build.restore(path)
-    datamodule = build.restore_datamodule(path, root=cfg.data.root, eval_batch_size=cfg.data.batch_size)
+    datamodule = build.restore_datamodule(path, **overrides)
     trainer = pl.Trainer(
-        **cfg.accelerator, logger=False, enable_checkpointing=False, enable_model_summary=False,
-        enable_progress_bar=False, default_root_dir=cfg.output_dir,
+        **accelerator, logger=False, enable_checkpointing=False, enable_model_summary=False,
+        enable_progress_bar=False, default_root_dir=output_dir,
     )  # fmt: skip
     (metrics,) = trainer.test(module, datamodule, verbose=False)
-    data = {key: value for key, value in datamodule.state_dict().items() if key != "loader"}
+    confusion = module.confusion.tolist()
     result = {
         "metrics": metrics,
-        "class_accuracy": report.class_accuracies(module.confusion),
-        "confusion": module.confusion.tolist(),
-        "data": data,
+        "class_accuracy": report.class_accuracies(confusion),
+        "confusion": confusion,
+        "data": {key: value for key, value in datamodule.state_dict().items() if key != "loader"},
         "checkpoint": str(path),
         **report.environment(),
     }
-    output_dir = Path(cfg.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
     report.write_json(output_dir / "metrics.json", result)
-    report.print_confusion(module.confusion)
+    return result
+
+
+def test(cfg: DictConfig) -> dict[str, Any]:
+    """Test a checkpoint as ``conf/test.yaml`` says, and show what came out.
+
+    Returns:
+        What ``test_checkpoint`` does.
+    """
+    from src import report
+
+    path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
+    output_dir = Path(cfg.output_dir)
+    result = test_checkpoint(path, output_dir, cfg.accelerator, root=cfg.data.root, eval_batch_size=cfg.data.batch_size)
+    OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
+    report.print_confusion(result["confusion"])
     report.print_table(
         "tested",
-        {"checkpoint": report.shown(path), "data": report.describe_data(data)}
-        | dict(metrics)
+        {"checkpoint": report.shown(path), "data": report.describe_data(result["data"])}
+        | result["metrics"]
         | {"written to": report.shown(output_dir / "metrics.json")},
     )
     return result

@@ -1,11 +1,12 @@
 """Train a model: ``python -m src.train [group=option] [key=value]``."""
 
+import json
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from src.command import run, short_errors
+from src.command import in_sweep, run, short_errors
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -17,6 +18,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     Returns:
         The last validation's metrics, and the test's where ``cfg.test``, by name.
     """
+    import statistics
     import time
 
     import pytorch_lightning as pl
@@ -36,6 +38,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
 
     trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
+    if not any(name.startswith("val/") for name in trainer.callback_metrics):  # continued from its very end
+        trainer.validate(module, datamodule, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name}
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if cfg.test:
@@ -43,27 +47,20 @@ def train(cfg: DictConfig) -> dict[str, float]:
         metrics |= tested
 
     data = {key: value for key, value in datamodule.state_dict().items() if key != "loader"}
-    seconds = time.perf_counter() - start
-    record = {"metrics": metrics, "data": data, "seed": cfg.seed, "seconds": seconds}
+    score = getattr(trainer.checkpoint_callback, "best_model_score", None)
     if trainer.is_global_zero:
-        report.write_json(output_dir / "metrics.json", record | report.environment())
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         rates = [rate for callback in callbacks if isinstance(callback, Speed) for rate in callback.rates]
-        report.print_table(
-            "trained and tested" if cfg.test else "trained",
-            {name: value for name, value in sorted(metrics.items()) if name.startswith(("val/", "test/"))}
-            | {"data": report.describe_data(data)}
-            | {"time": f"{seconds:.1f} s"}
-            | ({"images/s": f"{sorted(rates)[len(rates) // 2]:.0f} (median epoch)"} if rates else {})
-            | {"best": report.shown(best) if best else "no checkpoint was asked for"},
-        )
-        report.print_next(
-            {
-                "python -m src.test": "accuracy per digit, confusion matrix",
-                "tensorboard --logdir logs": "the curves of all runs",
-                "python -m src.train -m optimizer.lr=0.001,0.003,0.01": "try three learning rates",
-            }
-        )
+        record = {
+            "metrics": metrics,
+            "best": {"score": metrics.get(cfg.monitor) if score is None else float(score), "checkpoint": best or None},
+            "pruned": any(getattr(callback, "pruned", False) for callback in callbacks),
+            "data": data,
+            "seed": cfg.seed,
+            "seconds": time.perf_counter() - start,
+            "images_per_second": statistics.median(rates) if rates else None,
+        }
+        report.write_json(output_dir / "metrics.json", record | report.environment())
     return metrics
 
 
@@ -72,6 +69,29 @@ def main(cfg: DictConfig) -> None:
     """Train as the command line says."""
     with short_errors(cfg):
         train(cfg)
+        if not in_sweep():
+            _show(cfg)
+
+
+def _show(cfg: DictConfig) -> None:
+    from src import report
+
+    record = json.loads((Path(cfg.output_dir) / "metrics.json").read_text())
+    rate, best = record["images_per_second"], record["best"]["checkpoint"]
+    report.print_table(
+        "trained and tested" if cfg.test else "trained",
+        {name: value for name, value in sorted(record["metrics"].items()) if name.startswith(("val/", "test/"))}
+        | {"data": report.describe_data(record["data"]), "time": f"{record['seconds']:.1f} s"}
+        | ({"images/s": f"{rate:.0f} (median epoch)"} if rate else {})
+        | {"best": report.shown(best) if best else "no checkpoint was asked for"},
+    )
+    report.print_next(
+        {
+            "python -m src.test": "accuracy per digit, confusion matrix",
+            "tensorboard --logdir logs": "the curves of all runs",
+            "python -m src.train -m optimizer.lr=0.001,0.003,0.01": "try three learning rates",
+        }
+    )
 
 
 if __name__ == "__main__":

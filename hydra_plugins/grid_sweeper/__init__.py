@@ -1,0 +1,51 @@
+"""``python -m src.train -m key=a,b,c``: all combinations, in a folder that a second start completes."""
+
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+
+class GridSweeper(BasicSweeper):
+    """Hydra's basic sweeper with readable job names, a leaderboard, and jobs that a second start need not repeat.
+
+    Args:
+        params: Swept keys and their values, which the command line's go before.
+        max_batch_size: How many jobs the launcher is given at once; None: all.
+    """
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run the jobs that have not finished, and test the winner.
+
+        Raises:
+            SweepError: If jobs have failed, or the sweep cannot go on.
+        """
+        from src.sweeps.folder import job_name
+        from src.sweeps.sweep import running
+
+        assert self.config is not None
+        assert self.launcher is not None
+        assert self.hydra_context is not None
+        parser = OverridesParser.create(self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        last = {override.get_key_element(): override for override in overrides}
+        space = {
+            key: str(override.input_line).partition("=")[2]
+            for key, override in last.items()
+            if override.is_sweep_override()
+        }
+        jobs = {}
+        values = {}
+        for job in self.split_arguments(overrides, None)[0]:
+            swept = [override for override in job if override.split("=")[0] in space]
+            name = job_name(swept)
+            jobs[name] = job
+            values[name] = {o.key_or_group: o.value() for o in parser.parse_overrides(swept)}
+        self.validate_batch_is_legal(list(jobs.values()))
+
+        with running(self.config, space) as folder:
+            folder.add(values)
+            todo = [[*job, *added] for name, job in jobs.items() if (added := folder.prepare(name)) is not None]
+            size = self.max_batch_size or max(len(todo), 1)
+            for start in range(0, len(todo), size):
+                self.launcher.launch(todo[start : start + size], initial_job_idx=start)

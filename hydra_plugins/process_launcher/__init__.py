@@ -1,0 +1,173 @@
+"""``hydra/launcher=process hydra.launcher.n_jobs=4``: each job of a sweep a process of its own, several at a time."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence, Sized
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+
+GRACE = 5.0  # seconds between SIGTERM and SIGKILL
+# What a job's process does not get of the sweep's overrides of Hydra.
+OWN = ("hydra.mode", "hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper")
+
+
+class ProcessLauncher(Launcher):
+    """Runs each job as a fresh ``python -m src.train`` in one of several slots.
+
+    A job is alone in its process: what it breaks ends with it. A slot has its share of the CPU cores and, where there
+    are GPUs, one of them. What a job prints goes to ``console.log`` in its folder.
+
+    Args:
+        n_jobs: Number of slots.
+    """
+
+    def __init__(self, n_jobs: int) -> None:
+        from src.config import ConfigError
+
+        if not isinstance(n_jobs, int) or n_jobs < 1:
+            raise ConfigError(f"hydra.launcher.n_jobs={n_jobs}: expected a whole number of 1 or more")
+        self.n_jobs = n_jobs
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        """Keep what ``launch`` needs."""
+        self.hydra_context = hydra_context
+        self.config = config
+
+    def launch(self, job_overrides: Iterable[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        """Run jobs; the next one is taken from ``job_overrides`` when a slot is free.
+
+        Args:
+            job_overrides: The overrides of each job.
+            initial_job_idx: The first one's number.
+
+        Returns:
+            Completed or failed, in the order of their ends.
+        """
+        num_slots = min(self.n_jobs, len(job_overrides)) if isinstance(job_overrides, Sized) else self.n_jobs
+        free = [_environment(slot, num_slots, gpus) for gpus in [_visible_gpus()] for slot in range(num_slots)]
+        waiting = enumerate(job_overrides, initial_job_idx)
+        running: list[_Process] = []
+        returns: list[JobReturn] = []
+        try:
+            while True:
+                while free and (job := next(waiting, None)):
+                    running.append(self._start(*job, env=free.pop(0)))
+                if not running:
+                    return returns
+                time.sleep(0.05)
+                for process in [process for process in running if process.has_ended()]:
+                    running.remove(process)
+                    free.append(process.env)
+                    returns.append(self._end(process))
+        finally:
+            _stop(running)
+
+    def _start(self, number: int, overrides: Sequence[str], env: dict[str, str]) -> "_Process":
+        from src.sweeps.folder import quoted
+
+        job = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        folder = Path(job.hydra.sweep.dir) / job.hydra.sweep.subdir
+        command = [
+            *_command(), "--config-name", job.hydra.job.config_name, *job.hydra.overrides.task,
+            *[override for override in job.hydra.overrides.hydra if not override.startswith(OWN)],
+            "hydra.mode=RUN", f"hydra.run.dir={quoted(folder)}", f"hydra.job.num={number}",
+        ]  # fmt: skip
+        return _Process(command, folder, env)
+
+    def _end(self, process: "_Process") -> JobReturn:
+        """Note a failure that the process could not note itself, and tell Hydra's callbacks."""
+        status = JobStatus.COMPLETED
+        error = process.folder / "error.txt"
+        if process.returncode:
+            status = JobStatus.FAILED
+            if not error.exists():
+                error.write_text(f"error: {process.last_words()}\n")
+        job_return = JobReturn(overrides=process.command, status=status)
+        if status == JobStatus.FAILED:
+            job_return.return_value = RuntimeError(error.read_text().strip())
+        self.hydra_context.callbacks.on_job_end(config=self.config, job_return=job_return)
+        return job_return
+
+
+class _Process:
+    """A job's process, the head of a group and session of its own: signals to the sweep's terminal do not reach it."""
+
+    def __init__(self, command: list[str], folder: Path, env: dict[str, str]) -> None:
+        self.command = command
+        self.folder = folder
+        self.env = env
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "console.log").open("ab") as console:
+            self._popen = subprocess.Popen(
+                command, env=env, stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True
+            )
+
+    @property
+    def returncode(self) -> int | None:
+        return self._popen.returncode
+
+    def has_ended(self) -> bool:
+        """Whether the process has ended; what it started and left behind is then killed."""
+        if self._popen.poll() is None:
+            return False
+        self.signal(signal.SIGKILL)
+        return True
+
+    def signal(self, signum: int) -> None:
+        """Send a signal to the process and all that it has started."""
+        with suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a group that has ended
+            os.killpg(self._popen.pid, signum)
+
+    def last_words(self) -> str:
+        """Why it ended, as far as can be told from outside."""
+        if self._popen.returncode < 0:
+            name = signal.Signals(-self._popen.returncode).name
+            return f"killed by {name}" + ("; out of memory?" if name == "SIGKILL" else "")
+        lines = (self.folder / "console.log").read_text(errors="replace").strip().splitlines() or ["no output"]
+        return f"exit status {self._popen.returncode}: {lines[-1].removeprefix('error: ')}"
+
+
+def _stop(processes: Sequence[_Process]) -> None:
+    """End processes with all that they have started: SIGTERM, and SIGKILL after a while."""
+    for process in processes:
+        process.signal(signal.SIGTERM)
+    deadline = time.monotonic() + GRACE
+    while time.monotonic() < deadline and not all(process.has_ended() for process in processes):
+        time.sleep(0.05)
+    for process in processes:
+        process.signal(signal.SIGKILL)
+
+
+def _command() -> list[str]:
+    """How this process was started: ``python -m src.train``, say."""
+    spec = sys.modules["__main__"].__spec__
+    return [sys.executable, *(["-m", spec.name] if spec else [sys.argv[0]])]
+
+
+def _environment(slot: int, num_slots: int, gpus: Sequence[str]) -> dict[str, str]:
+    """A slot's environment: its threads, unless the user has set them, and its GPU."""
+    from src.command import SWEEP_PARENT, user_environment
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = str(max(1, cores // num_slots))
+    env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **user_environment(), SWEEP_PARENT: str(os.getpid())}
+    if gpus:
+        env["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    return env
+
+
+def _visible_gpus() -> list[str]:
+    """The GPUs that this process may use, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        visible = ",".join(subprocess.run(query, capture_output=True, text=True, check=False).stdout.split())
+    return [gpu.strip() for gpu in (visible or "").split(",") if gpu.strip()]

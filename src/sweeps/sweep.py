@@ -1,0 +1,60 @@
+"""What every sweep does before its jobs and after them, however the jobs are chosen and launched."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from src import report
+from src.command import claim
+from src.sweeps.folder import SweepError, SweepFolder, quoted
+from src.sweeps.leaderboard import Leaderboard, renew, show
+
+
+@contextmanager
+def running(config: DictConfig, space: Mapping[str, str]) -> Iterator[SweepFolder]:
+    """A sweep's folder to run jobs in; behind them, the winner is tested and the leaderboard shown.
+
+    Args:
+        config: The sweep's config with Hydra's node, of which jobs are to be composed.
+        space: What each swept key runs over, as it was written.
+
+    Raises:
+        SweepError: If the sweep cannot start, or jobs have failed.
+    """
+    shared = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    path = Path(config.hydra.sweep.dir).resolve()
+    if not any(override.startswith("hydra.sweep.dir=") for override in config.hydra.overrides.hydra):
+        path = claim(path)
+    config.hydra.sweep.dir = str(path)
+    config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(path)}")  # the jobs' configs are composed anew
+    folder = SweepFolder(path)
+    with folder.opened(shared, space):
+        yield folder
+        board = renew(folder)
+        if config.test and board.winner:
+            _test(folder, board, shared)
+            board = renew(folder)
+    show(board, f"sweep {report.shown(path)}")
+    _raise_failures(folder)
+
+
+def _test(folder: SweepFolder, board: Leaderboard, config: DictConfig) -> None:
+    """Test the winner: all its seeds, each once."""
+    from src.test import test_checkpoint
+
+    assert board.winner
+    for job in board.winner.jobs:
+        output_dir = folder.path / job.name / "test"
+        if job.status == "finished" and job.checkpoint and not (output_dir / "metrics.json").is_file():
+            test_checkpoint(Path(job.checkpoint), output_dir, config.accelerator)
+
+
+def _raise_failures(folder: SweepFolder) -> None:
+    jobs = folder.jobs()
+    failed = [job for job in jobs if job.status not in ("finished", "pruned")]
+    if failed:
+        errors = [f"  {job.name}: {(job.error or job.status).splitlines()[0]}" for job in failed]
+        again = f"the same command with hydra.sweep.dir={report.shown(folder.path)} runs them again"
+        raise SweepError("\n".join([f"{len(failed)} of {len(jobs)} jobs failed; {again}", *errors]))
