@@ -20,6 +20,10 @@ class CheckpointError(Exception):
     """A file that is no checkpoint of this template, or a damaged one; the message names it."""
 
 
+class SweepError(Exception):
+    """A sweep that cannot start, or whose jobs have failed; the message says which and why, a line a job."""
+
+
 class Rule(NamedTuple):
     """What a value must be, in words and as a test."""
 

@@ -12,7 +12,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config import CONF
+from src.config import CONF, SweepError
 
 
 def explain(error: BaseException, config_name: str = "") -> str:
@@ -33,6 +33,8 @@ def explain(error: BaseException, config_name: str = "") -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f" {error.filename}" if error.filename else ""
         return f"error:{where}: {error.strerror}; mend that or choose another folder with hydra.run.dir=<folder>"
+    if isinstance(error, SweepError):
+        return f"error: {error}"
     if isinstance(error, HydraException | OSError) or type(error).__module__.startswith("src."):
         return f"error: {' '.join(str(error).split())}"
     frame = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None

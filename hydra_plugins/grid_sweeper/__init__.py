@@ -1,5 +1,6 @@
 """``python -m src.train -m key=a,b,c``: all combinations, in a folder that a second start completes."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -41,7 +42,7 @@ class GridSweeper(BasicSweeper):
             name = job_name(swept)
             jobs[name] = job
             values[name] = {o.key_or_group: o.value() for o in parser.parse_overrides(swept)}
-        self.validate_batch_is_legal(list(jobs.values()))
+        self.validate_batch_is_legal(self._samples(list(jobs.values()), space))
 
         with running(self.config, space) as folder:
             folder.add(values)
@@ -49,3 +50,15 @@ class GridSweeper(BasicSweeper):
             size = self.max_batch_size or max(len(todo), 1)
             for start in range(0, len(todo), size):
                 self.launcher.launch(todo[start : start + size], initial_job_idx=start)
+
+    def _samples(self, jobs: list[list[str]], keys: Iterable[str]) -> list[list[str]]:
+        """Jobs that together have every option of every swept group: if these compose, all do, and soon."""
+        assert self.hydra_context is not None
+        loader = self.hydra_context.config_loader
+        groups = tuple(f"{key}=" for key in keys if loader.get_group_options(key.lstrip("+~").split("@")[0]))
+        samples = []
+        for job in jobs:
+            changed = [override for override, first in zip(job, jobs[0], strict=True) if override != first]
+            if len(changed) <= 1 and all(override.startswith(groups) for override in changed):
+                samples.append(job)
+        return samples

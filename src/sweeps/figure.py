@@ -27,7 +27,11 @@ def draw(board: "Leaderboard") -> bytes:
 
     keys = [key for key in board.keys if key != "seed"] or board.keys or ["job"]
     panels = keys[:MAX_PANELS]
-    figure = Figure(figsize=(1 + 4.2 * len(panels), 3.6), layout="constrained")
+    width, height = 1 + 4.2 * len(panels), 3.6
+    figure = Figure(figsize=(width, height))
+    figure.subplots_adjust(
+        left=0.8 / width, right=1 - 0.2 / width, bottom=0.6 / height, top=1 - 0.2 / height, wspace=0.1
+    )
     for axes, key in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
         _draw_panel(axes, board, key, connected=len(keys) == 1)
     figure.axes[0].set_ylabel(f"best {board.monitor}")
@@ -50,6 +54,8 @@ def _draw_panel(axes: "Axes", board: "Leaderboard", key: str, connected: bool) -
             axes.legend(loc="best")
     if labels:
         axes.set_xticks(range(len(labels)), labels, rotation=20 if max(map(len, labels)) > 8 else 0)
+    if len(set(x)) == 1:
+        axes.set_xlim(*((x[0] / 2, x[0] * 2) if axes.get_xscale() == "log" else (x[0] - 1, x[0] + 1)))
     axes.set_xlabel(key)
     axes.grid(alpha=0.3)
 

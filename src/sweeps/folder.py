@@ -13,13 +13,10 @@ from filelock import FileLock, Timeout
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
+from src.config import SweepError
 from src.report import write_json
 
 NAME_LENGTH = 120  # file systems end at 255 bytes, TensorBoard's list of runs much earlier
-
-
-class SweepError(Exception):
-    """A sweep that cannot start or has failed jobs; the message says which and why."""
 
 
 class Job(NamedTuple):
@@ -113,7 +110,7 @@ class SweepFolder:
                 record["best"]["score"], metrics, record["best"]["checkpoint"], record["seconds"],
             )  # fmt: skip
         if (folder / "error.txt").is_file():
-            return Job(name, values, "failed", error=(folder / "error.txt").read_text().strip())
+            return Job(name, values, "failed", error=(folder / "error.txt").read_text().strip().removeprefix("error: "))
         return Job(name, values, "started" if folder.is_dir() else "waiting")
 
     def prepare(self, name: str) -> list[str] | None:

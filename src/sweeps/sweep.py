@@ -8,7 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from src import report
 from src.command import claim
-from src.sweeps.folder import SweepError, SweepFolder, quoted
+from src.config import SweepError
+from src.sweeps.folder import SweepFolder, quoted
 from src.sweeps.leaderboard import Leaderboard, renew, show
 
 
