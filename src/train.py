@@ -68,6 +68,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
 def main(cfg: DictConfig) -> None:
     """Train as the command line says."""
     with short_errors(cfg):
+        if in_sweep() and OmegaConf.select(cfg, "callbacks.summary"):
+            cfg.callbacks.summary = None  # the same for each job
         train(cfg)
         if not in_sweep():
             _show(cfg)

@@ -46,8 +46,8 @@ def _draw_panel(axes: "Axes", board: "Leaderboard", key: str, connected: bool) -
     order = sorted(range(len(x)), key=lambda index: x[index])
     if connected:
         axes.plot([x[i] for i in order], [points[i][1] for i in order], color="tab:blue", alpha=0.4)
-    stds = [0.0 if math.isnan(std) else std for _, _, std, _ in points]
-    axes.errorbar(x, [mean for _, mean, _, _ in points], stds, fmt="o", color="tab:blue", capsize=4)
+    means, stds = [mean for _, mean, _, _ in points], [std for _, _, std, _ in points]
+    axes.errorbar(x, means, stds, fmt="o", color="tab:blue", capsize=4)
     for position, (_, mean, _, is_winner) in zip(x, points, strict=True):
         if is_winner:
             axes.plot([position], [mean], "*", color="tab:orange", markersize=16, label="best")

@@ -58,7 +58,7 @@ class Leaderboard:
         self.keys = list(dict.fromkeys(key for job in jobs for key in job.values))
         groups: dict[str, list[Job]] = {}
         for job in jobs:
-            groups.setdefault(repr(_without_seed(job.values)), []).append(job)
+            groups.setdefault(repr(_without_seed(job.values)) if SEED in self.keys else job.name, []).append(job)
         sign = -1 if mode == "max" else 1
         # A setting of which a seed failed ranks below those that are complete: one lucky run shall not win.
         self.settings = sorted(
@@ -151,7 +151,12 @@ class KeepLeaderboard(Callback):
         """Renew it."""
         folder = SweepFolder(config.hydra.sweep.dir)
         if config.hydra.mode == RunMode.MULTIRUN and (folder.path / "sweep.json").is_file():
-            renew(folder)
+            board = renew(folder)
+            ended = [job.status for job in board.jobs if job.status not in ("waiting", "started")]
+            best = (
+                f"; best: {board.best_job.name}, {board.monitor} {board.best_job.score:.4f}" if board.best_job else ""
+            )
+            print(f"{len(ended)} of {len(board.jobs)} jobs: {_count(ended)}{best}", flush=True)
 
 
 def renew(folder: SweepFolder) -> Leaderboard:

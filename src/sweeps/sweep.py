@@ -57,5 +57,5 @@ def _raise_failures(folder: SweepFolder) -> None:
     failed = [job for job in jobs if job.status not in ("finished", "pruned")]
     if failed:
         errors = [f"  {job.name}: {(job.error or job.status).splitlines()[0]}" for job in failed]
-        again = f"the same command with hydra.sweep.dir={report.shown(folder.path)} runs them again"
+        again = f"the same command with hydra.sweep.dir={report.shown(folder.path)} goes on"
         raise SweepError("\n".join([f"{len(failed)} of {len(jobs)} jobs failed; {again}", *errors]))

@@ -1,0 +1,95 @@
+"""``python -m src.train -m sweep=optuna``: a search by Optuna, with pruning, that a second start continues."""
+
+import re
+from itertools import islice
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class OptunaSweeper(Sweeper):
+    """Asks a study for trials and tells it what came of their jobs.
+
+    The search space is written in Hydra's syntax: ``interval(a, b)``, ``tag(log, interval(a, b))``,
+    ``int(interval(a, b))``, ``range(a, b, step)``, ``choice(a, b)``.
+
+    Args:
+        n_jobs: Number of trials that a launcher other than ``process`` is given at once.
+        n_trials: Number of finished trials, pruned ones among them, to come to; those of an earlier start count.
+        study_name: The study's name in its storage; None: the name of the sweep's folder.
+        storage: None: a journal file in the sweep's folder. Or a database's URL, for several sweeps to share.
+        sampler: Config of an Optuna sampler.
+        pruner: Config of an Optuna pruner; None: no pruning.
+        params: The search space, which the command line's goes before.
+    """
+
+    def __init__(
+        self,
+        n_trials: int,
+        n_jobs: int,
+        study_name: str | None,
+        storage: str | None,
+        sampler: Any,
+        pruner: Any,
+        params: Any,
+    ) -> None:
+        from src.config import ConfigError
+
+        for key, value in {"n_trials": n_trials, "n_jobs": n_jobs}.items():
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"hydra.sweeper.{key}={value}: expected a whole number of 1 or more")
+        self.n_trials = n_trials
+        self.n_jobs = n_jobs
+        self.study = {"name": study_name, "storage": storage, "sampler": sampler, "pruner": pruner}
+        self.params = params or {}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Make the launcher of ``hydra/launcher``.
+
+        Raises:
+            ConfigError: If a password stands in the config or on the command line.
+        """
+        from src.config import ConfigError
+
+        written = config.hydra.sweeper._get_node("storage")._value()
+        if re.search(r"://[^/@]*:[^/@$]+@", written or ""):
+            raise ConfigError(
+                "hydra.sweeper.storage: a password in the open; put the URL into the environment, as STUDY_URL say, "
+                "and set hydra.sweeper.storage='${oc.env:STUDY_URL}'"
+            )
+        self.hydra_context: HydraContext = hydra_context
+        self.config: DictConfig = config
+        self.launcher: Any = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run trials until enough have finished, and test the best.
+
+        Raises:
+            SweepError: If trials have failed, or the sweep cannot go on.
+        """
+        from src.sweeps.study import Search, make_space, open_study
+        from src.sweeps.sweep import running
+
+        parser = OverridesParser.create(self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*(f"{key}={value}" for key, value in self.params.items()), *arguments])
+        by_key = {override.get_key_element(): override for override in overrides}
+        swept = {key: override for key, override in by_key.items() if override.is_sweep_override()}
+        space = make_space(swept)
+        fixed = [str(override.input_line) for key, override in by_key.items() if key not in swept]
+        written = {key: str(override.input_line).partition("=")[2] for key, override in swept.items()}
+        with running(self.config, written) as folder:
+            study = open_study(folder.path, mode=self.config.mode, **self.study)
+            search = Search(study, folder, space, fixed, self.n_trials)
+            number = 0
+            while search.wants_more():
+                jobs: Any = search.jobs()
+                if not hasattr(self.launcher, "n_jobs"):  # it takes a list, not one job after the other
+                    jobs = list(islice(jobs, self.n_jobs))
+                number += len(self.launcher.launch(jobs, initial_job_idx=number))
+                search.tell()
