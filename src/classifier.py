@@ -35,8 +35,6 @@ class ImageClassifier(pl.LightningModule):
         input_size: (C, H, W) of an image, for the graph in TensorBoard and the shapes in the model summary.
     """
 
-    train_sums: Tensor
-
     def __init__(
         self,
         net: nn.Module,
@@ -51,8 +49,9 @@ class ImageClassifier(pl.LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.example_input_array = torch.zeros(1, *input_size) if input_size else None
-        # Of the running epoch: sum of the images' losses, correct images, images.
-        self.register_buffer("train_sums", torch.zeros(3), persistent=False)
+        # Of the running epoch: sum of the images' losses, correct images, images. No buffer: DDP would spread those of
+        # its first process to all before each step.
+        self.train_sums = torch.zeros(3)
         self.eval_loss = MeanMetric()
         # (num_classes, num_classes): images of class i that were taken for class j. Accuracy is read off it.
         self.eval_confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
@@ -61,6 +60,10 @@ class ImageClassifier(pl.LightningModule):
         """Logits (B, num_classes) of images (B, C, H, W)."""
         logits: Tensor = self.net(images)
         return logits
+
+    def on_train_start(self) -> None:
+        """Count on the device."""
+        self.train_sums = torch.zeros(3, device=self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean cross-entropy of the batch."""
@@ -82,7 +85,7 @@ class ImageClassifier(pl.LightningModule):
         if self.trainer.is_last_batch or (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._require_finite("training", self.train_sums[0])
         if self.trainer.is_last_batch:
-            loss_sum, correct, count = self.train_sums.tolist()
+            loss_sum, correct, count = self.trainer.strategy.reduce(self.train_sums, reduce_op="sum").tolist()
             self.train_sums.zero_()
             self.log_dict({"train/loss": loss_sum / count, "train/acc": correct / count}, on_step=False, on_epoch=True)
 

@@ -27,7 +27,7 @@ class Speed(Callback):
         if trainer.is_last_batch:
             if pl_module.device.type == "cuda":
                 torch.cuda.synchronize()  # once an epoch: the GPU works behind the CPU's back
-            self.rates.append(self._images / (time.perf_counter() - self._start))
+            self.rates.append(trainer.world_size * self._images / (time.perf_counter() - self._start))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the rate."""

@@ -15,22 +15,38 @@ class BatchLoader:
     ``set_epoch``, which it looks for at ``.sampler``. Epoch and position within it are the loader's state, so that a
     run resumed in mid-epoch sees exactly the batches that it has not seen yet.
 
+    Of several processes, each takes its share of every batch: together they see each image once an epoch, in the
+    batches that one process would see.
+
     Args:
         images: Images of any dtype, (N, ...).
         labels: Class of each image, (N,).
-        batch_size: Images a batch, 1 or more; the last batch of an epoch may be smaller.
+        batch_size: Images a batch over all processes, 1 or more; the last batch of an epoch may differ.
         shuffle: Whether to permute the images anew in every epoch.
         seed: Seed of the permutations, 0 or more.
+        rank: Which of the processes this is, from 0.
+        world_size: Number of processes.
 
     Raises:
-        ValueError: If ``batch_size`` is below 1, or images and labels differ in number.
+        ValueError: If ``batch_size`` is below ``world_size``, there are fewer images than processes, or images and
+            labels differ in number.
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, batch_size: int, *, shuffle: bool = False, seed: int = 0
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: expected 1 or more")
+        if batch_size < world_size:
+            raise ValueError(f"batch_size={batch_size}: expected {world_size} or more, one image a process")
+        if len(images) < world_size:
+            raise ValueError(f"{len(images)} images: expected {world_size} or more, one a process")
         if len(images) != len(labels):
             raise ValueError(f"{len(images)} images but {len(labels)} labels: expected one label an image")
         self.images = images
@@ -38,6 +54,8 @@ class BatchLoader:
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
         self.epoch = 0
         self.position = 0  # batches handed out in this epoch
         self._resumed: dict[str, int] | None = None
@@ -51,8 +69,9 @@ class BatchLoader:
             self.epoch, self.position = epoch, 0
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
-        return -(-len(self.images) // self.batch_size)
+        """Batches in an epoch, the same for each process; what would leave one without an image joins the last."""
+        whole, left = divmod(len(self.images), self.batch_size)
+        return whole + (left >= self.world_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images (B, ...), labels (B,)), from the start unless this very epoch is being resumed."""
@@ -62,8 +81,10 @@ class BatchLoader:
         if self.shuffle:  # here, not in set_epoch: Lightning sets the epoch after it asked for the iterator
             order = torch.randperm(len(self.images), generator=_generator(self.seed, self.epoch))
         for index in range(first, len(self)):
-            start, stop = index * self.batch_size, (index + 1) * self.batch_size
-            chosen = slice(start, stop) if order is None else order[start:stop]
+            start = index * self.batch_size
+            size = (len(self.images) if index + 1 == len(self) else start + self.batch_size) - start
+            mine = slice(*(start + size * rank // self.world_size for rank in (self.rank, self.rank + 1)))
+            chosen = mine if order is None else order[mine]
             self.position = index + 1
             yield self.images[chosen], self.labels[chosen]
 

@@ -52,8 +52,8 @@ class MNISTDataModule(pl.LightningDataModule):
         mirrors: Base URLs to download from, tried in turn.
         md5: Expected MD5 checksum by file name.
         timeout: Seconds that a mirror may be silent.
-        batch_size: Images a training batch, 1 or more.
-        eval_batch_size: Images a validation or test batch, 1 or more; of influence on speed and memory alone.
+        batch_size: Images a training batch, 1 or more, over all processes, among which it is divided.
+        eval_batch_size: The same of validation and test; of influence on speed and memory alone.
         val_size: Images cut off the training files for validation, 1 or more.
         split_seed: Seed of the split, 0 or more.
         seed: Seed of the batches' order, 0 or more.
@@ -172,9 +172,19 @@ class MNISTDataModule(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> BatchLoader:
-        """Batches of the training split, in a new order each epoch (in none under ``trainer.overfit_batches``)."""
+        """Batches of the training split, in a new order each epoch (in none under ``trainer.overfit_batches``).
+
+        Raises:
+            DataError: If the batch size cannot be divided by the number of processes.
+        """
+        world_size = self._process()[1]
+        if self.batch_size % world_size:
+            raise DataError(
+                f"data.batch_size={self.batch_size}: {world_size} processes share a batch; expected a multiple of "
+                f"{world_size}"
+            )
         shuffle = not (self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
-        self._loader = BatchLoader(*self.splits["train"], self.batch_size, shuffle=shuffle, seed=self.seed)
+        self._loader = self._make_loader("train", self.batch_size, shuffle)
         if self._loader_state:
             self._loader.load_state_dict(self._loader_state)
             self._loader_state = None
@@ -182,11 +192,22 @@ class MNISTDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> BatchLoader:
         """Batches of the validation split."""
-        return BatchLoader(*self.splits["val"], self.eval_batch_size)
+        return self._make_loader("val", self.eval_batch_size)
 
     def test_dataloader(self) -> BatchLoader:
         """Batches of the test split."""
-        return BatchLoader(*self.splits["test"], self.eval_batch_size)
+        return self._make_loader("test", self.eval_batch_size)
+
+    def _make_loader(self, split: str, batch_size: int, shuffle: bool = False) -> BatchLoader:
+        rank, world_size = self._process()
+        images, labels = self.splits[split]
+        return BatchLoader(
+            images, labels, batch_size, shuffle=shuffle, seed=self.seed, rank=rank, world_size=world_size
+        )
+
+    def _process(self) -> tuple[int, int]:
+        """Which of how many processes this is."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn uint8 (B, 28, 28) into the net's input, float (B, 1, 32, 32), on the device."""
