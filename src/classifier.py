@@ -87,7 +87,8 @@ class ImageClassifier(pl.LightningModule):
         if self.trainer.is_last_batch:
             loss_sum, correct, count = self.trainer.strategy.reduce(self.train_sums, reduce_op="sum").tolist()
             self.train_sums.zero_()
-            self.log_dict({"train/loss": loss_sum / count, "train/acc": correct / count}, on_step=False, on_epoch=True)
+            metrics = {"train/loss": loss_sum / count, "train/acc": correct / count}
+            self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count the batch."""
@@ -115,7 +116,7 @@ class ImageClassifier(pl.LightningModule):
         self.confusion: Tensor = self.eval_confusion.compute()
         accuracy = self.confusion.trace() / self.confusion.sum()
         loss = self.eval_loss.compute()
-        self.log_dict({f"{split}/loss": loss, f"{split}/acc": accuracy})
+        self.log_dict({f"{split}/loss": loss, f"{split}/acc": accuracy}, sync_dist=True)
         self.eval_loss.reset()
         self.eval_confusion.reset()
         if split == "val":

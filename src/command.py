@@ -2,10 +2,7 @@
 
 import logging
 import os
-import signal
 import sys
-import threading
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,15 +13,15 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from src.config import ROOT, ConfigError, check
 from src.errors import explain
+from src.processes import SWEEP_PARENT, end_with_parent, exit_on_signals, get_rank, is_started_from_outside
 
 log = logging.getLogger(__name__)
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
-SWEEP_PARENT = "SWEEP_PARENT"  # in the environment of a sweep's job: the process that has started it
 _asked_full_error = ""  # what the user has set it to
 
 
@@ -45,27 +42,14 @@ def run(main: Callable[[], Any], config_name: str) -> None:
     os.environ.setdefault("PROJECT_ROOT", str(ROOT))
     _asked_full_error = os.environ.get(FULL_ERROR, "")
     os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would print over many lines
-    for signum in (signal.SIGINT, signal.SIGTERM):  # Lightning would end with 1 and with 0
-        signal.signal(signum, _exit)
-    if SWEEP_PARENT in os.environ:
-        threading.Thread(target=_end_with, args=(int(os.environ[SWEEP_PARENT]),), daemon=True).start()
+    exit_on_signals()
+    end_with_parent()
     try:
         main()
     except Exception as error:
         if _asked_full_error == "1":
             raise
         sys.exit(explain(error, config_name))
-
-
-def _exit(signum: int, frame: object) -> None:
-    sys.exit(128 + signum)
-
-
-def _end_with(parent: int) -> None:
-    """Kill this process and all that it has started when its parent is gone, killed itself perhaps."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.killpg(0, signal.SIGKILL)
 
 
 def user_environment() -> dict[str, str]:
@@ -88,6 +72,7 @@ def short_errors(cfg: DictConfig) -> Iterator[None]:
     message = ""
     try:
         if in_sweep():
+            _require_own_process(cfg)
             check(cfg)
         yield
     except Exception as error:
@@ -96,7 +81,7 @@ def short_errors(cfg: DictConfig) -> Iterator[None]:
         logging.raiseExceptions = False  # a log that cannot be written, on a full disk, shall not hide the error
         log.log(logging.ERROR if _asked_full_error == "1" else logging.DEBUG, "stack trace:", exc_info=error)
         message = explain(error)
-        log.error(message)
+        log.error(f"[rank {get_rank()}] {message}" if get_rank() else message)
     if message and in_sweep():
         (Path(cfg.output_dir) / "error.txt").write_text(f"{message}\n")
     if message and HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -120,12 +105,27 @@ class Preflight(Callback):
             folder = Path(config.hydra.run.dir)
             if any(override.startswith("hydra.run.dir=") for override in config.hydra.overrides.hydra):
                 folder.mkdir(parents=True, exist_ok=True)  # named by the user, it may be there: another rank's, say
+            elif is_started_from_outside():
+                raise ConfigError(
+                    "hydra.run.dir: several processes were started for this run, which cannot agree on a folder; name "
+                    "one that all of them see, as in hydra.run.dir=logs/train/<name>"
+                )
             else:
                 config.hydra.run.dir = str(claim(folder))
         except Exception as error:  # Hydra turns an Exception in a callback into a warning
             if os.environ.get(FULL_ERROR) == "1":
                 traceback.print_exc()
             sys.exit(explain(error))
+
+
+def _require_own_process(cfg: DictConfig) -> None:
+    """A job that starts processes would, within the sweep's process, have them start the whole sweep again."""
+    hydra = HydraConfig.get()
+    in_process = hydra.mode == RunMode.MULTIRUN and hydra.launcher._target_.endswith("BasicLauncher")
+    devices = OmegaConf.select(cfg, "trainer.devices", default=1)
+    is_single = devices == 1 or (isinstance(devices, ListConfig) and len(devices) == 1)
+    if in_process and not (is_single and OmegaConf.select(cfg, "trainer.num_nodes", default=1) == 1):
+        raise ConfigError(f"trainer.devices={devices}: in a sweep this needs hydra/launcher=one_process")
 
 
 def _refuse_sweep(config: DictConfig) -> None:

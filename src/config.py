@@ -67,6 +67,10 @@ BETAS = Rule(
     "two numbers from 0 up to, not including, 1",
     lambda v: isinstance(v, list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v),
 )
+DEVICES = Rule(
+    "a whole number of 1 or more, a list of devices' indices, or auto for all",
+    lambda v: v in (-1, "auto") or (len(v) > 0 and all(map(_is_int, v)) if isinstance(v, list) else _int(1).holds(v)),
+)
 SEED = Rule("a whole number from 0 to 4294967295", lambda v: _is_int(v) and 0 <= v < 2**32)
 
 # By the beginning of a node's `_target_`; "" is the top of the config. Keys that are not there are not checked.
@@ -119,11 +123,8 @@ RULES: dict[str, dict[str, Rule]] = {
     },
     "pytorch_lightning.Trainer": {
         "accelerator": _one_of("auto", "cpu", "gpu", "mps", "cuda", "tpu"),
-        "devices": Rule(  # several processes would each train on, and count, all of the images
-            "1, or a list of one device's index: training on several devices is not supported",
-            lambda v: len(v) == 1 and _is_int(v[0]) if isinstance(v, list) else _is_int(v) and v == 1,
-        ),
-        "num_nodes": _one_of(1),
+        "devices": DEVICES,
+        "num_nodes": _int(1),
         "precision": _one_of("32-true", "16-mixed", "bf16-mixed"),
         "max_epochs": _int(1),
         "check_val_every_n_epoch": _int(1),

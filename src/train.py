@@ -7,6 +7,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from src.command import in_sweep, run, short_errors
+from src.processes import get_rank
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -35,7 +36,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     datamodule = build.build_datamodule(cfg)
     module = build.build_module(cfg)
     trainer = build.build_trainer(cfg)
-    OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
+    if trainer.is_global_zero:
+        OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
 
     trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
     if not any(name.startswith("val/") for name in trainer.callback_metrics):  # continued from its very end
@@ -71,7 +73,7 @@ def main(cfg: DictConfig) -> None:
         if in_sweep() and OmegaConf.select(cfg, "callbacks.summary"):
             cfg.callbacks.summary = None  # the same for each job
         train(cfg)
-        if not in_sweep():
+        if get_rank() == 0 and not in_sweep():
             _show(cfg)
 
 

@@ -30,14 +30,18 @@ class ProcessLauncher(Launcher):
     """
 
     def __init__(self, n_jobs: int) -> None:
-        from src.config import ConfigError
-
-        if not isinstance(n_jobs, int) or n_jobs < 1:
-            raise ConfigError(f"hydra.launcher.n_jobs={n_jobs}: expected a whole number of 1 or more")
         self.n_jobs = n_jobs
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
-        """Keep what ``launch`` needs."""
+        """Keep what ``launch`` needs.
+
+        Raises:
+            ConfigError: If there cannot be so many slots; here, since Hydra would wrap what ``__init__`` raises.
+        """
+        from src.config import ConfigError
+
+        if not isinstance(self.n_jobs, int) or isinstance(self.n_jobs, bool) or self.n_jobs < 1:
+            raise ConfigError(f"hydra.launcher.n_jobs={self.n_jobs}: expected a whole number of 1 or more")
         self.hydra_context = hydra_context
         self.config = config
 
@@ -154,7 +158,8 @@ def _command() -> list[str]:
 
 def _environment(slot: int, num_slots: int, gpus: Sequence[str]) -> dict[str, str]:
     """A slot's environment: its threads, unless the user has set them, and its GPU."""
-    from src.command import SWEEP_PARENT, user_environment
+    from src.command import user_environment
+    from src.processes import SWEEP_PARENT
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = str(max(1, cores // num_slots))

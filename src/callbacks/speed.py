@@ -31,4 +31,4 @@ class Speed(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the rate."""
-        pl_module.log("train/images_per_second", self.rates[-1])
+        pl_module.log("train/images_per_second", self.rates[-1], sync_dist=True)
