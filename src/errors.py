@@ -14,6 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src.config import CONF, SweepError
 
+MAX_OPTIONS = 20  # more are not listed
+
 
 def explain(error: BaseException, config_name: str = "") -> str:
     """Say an error in one or two lines: the setting or file, the value, what was expected, the remedy."""
@@ -51,6 +53,8 @@ def _first_line(error: BaseException) -> str:
 
 def _nearest(name: str, options: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    if len(options) > MAX_OPTIONS and not close:
+        return "--cfg job shows what there is, --cfg hydra Hydra's own keys"
     return f"did you mean {close[0]}?" if close else f"there are: {', '.join(options) or 'none'}"
 
 

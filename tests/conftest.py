@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,13 @@ from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_TRAIN, NUM_TEST = 300, 60
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def write_idx(path: Path, array: NDArray[np.uint8], gzipped: bool) -> None:

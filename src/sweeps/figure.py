@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from src.sweeps.leaderboard import Leaderboard, Setting
 
 MAX_PANELS = 6
+MAX_TICKS = 6  # more values than that get matplotlib's ticks
 LOG_KEYS = ("lr", "max_lr", "eta_min", "weight_decay", "eps")  # their scale is a logarithmic one
 
 
@@ -54,6 +55,9 @@ def _draw_panel(axes: "Axes", board: "Leaderboard", key: str, connected: bool) -
             axes.legend(loc="best")
     if labels:
         axes.set_xticks(range(len(labels)), labels, rotation=20 if max(map(len, labels)) > 8 else 0)
+    elif len(set(x)) <= MAX_TICKS:
+        axes.set_xticks(sorted(set(x)), [f"{value:g}" for value in sorted(set(x))])
+        axes.set_xticks([], minor=True)
     if len(set(x)) == 1:
         axes.set_xlim(*((x[0] / 2, x[0] * 2) if axes.get_xscale() == "log" else (x[0] - 1, x[0] + 1)))
     axes.set_xlabel(key)
