@@ -140,7 +140,7 @@ def log_hparams(folder: Path, job: "Job", monitor: str) -> None:
         ),
     ]
     if job.score is not None:
-        values.append(Summary.Value(tag=f"{monitor}_best", simple_value=job.score))
+        values.append(Summary.Value(tag=f"best/{monitor}", simple_value=job.score))
     _write_events(folder, Summary(value=values), ".hparams")
 
 
