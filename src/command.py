@@ -39,6 +39,8 @@ def run(main: Callable[[], Any], config_name: str) -> None:
     global _asked_full_error
     # Lightning 2.6 calls what torch 2.15 has deprecated; nothing that a user could mend.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+    # A run that goes on in its folder.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     os.environ.setdefault("PROJECT_ROOT", str(ROOT))
     _asked_full_error = os.environ.get(FULL_ERROR, "")
     os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would print over many lines

@@ -11,13 +11,13 @@ from src.command import run, short_errors
 from src.config import newest_checkpoint
 
 
-def test_checkpoint(path: Path, output_dir: Path, accelerator: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
+def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
     """Test a checkpoint on the test split of the data that it was trained on.
 
     Args:
         path: A checkpoint.
         output_dir: Where ``metrics.json`` is to be written.
-        accelerator: The Trainer's ``accelerator``, ``devices`` and ``precision``.
+        trainer: Arguments of the Trainer: ``accelerator``, ``devices`` and so on.
         overrides: Arguments of the data module that go before the run's; None keeps the run's.
 
     Returns:
@@ -30,11 +30,11 @@ def test_checkpoint(path: Path, output_dir: Path, accelerator: Mapping[str, Any]
 
     module = build.restore(path)
     datamodule = build.restore_datamodule(path, **overrides)
-    trainer = pl.Trainer(
-        **accelerator, logger=False, enable_checkpointing=False, enable_model_summary=False,
+    tester = pl.Trainer(
+        **trainer, logger=False, enable_checkpointing=False, enable_model_summary=False,
         enable_progress_bar=False, default_root_dir=output_dir,
     )  # fmt: skip
-    (metrics,) = trainer.test(module, datamodule, verbose=False)
+    (metrics,) = tester.test(module, datamodule, verbose=False)
     confusion = module.confusion.tolist()
     result = {
         "metrics": metrics,

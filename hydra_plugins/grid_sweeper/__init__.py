@@ -21,6 +21,7 @@ class GridSweeper(BasicSweeper):
         Raises:
             SweepError: If jobs have failed, or the sweep cannot go on.
         """
+        from src.config import SweepError
         from src.sweeps.folder import job_name
         from src.sweeps.sweep import running
 
@@ -42,6 +43,9 @@ class GridSweeper(BasicSweeper):
             name = job_name(swept)
             jobs[name] = job
             values[name] = {o.key_or_group: o.value() for o in parser.parse_overrides(swept)}
+        if not jobs:
+            keys = ", ".join(f"{key}={written}" for key, written in space.items())
+            raise SweepError(f"{keys}: nothing to run; a glob matches the options of its group in conf/")
         self.validate_batch_is_legal(self._samples(list(jobs.values()), space))
 
         with running(self.config, space) as folder:

@@ -45,7 +45,7 @@ def _draw_panel(axes: "Axes", board: "Leaderboard", key: str, connected: bool) -
     points = _points(board, key)
     x, labels = _positions([value for value, _, _, _ in points], key, axes)
     order = sorted(range(len(x)), key=lambda index: x[index])
-    if connected:
+    if connected and not labels:
         axes.plot([x[i] for i in order], [points[i][1] for i in order], color="tab:blue", alpha=0.4)
     means, stds = [mean for _, mean, _, _ in points], [std for _, _, std, _ in points]
     axes.errorbar(x, means, stds, fmt="o", color="tab:blue", capsize=4)
@@ -54,7 +54,9 @@ def _draw_panel(axes: "Axes", board: "Leaderboard", key: str, connected: bool) -
             axes.plot([position], [mean], "*", color="tab:orange", markersize=16, label="best")
             axes.legend(loc="best")
     if labels:
-        axes.set_xticks(range(len(labels)), labels, rotation=20 if max(map(len, labels)) > 8 else 0)
+        is_long = max(map(len, labels)) > 8
+        axes.set_xticks(range(len(labels)), labels, rotation=20 * is_long, ha="right" if is_long else "center")
+        axes.figure.subplots_adjust(bottom=0.3 if is_long else None)
     elif len(set(x)) <= MAX_TICKS:
         axes.set_xticks(sorted(set(x)), [f"{value:g}" for value in sorted(set(x))])
         axes.set_xticks([], minor=True)
@@ -73,6 +75,7 @@ def _points(board: "Leaderboard", key: str) -> list[tuple[Any, float, float, boo
             if job.score is not None
         ]
     finished: list[Setting] = [setting for setting in board.settings if setting.scores]
+    finished.sort(key=lambda setting: board.jobs.index(setting.jobs[0]))  # as they were planned, not as they rank
     return [(setting.values.get(key, "-"), setting.mean, setting.std, setting is board.winner) for setting in finished]
 
 

@@ -140,7 +140,9 @@ class Leaderboard:
             tests = [job.metrics["test/acc"] for job in self.winner.jobs if "test/acc" in job.metrics]
             if tests:
                 lines.append(f"test/acc: {shown_mean(tests)}" + (f" (n={len(tests)})" if len(tests) > 1 else ""))
-        lines += [f"{job.status}: {job.name}: {job.error}" for job in self.jobs if job.status == "failed"]
+        lines += [
+            f"{job.status}: {job.name}: {job.error.splitlines()[0]}" for job in self.jobs if job.status == "failed"
+        ]
         return lines
 
 

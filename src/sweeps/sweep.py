@@ -1,5 +1,7 @@
 """What every sweep does before its jobs and after them, however the jobs are chosen and launched."""
 
+import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +34,11 @@ def running(config: DictConfig, space: Mapping[str, str]) -> Iterator[SweepFolde
     config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(path)}")  # the jobs' configs are composed anew
     folder = SweepFolder(path)
     with folder.opened(shared, space):
-        yield folder
+        try:
+            yield folder
+        except SystemExit:  # a signal
+            print(f"stopped: {_how_to_go_on(path)}", file=sys.stderr)
+            raise
         board = renew(folder)
         if config.test and board.winner:
             _test(folder, board, shared)
@@ -49,7 +55,8 @@ def _test(folder: SweepFolder, board: Leaderboard, config: DictConfig) -> None:
     for job in board.winner.jobs:
         output_dir = folder.path / job.name / "test"
         if job.status == "finished" and job.checkpoint and not (output_dir / "metrics.json").is_file():
-            test_checkpoint(Path(job.checkpoint), output_dir, config.accelerator)
+            limit = {"limit_test_batches": config.trainer.get("limit_test_batches")}
+            test_checkpoint(Path(job.checkpoint), output_dir, {**config.accelerator, **limit})
 
 
 def _raise_failures(folder: SweepFolder) -> None:
@@ -57,5 +64,13 @@ def _raise_failures(folder: SweepFolder) -> None:
     failed = [job for job in jobs if job.status not in ("finished", "pruned")]
     if failed:
         errors = [f"  {job.name}: {(job.error or job.status).splitlines()[0]}" for job in failed]
-        again = f"the same command with hydra.sweep.dir={report.shown(folder.path)} goes on"
-        raise SweepError("\n".join([f"{len(failed)} of {len(jobs)} jobs failed; {again}", *errors]))
+        raise SweepError(
+            "\n".join([f"{len(failed)} of {len(jobs)} jobs failed; {_how_to_go_on(folder.path)}", *errors])
+        )
+
+
+def _how_to_go_on(path: Path) -> str:
+    override = f"hydra.sweep.dir={report.shown(path)}"
+    if not re.fullmatch(r"[\w./=-]+", override):
+        override = f'"hydra.sweep.dir={quoted(report.shown(path))}"'
+    return f"the same command with {override} goes on"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from src.train import train
@@ -23,6 +24,7 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
     return checkpoint
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_continued_run_ends_as_the_uninterrupted_one_to_the_bit(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", "trainer.max_epochs=3")
     run(tmp_path / "part", "trainer.max_epochs=1")
@@ -37,6 +39,7 @@ def test_a_continued_run_ends_as_the_uninterrupted_one_to_the_bit(tmp_path: Path
     assert states["numpy"] == rest_states["numpy"]
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_without_it_the_augmentations_would_differ(tmp_path: Path) -> None:
     off = "callbacks.random_state=null"
     whole = run(tmp_path / "whole", "trainer.max_epochs=2", off)

@@ -1,0 +1,253 @@
+"""Sweeps by the command: real processes, real kills."""
+
+import csv
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+
+from tests.compose import run_command
+
+SMALL = (
+    "data=mnist5k",
+    "trainer=cpu",
+    "trainer.limit_train_batches=6",
+    "trainer.max_epochs=1",
+    "callbacks.description=null",
+)
+RATES = ("0.0005", "0.008")
+
+
+class Sweep(NamedTuple):
+    """A sweep that has ended: its folder, and what the command said."""
+
+    path: Path
+    result: subprocess.CompletedProcess[str]
+
+    def record(self, job: str) -> Any:
+        return json.loads((self.path / job / "metrics.json").read_text())
+
+    def rows(self) -> list[dict[str, str]]:
+        with (self.path / "sweep.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    def tested(self) -> set[str]:
+        return {path.parents[1].name for path in self.path.glob("*/test/metrics.json")}
+
+
+def run_sweep(root: Path, *arguments: str) -> Sweep:
+    """Run a sweep of the small jobs, each on one thread, lest it be slow beside other processes."""
+    before = set(root.glob("logs/multirun/*"))
+    result = run_command("train", "-m", *SMALL, *arguments, PROJECT_ROOT=str(root), OMP_NUM_THREADS="1")
+    (path,) = set(root.glob("logs/multirun/*")) - before
+    return Sweep(path, result)
+
+
+def run_again(sweep: Sweep, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Start a sweep once more in its folder."""
+    folder = f"hydra.sweep.dir='{sweep.path}'"
+    return run_command("train", "-m", *SMALL, *arguments, folder, OMP_NUM_THREADS="1")
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Poll until it holds; fail when the process ends first."""
+    start = time.monotonic()
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() - start < 120
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two sweeps over different keys write to."""
+    return tmp_path_factory.mktemp("root with spaces")
+
+
+@pytest.fixture(scope="module")
+def rates(logs: Path) -> Sweep:
+    """Two learning rates, five seeds each."""
+    return run_sweep(logs, "sweep=seeds", "optimizer.lr=0.0005,8e-3")
+
+
+@pytest.fixture(scope="module")
+def recipes(logs: Path, rates: Sweep) -> Sweep:
+    """Five learning rates for the recipes that fit a pattern; beside the other sweep."""
+    return run_sweep(logs, "sweep=lr", "experiment=glob(lenet5*)")
+
+
+def test_folders_and_tensorboards_runs_are_named_by_the_swept_values_alone(rates: Sweep, recipes: Sweep) -> None:
+    assert rates.result.returncode == recipes.result.returncode == 0
+    names = {f"seed={seed},optimizer.lr={rate}" for rate in RATES for seed in range(5)}
+    assert {path.name for path in rates.path.iterdir() if path.is_dir()} == names
+    runs = EventMultiplexer().AddRunsFromDirectory(str(rates.path)).Reload().Runs()
+    assert set(runs) == names | {"."}
+    assert {path.name for path in recipes.path.iterdir() if path.is_dir()} == {
+        f"optimizer.lr={rate},experiment=lenet5_tanh" for rate in ("0.0005", "0.001", "0.002", "0.004", "0.008")
+    }
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", rates.path.name)
+
+
+def test_every_job_is_followed_by_where_the_sweep_stands(rates: Sweep) -> None:
+    said = re.findall(r"^(\d+) of 10 jobs: (\d+) finished; best: (\S+), val/acc (\S+)$", rates.result.stdout, re.M)
+    assert [(int(ended), int(finished)) for ended, finished, _, _ in said] == [(n, n) for n in range(1, 11)]
+    for _, _, job, score in said:
+        assert f"{rates.record(job)['best']['score']:.4f}" == score
+
+
+def test_the_table_has_the_jobs_own_numbers(rates: Sweep) -> None:
+    rows = rates.rows()
+    assert len(rows) == 10
+    for row in rows:
+        record = rates.record(row["job"])
+        assert row["job"] == f"seed={row['seed']},optimizer.lr={row['optimizer.lr']}"
+        assert float(row["best val/acc"]) == record["best"]["score"]
+        assert float(row["val/loss"]) == record["metrics"]["val/loss"]
+        assert float(row["seconds"]) == record["seconds"]
+        assert Path(row["checkpoint"]).samefile(rates.path / row["job"] / "checkpoints" / "best.ckpt")
+    assert (rates.path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_seeds_are_summed_up_and_the_best_is_said(rates: Sweep) -> None:
+    scores = {
+        rate: [rates.record(f"seed={seed},optimizer.lr={rate}")["best"]["score"] for seed in range(5)] for rate in RATES
+    }
+    order = sorted(RATES, key=lambda rate: -statistics.mean(scores[rate]))
+    table = (rates.path / "sweep.md").read_text()
+    for rank, rate in enumerate(order, 1):
+        mean, std = statistics.mean(scores[rate]), statistics.stdev(scores[rate])
+        assert f"| {rank} | {rate} | 5 | {mean:.4f} ± {std:.4f} | 5 finished |" in table
+        assert f"{mean:.4f} ± {std:.4f}" in rates.result.stdout
+    best = max(range(5), key=lambda seed: scores[order[0]][seed])
+    name = f"seed={best},optimizer.lr={order[0]}"
+    assert f"best: {name}, val/acc {max(scores[order[0]]):.4f}" in rates.result.stdout
+    assert f"checkpoint: {rates.path / name}/checkpoints/best.ckpt" in rates.result.stdout
+
+
+def test_the_winners_seeds_alone_are_tested(rates: Sweep) -> None:
+    winner = rates.rows()[0]["optimizer.lr"]
+    assert rates.tested() == {f"seed={seed},optimizer.lr={winner}" for seed in range(5)}
+    for row in rates.rows():
+        assert not any(name.startswith("test/") for name in rates.record(row["job"])["metrics"])
+        assert bool(row["test/acc"]) == (row["optimizer.lr"] == winner)
+    tests = [rates.record(f"{name}/test")["metrics"]["test/acc"] for name in rates.tested()]
+    assert f"test/acc: {statistics.mean(tests):.4f} ± {statistics.stdev(tests):.4f} (n=5)" in rates.result.stdout
+
+
+def test_tensorboard_shows_the_figure(rates: Sweep) -> None:
+    (image,) = EventAccumulator(str(rates.path)).Reload().Images("sweep")
+    assert image.encoded_image_string == (rates.path / "sweep.png").read_bytes()
+
+
+@pytest.fixture
+def tensorboard(logs: Path, recipes: Sweep, tmp_path: Path) -> Iterator[str]:
+    """The address of a TensorBoard that shows both sweeps."""
+    said = tmp_path / "said"
+    command = [sys.executable, "-m", "tensorboard.main", f"--logdir={logs}/logs", "--host=127.0.0.1", "--port=0"]
+    with said.open("w") as file:
+        process = subprocess.Popen([*command, "--load_fast=false"], stdout=file, stderr=file)
+    try:
+        wait_for(lambda: "http://" in said.read_text(), process)
+        (address,) = re.findall(r"http://[\d.:]+", said.read_text())
+        wait_for(lambda: json.dumps(ask(address, "session_groups")).count("best/val/acc") == 2 * 15, process)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def ask(address: str, question: str) -> Any:
+    """What TensorBoard's HPARAMS tab is told."""
+    statuses = [f"STATUS_{status}" for status in ("SUCCESS", "FAILURE", "RUNNING", "UNKNOWN")]
+    body = {"experimentName": "", "allowedStatuses": statuses, "colParams": [], "startIndex": 0, "sliceSize": 100}
+    request = urllib.request.Request(
+        f"{address}/data/plugin/hparams/{question}",
+        json.dumps(body if question == "session_groups" else {"experimentName": ""}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as response:
+        return json.load(response)
+
+
+def test_the_hparams_tab_has_every_job_of_both_sweeps(tensorboard: str, rates: Sweep, recipes: Sweep) -> None:
+    columns = {info["name"] for info in ask(tensorboard, "experiment")["hparamInfos"]}
+    assert columns == {"optimizer.lr", "seed", "experiment"}
+    rows = {row["name"]: row for row in ask(tensorboard, "session_groups")["sessionGroups"]}
+    for sweep in (rates, recipes):
+        for planned in sweep.rows():
+            row = rows[f"multirun/{sweep.path.name}/{planned['job']}"]
+            values = {key: planned[key] for key in columns & set(planned)}
+            assert {key: str(value).removesuffix(".0") for key, value in row["hparams"].items()} == values
+            metrics = {metric["name"]["tag"]: metric["value"] for metric in row["metricValues"]}
+            assert metrics["best/val/acc"] == pytest.approx(float(planned["best val/acc"]))
+            assert metrics["val/acc"] == pytest.approx(float(planned["val/acc"]))
+
+
+def test_the_same_command_changes_nothing_where_all_has_finished(rates: Sweep) -> None:
+    files = {path: path.stat().st_mtime_ns for path in rates.path.rglob("*.*") if path.parent != rates.path}
+    assert run_again(rates, "sweep=seeds", "optimizer.lr=0.0005,8e-3").returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in rates.path.rglob("*.*") if path.parent != rates.path} == files
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """One job of three is well."""
+    return run_sweep(tmp_path_factory.mktemp("failed"), "optimizer.lr=0.01,-1,1e30", "test=false")
+
+
+FAILURES = {"optimizer.lr=-1": "expected a number above 0", "optimizer.lr=1e+30": "the training loss is nan in epoch 0"}
+
+
+def test_failed_jobs_are_named_and_the_others_finish(failed: Sweep) -> None:
+    assert failed.result.returncode == 1
+    assert "error: 2 of 3 jobs failed" in failed.result.stderr
+    assert "Traceback" not in failed.result.stderr
+    rows = {row["job"]: row for row in failed.rows()}
+    assert rows["optimizer.lr=0.01"]["status"] == "finished"
+    for job, error in FAILURES.items():
+        assert re.search(f"^  {re.escape(job)}: .*{error}", failed.result.stderr, re.M)
+        assert (rows[job]["status"], rows[job]["best val/acc"]) == ("failed", "")
+        assert error in rows[job]["error"]
+        log = (failed.path / job / "train.log").read_text()
+        assert log.count("Traceback (most recent call last)") == 1
+        assert error in log
+
+
+def test_no_job_is_tested_where_no_test_is_asked_for(failed: Sweep) -> None:
+    assert failed.tested() == set()
+    assert "test/acc" not in failed.rows()[0]
+
+
+REFUSED = {
+    ("-m", "optimizer=adam,nope"): "error: optimizer=nope: no such file in conf/optimizer/; there are: ",
+    ("-m", "optimizer.lrr=0.1,0.2"): "error: optimizer.lrr: no such key; did you mean optimizer.lr?",
+    ("-m", "sweep=rates"): "error: sweep=rates: no such file in conf/sweep/; there are: ",
+    ("sweep=lr",): "error: sweep=lr: a sweep needs -m: python -m src.train -m sweep=lr",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED, ids=" ".join)
+def test_a_sweep_that_cannot_be_is_refused_in_a_line(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    result = run_command("train", *arguments, PROJECT_ROOT=str(tmp_path))
+    assert result.returncode == 1
+    (line,) = (result.stdout + result.stderr).splitlines()
+    assert line.startswith(REFUSED[arguments])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_single_run_whose_loss_is_not_finite_ends_at_once(tmp_path: Path) -> None:
+    result = run_command("train", *SMALL, "optimizer.lr=1e30", PROJECT_ROOT=str(tmp_path), OMP_NUM_THREADS="1")
+    assert result.returncode == 1
+    assert "error: the training loss is nan in epoch 0, by step 6: try a lower optimizer.lr" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.glob("logs/train/*/metrics.json"))
