@@ -141,7 +141,9 @@ class Leaderboard:
             if tests:
                 lines.append(f"test/acc: {shown_mean(tests)}" + (f" (n={len(tests)})" if len(tests) > 1 else ""))
         lines += [
-            f"{job.status}: {job.name}: {job.error.splitlines()[0]}" for job in self.jobs if job.status == "failed"
+            f"{job.status}: {job.name}: {job.error.partition(chr(10))[0]}"
+            for job in self.jobs
+            if job.status == "failed"
         ]
         return lines
 

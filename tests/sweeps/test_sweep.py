@@ -232,6 +232,7 @@ REFUSED = {
     ("-m", "optimizer=adam,nope"): "error: optimizer=nope: no such file in conf/optimizer/; there are: ",
     ("-m", "optimizer.lrr=0.1,0.2"): "error: optimizer.lrr: no such key; did you mean optimizer.lr?",
     ("-m", "sweep=rates"): "error: sweep=rates: no such file in conf/sweep/; there are: ",
+    ("-m", "experiment=glob(zzz*)"): "error: experiment=glob(zzz*): nothing to run",
     ("sweep=lr",): "error: sweep=lr: a sweep needs -m: python -m src.train -m sweep=lr",
 }
 
