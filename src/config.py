@@ -196,7 +196,7 @@ def _check_node(path: str, node: Any) -> None:
 
 
 def check_checkpoint(path: str | Path) -> None:
-    """Check that a checkpoint is there and is one, as far as can be told without torch.
+    """Check that a checkpoint is there and undamaged, as far as can be told without torch: by its checksums.
 
     Raises:
         CheckpointError: If it is not.
@@ -205,6 +205,12 @@ def check_checkpoint(path: str | Path) -> None:
         raise CheckpointError(f"ckpt_path={path}: no such file; runs keep theirs in logs/train/<run>/checkpoints/")
     if not zipfile.is_zipfile(path):
         raise CheckpointError(f"ckpt_path={path}: not a checkpoint, or a truncated one; choose another file")
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at them
+    except Exception as error:  # a flipped bit in its directory can raise anything
+        damaged = str(error)
+    if damaged:
+        raise CheckpointError(f"ckpt_path={path}: damaged ({damaged}); choose another file")
 
 
 def newest_checkpoint(logs: Path) -> Path:

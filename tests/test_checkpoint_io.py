@@ -1,9 +1,13 @@
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from src.build import load_checkpoint
 from src.checkpoint_io import AtomicCheckpointIO
+from src.config import CheckpointError
 
 
 def test_a_save_that_fails_leaves_the_previous_checkpoint_and_nothing_else(tmp_path: Path) -> None:
@@ -25,3 +29,58 @@ def test_a_save_replaces_the_previous_checkpoint(tmp_path: Path) -> None:
     io.save_checkpoint({"step": 1}, path)
     io.save_checkpoint({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 2}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "last.ckpt"
+    content = {"state_dict": {"weight": torch.arange(500.0)}, "hyper_parameters": {"model": {"depth": 3}}, "epoch": 7}
+    AtomicCheckpointIO().save_checkpoint(content, path)
+    return path
+
+
+def test_a_damaged_checkpoint_is_refused_or_holds_what_it_held(checkpoint: Path, tmp_path: Path) -> None:
+    whole, rng = checkpoint.read_bytes(), random.Random(0)
+    held = load_checkpoint(checkpoint)
+    refused = []
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damage = rng.choice(["flip", "cut", "zeros"])
+        if damage == "flip":
+            damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        elif damage == "cut":
+            del damaged[rng.randrange(len(whole)) :]
+        else:
+            start = rng.randrange(len(whole) - 64)
+            damaged[start : start + 64] = bytes(64)
+        path = tmp_path / "damaged.ckpt"
+        path.write_bytes(damaged)
+        try:
+            loaded = load_checkpoint(path)
+        except CheckpointError as error:
+            refused.append(str(error))
+        else:  # a bit of the padding
+            assert torch.equal(loaded["state_dict"]["weight"], held["state_dict"]["weight"])
+            assert loaded["hyper_parameters"] == held["hyper_parameters"]
+    assert len(refused) > 150
+    assert all("damaged.ckpt" in message for message in refused)
+
+
+class _WritesAFile:
+    """Unpickled without care, it would run a command."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "evil.ckpt"
+    torch.save({"state_dict": {}, "hyper_parameters": {}, "epoch": _WritesAFile(victim)}, path)
+    with pytest.raises(CheckpointError, match=r"evil\.ckpt"):
+        load_checkpoint(path)
+    assert not victim.exists()
+    torch.load(path, weights_only=False)
+    assert victim.exists()
