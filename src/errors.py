@@ -28,6 +28,8 @@ def explain(error: BaseException, config_name: str = "") -> str:
         return f"error: {error.full_key or 'config'}: {_first_line(error)}"
     if type(error).__name__ == "InstantiationException":
         # "Error in call to target 'torch.optim.Adam':\nTypeError(...)\nfull_key: optimizer"
+        if type(error.__cause__).__module__.startswith("src.") and error.__cause__:
+            return explain(error.__cause__)
         key = re.search(r"full_key: (\S+)", str(error))
         lines = str(error.__cause__ or error).strip().splitlines()
         said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])  # the reason stands behind the colon
@@ -37,6 +39,12 @@ def explain(error: BaseException, config_name: str = "") -> str:
         return f"error:{where}: {error.strerror}; mend that or choose another folder with hydra.run.dir=<folder>"
     if isinstance(error, SweepError):
         return f"error: {error}"
+    if "/gloo/" in str(error) or type(error).__name__.startswith("Dist"):  # torch's DistNetworkError and so on
+        reason = re.sub(r".*/gloo/\S+\] ", "", _first_line(error)).split(". This is")[0]
+        return (
+            f"error: another process of this run has ended or does not answer: {reason}; "
+            "see what it says itself, then go on with ckpt_path=<run>/checkpoints/last.ckpt"
+        )
     if isinstance(error, HydraException | OSError) or type(error).__module__.startswith("src."):
         return f"error: {' '.join(str(error).split())}"
     frame = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None

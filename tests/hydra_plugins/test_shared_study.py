@@ -1,0 +1,79 @@
+"""Two sweeps at work on one study in a real PostgreSQL database."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+from src.config import ROOT
+from tests.hydra_plugins.test_optuna_sweeper import SMALL
+from tests.postgres import PASSWORD, find_program, serve_postgres
+
+pytestmark = [
+    pytest.mark.postgres,
+    pytest.mark.skipif(find_program("initdb") is None, reason="needs PostgreSQL's server: apt-get install postgresql"),
+]
+TARGET = 6
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serve_postgres(tmp_path_factory.mktemp("postgres")) as url:
+        yield url
+
+
+def start_worker(folder: Path, url: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable, "-m", "src.train", "-m", "sweep=optuna", *SMALL, f"hydra.sweep.dir={folder}",
+        f"hydra.sweeper.n_trials={TARGET}", "hydra.sweeper.study_name=shared", "hydra/launcher=process",
+        "hydra.launcher.n_jobs=1", "hydra.sweeper.storage=${oc.env:STUDY_URL}",
+    ]  # fmt: skip
+    env = {**os.environ, "STUDY_URL": url, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def command_lines() -> str:
+    """What every process of this machine was started with."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(path.read_text(errors="replace"))
+        except OSError:
+            continue
+    return "\n".join(found)
+
+
+def test_two_workers_share_a_study_and_nobody_sees_the_password(url: str, tmp_path: Path) -> None:
+    workers = [start_worker(tmp_path / name, url) for name in ("one", "other")]  # the tables are not there yet
+    seen = ""
+    while any(worker.poll() is None for worker in workers):
+        seen += command_lines()
+        try:
+            workers[0].wait(1)
+            workers[1].wait(1)
+        except subprocess.TimeoutExpired:
+            continue
+    output = "".join(worker.communicate()[0] for worker in workers)
+    assert [worker.returncode for worker in workers] == [0, 0], output
+
+    storage = optuna.storages.RDBStorage(url)
+    trials: list[FrozenTrial] = optuna.load_study(study_name="shared", storage=storage).trials
+    storage.engine.dispose()
+    finished = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    assert len(finished) == len(trials)
+    assert TARGET <= len(finished) <= TARGET + 1  # both may have asked for the last one at once
+    assert {Path(trial.user_attrs["sweep"]).name for trial in trials} == {"one", "other"}
+    for trial in trials:
+        assert len(list(tmp_path.glob(f"*/{trial.number:04d},*/metrics.json"))) == 1
+
+    assert "src.callbacks.pruning.Pruning" in seen
+    for secret in (PASSWORD, PASSWORD.replace(" ", "%20")):
+        assert secret not in seen
+        assert secret not in output
+        for path in tmp_path.rglob("*"):
+            assert not path.is_file() or secret.encode() not in path.read_bytes(), path
