@@ -1,6 +1,5 @@
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -64,23 +63,3 @@ def test_a_damaged_checkpoint_is_refused_or_holds_what_it_held(checkpoint: Path,
             assert loaded["hyper_parameters"] == held["hyper_parameters"]
     assert len(refused) > 150
     assert all("damaged.ckpt" in message for message in refused)
-
-
-class _WritesAFile:
-    """Unpickled without care, it would run a command."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
-def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    victim, path = tmp_path / "victim", tmp_path / "evil.ckpt"
-    torch.save({"state_dict": {}, "hyper_parameters": {}, "epoch": _WritesAFile(victim)}, path)
-    with pytest.raises(CheckpointError, match=r"evil\.ckpt"):
-        load_checkpoint(path)
-    assert not victim.exists()
-    torch.load(path, weights_only=False)
-    assert victim.exists()
