@@ -22,8 +22,9 @@ OWN = ("hydra.mode", "hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra
 class ProcessLauncher(Launcher):
     """Runs each job as a fresh ``python -m src.train`` in one of several slots.
 
-    A job is alone in its process: what it breaks ends with it. A slot has its share of the CPU cores and, where there
-    are GPUs, one of them. What a job prints goes to ``console.log`` in its folder.
+    A job is alone in its process: what it breaks ends with it. A slot has its share of the CPU cores and of the GPUs;
+    where there are more slots than GPUs, several use the same one. What a job prints goes to ``console.log`` in its
+    folder.
 
     Args:
         n_jobs: Number of slots.
@@ -79,8 +80,11 @@ class ProcessLauncher(Launcher):
 
         job = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
         folder = Path(job.hydra.sweep.dir) / job.hydra.sweep.subdir
+        sources = job.hydra.runtime.config_sources
         command = [
-            *_command(), "--config-name", job.hydra.job.config_name, *job.hydra.overrides.task,
+            *_command(), "--config-name", job.hydra.job.config_name,
+            *[f"--config-dir={source.path}" for source in sources if source.provider == "command-line"],
+            *job.hydra.overrides.task,
             *[override for override in job.hydra.overrides.hydra if not override.startswith(OWN)],
             "hydra.mode=RUN", f"hydra.run.dir={quoted(folder)}", f"hydra.job.num={number}",
         ]  # fmt: skip
@@ -140,14 +144,16 @@ class _Process:
 
 
 def _stop(processes: Sequence[_Process]) -> None:
-    """End processes with all that they have started: SIGTERM, and SIGKILL after a while."""
-    for process in processes:
-        process.signal(signal.SIGTERM)
-    deadline = time.monotonic() + GRACE
-    while time.monotonic() < deadline and not all(process.has_ended() for process in processes):
-        time.sleep(0.05)
-    for process in processes:
-        process.signal(signal.SIGKILL)
+    """End processes with all that they have started: SIGTERM, and SIGKILL after a while or at a second Ctrl-C."""
+    try:
+        for process in processes:
+            process.signal(signal.SIGTERM)
+        deadline = time.monotonic() + GRACE
+        while time.monotonic() < deadline and not all(process.has_ended() for process in processes):
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.signal(signal.SIGKILL)
 
 
 def _command() -> list[str]:
@@ -157,7 +163,7 @@ def _command() -> list[str]:
 
 
 def _environment(slot: int, num_slots: int, gpus: Sequence[str]) -> dict[str, str]:
-    """A slot's environment: its threads, unless the user has set them, and its GPU."""
+    """A slot's environment: its threads, unless the user has set them, and its GPUs."""
     from src.command import user_environment
     from src.processes import SWEEP_PARENT
 
@@ -165,7 +171,7 @@ def _environment(slot: int, num_slots: int, gpus: Sequence[str]) -> dict[str, st
     threads = str(max(1, cores // num_slots))
     env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **user_environment(), SWEEP_PARENT: str(os.getpid())}
     if gpus:
-        env["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[slot::num_slots] or [gpus[slot % len(gpus)]])
     return env
 
 
@@ -174,5 +180,6 @@ def _visible_gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-        visible = ",".join(subprocess.run(query, capture_output=True, text=True, check=False).stdout.split())
+        answer = subprocess.run(query, capture_output=True, text=True, check=False)
+        visible = "" if answer.returncode else ",".join(answer.stdout.split())  # it says on stdout why it has failed
     return [gpu.strip() for gpu in (visible or "").split(",") if gpu.strip()]
