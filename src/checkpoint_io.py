@@ -29,8 +29,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(path)
-        except (OSError, RuntimeError) as error:  # torch may say either of a full disk
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        except (OSError, RuntimeError) as error:  # of a full disk, torch may say either, the latter about the former
+            causes = (getattr(cause, "strerror", None) for cause in (error, error.__context__))
+            reason = next(filter(None, causes), str(error).splitlines()[0])
             raise OSError(f"{path}: cannot be written ({reason}); free some space or set hydra.run.dir") from error
         finally:
             aside.unlink(missing_ok=True)

@@ -73,6 +73,10 @@ class ImageClassifier(pl.LightningModule):
         with torch.no_grad():
             correct = (logits.argmax(dim=1) == labels).sum()
             self.train_sums += torch.stack([loss * len(labels), correct, torch.full_like(loss, len(labels))])
+        if self.trainer.world_size > 1 and self.trainer.is_last_batch:
+            # Of this batch alone the processes may have unequal shares, and their gradients' plain mean is taken.
+            count = self.trainer.strategy.reduce(torch.full_like(loss, len(labels)), reduce_op="mean")
+            loss = loss * len(labels) / count
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -83,12 +87,14 @@ class ImageClassifier(pl.LightningModule):
                 makes a GPU wait.
         """
         if self.trainer.is_last_batch or (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._require_finite("training", self.train_sums[0])
+            loss = self.train_sums[:1].clone()  # reduced in place; all processes shall stop, or none
+            self._require_finite("training", self.trainer.strategy.reduce(loss, reduce_op="sum"))
         if self.trainer.is_last_batch:
             loss_sum, correct, count = self.trainer.strategy.reduce(self.train_sums, reduce_op="sum").tolist()
             self.train_sums.zero_()
             metrics = {"train/loss": loss_sum / count, "train/acc": correct / count}
-            self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True)
+            # The same in all processes; Lightning would weight them by their shares of the batch, and wrongly.
+            self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count the batch."""

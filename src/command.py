@@ -1,8 +1,10 @@
 """What surrounds every command: its config is checked, its folder claimed, its errors said in short."""
 
+import gc
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +19,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from src.config import ROOT, ConfigError, check
 from src.errors import explain
-from src.processes import SWEEP_PARENT, end_with_parent, exit_on_signals, get_rank, is_started_from_outside
+from src.processes import (
+    SWEEP_PARENT,
+    end_with_parent,
+    exit_on_signals,
+    get_name,
+    is_child,
+    is_first_of_host,
+    is_started_from_outside,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +51,8 @@ def run(main: Callable[[], Any], config_name: str) -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     # A run that goes on in its folder.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    # At every start outside of a job, on a machine that has Slurm.
+    warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")
     os.environ.setdefault("PROJECT_ROOT", str(ROOT))
     _asked_full_error = os.environ.get(FULL_ERROR, "")
     os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would print over many lines
@@ -74,6 +86,7 @@ def short_errors(cfg: DictConfig) -> Iterator[None]:
     message = ""
     try:
         if in_sweep():
+            gc.collect()  # the previous job's data: Lightning's objects point at each other
             _require_own_process(cfg)
             check(cfg)
         yield
@@ -83,13 +96,28 @@ def short_errors(cfg: DictConfig) -> Iterator[None]:
         logging.raiseExceptions = False  # a log that cannot be written, on a full disk, shall not hide the error
         log.log(logging.ERROR if _asked_full_error == "1" else logging.DEBUG, "stack trace:", exc_info=error)
         message = explain(error)
-        log.error(f"[rank {get_rank()}] {message}" if get_rank() else message)
+        if is_child():  # of what has befallen its parent too, that one tells, and takes this process along
+            time.sleep(5)
+        log.error(f"[{get_name()}] {message}" if get_name() else message)
     if message and in_sweep():
-        (Path(cfg.output_dir) / "error.txt").write_text(f"{message}\n")
+        with (Path(cfg.output_dir) / "error.txt").open("a") as file:  # the first process to tell has the cause
+            file.write(f"{message}\n")
     if message and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise JobError(message)
     if message:
         sys.exit(1)
+
+
+def continue_if_requeued(cfg: DictConfig) -> None:
+    """Where Slurm has started this job once more, go on from the last checkpoint in its folder."""
+    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        return
+    folder = Path(cfg.output_dir)
+    for path in [folder / "error.txt", *folder.glob("events.*.hparams")]:  # a rank may have seen the others go
+        path.unlink(missing_ok=True)
+    last = folder / "checkpoints" / "last.ckpt"
+    if last.is_file():
+        cfg.ckpt_path = str(last)
 
 
 class Preflight(Callback):
@@ -117,7 +145,7 @@ class Preflight(Callback):
         except Exception as error:  # Hydra turns an Exception in a callback into a warning
             if os.environ.get(FULL_ERROR) == "1":
                 traceback.print_exc()
-            sys.exit(explain(error))
+            sys.exit(explain(error) if is_first_of_host() else 1)  # the same for all of them
 
 
 def _require_own_process(cfg: DictConfig) -> None:

@@ -1,20 +1,37 @@
-"""The processes of a run or a sweep: which of them this is, and that none outlives the one that has started it."""
+"""The processes of a run or a sweep: which of them this is, when they end, and how they find each other."""
 
 import os
 import signal
+import socket
+import struct
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import Any
 
 SWEEP_PARENT = "SWEEP_PARENT"  # in the environment of a sweep's job: the process that has started it
+RUN_PARENT = "RUN_PARENT"  # in that of what a run starts: the process of the run
+SIOCGIFADDR = 0x8915  # Linux's question for an interface's address
+GRACE = 3.0  # seconds from a signal to the end of a process that waits for another one
 
 
-def get_rank() -> int:
-    """This process's number among those that train one model, by Lightning, torchrun or srun; 0 if it is alone."""
+def get_name() -> str:
+    """This process's name among those that train one model, by Lightning, torchrun or srun; empty for the first."""
     if is_shared_step():
-        return int(os.environ["SLURM_PROCID"])
-    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
+        rank = os.environ["SLURM_PROCID"]
+    elif os.environ.get("NODE_RANK", "0") != "0":
+        return f"node {os.environ['NODE_RANK']}, process {os.environ.get('LOCAL_RANK', 0)}"
+    else:
+        rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
+    return "" if rank == "0" else f"rank {rank}"
+
+
+def is_first_of_host() -> bool:
+    """Whether this is the first of a run's processes on this machine."""
+    return os.environ.get("SLURM_LOCALID" if is_shared_step() else "LOCAL_RANK", "0") == "0"
 
 
 def is_shared_step() -> bool:
@@ -30,18 +47,81 @@ def is_started_from_outside() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or "NODE_RANK" in os.environ or is_shared_step()
 
 
+def is_child() -> bool:
+    """Whether Lightning has started this process beside the run's first one on this machine."""
+    return RUN_PARENT in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
 def exit_on_signals() -> None:
-    """End with 128 + signal on SIGINT and SIGTERM, where Lightning would end with 1 and with 0."""
+    """End with 128 + signal on SIGINT and SIGTERM, where Lightning would end with 1 and with 0.
+
+    Lightning's child leaves it to its parent, which would not get to its own exit status if a child went before.
+    """
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        if not is_child():
+            sys.exit(128 + signum)
+
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
+        signal.signal(signum, leave)
+
+
+def insist_on_signals() -> None:
+    """See to it that SIGINT and SIGTERM end even a process that waits for another one: it gets to no handler."""
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell)
+
+    def insist() -> None:
+        while (signum := os.read(told, 1)[0]) not in (signal.SIGINT, signal.SIGTERM):
+            pass
+        time.sleep(2 * GRACE if is_child() else GRACE)
+        os._exit(128 + signum)
+
+    threading.Thread(target=insist, name="insist-on-signals", daemon=True).start()
 
 
 def end_with_parent() -> None:
     """Where another process of ours has started this one, see to it that it ends with that, killed though it be."""
-    if "LOCAL_RANK" in os.environ and not is_started_from_outside():  # Lightning's child
-        _watch(os.getppid(), os.kill, os.getpid())
+    if is_child():
+        _watch(int(os.environ[RUN_PARENT]), os.kill, os.getpid())
     elif SWEEP_PARENT in os.environ:  # the head of a group of its own, which goes with it
         _watch(int(os.environ[SWEEP_PARENT]), os.killpg, 0)
+    if "LOCAL_RANK" not in os.environ:
+        os.environ[RUN_PARENT] = str(os.getpid())
+
+
+def choose_interface(address: str) -> None:
+    """Have gloo use the interface that leads to an address; by itself it takes that of the host's name, loopback often.
+
+    On Linux with IPv4, unless the user has set ``GLOO_SOCKET_IFNAME``.
+    """
+    if sys.platform != "linux" or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    import fcntl
+
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 1))  # sends nothing
+        mine = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no address
+                if fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))[20:24] == mine:
+                    os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def prepare_trainer(trainer: Any) -> None:
+    """Make a Trainer ready to work with several processes."""
+    if trainer.num_nodes > 1:
+        choose_interface(trainer.strategy.cluster_environment.main_address)
+    connector = trainer._signal_connector
+    register = connector.register_signal_handlers
+
+    def register_signal_handlers() -> None:
+        register()
+        exit_on_signals()  # instead of Lightning's own, which broadcasts: it hangs where a process waits for gradients
+
+    connector.register_signal_handlers = register_signal_handlers
+    insist_on_signals()
 
 
 def _watch(parent: int, kill: Callable[[int, int], None], target: int) -> None:

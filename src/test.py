@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.command import run, short_errors
 from src.config import newest_checkpoint
+from src.processes import get_name
 
 
 def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
@@ -44,8 +45,9 @@ def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **
         "checkpoint": str(path),
         **report.environment(),
     }
-    output_dir.mkdir(parents=True, exist_ok=True)
-    report.write_json(output_dir / "metrics.json", result)
+    if tester.is_global_zero:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        report.write_json(output_dir / "metrics.json", result)
     return result
 
 
@@ -60,6 +62,8 @@ def test(cfg: DictConfig) -> dict[str, Any]:
     path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
     output_dir = Path(cfg.output_dir)
     result = test_checkpoint(path, output_dir, cfg.accelerator, root=cfg.data.root, eval_batch_size=cfg.data.batch_size)
+    if get_name():
+        return result
     OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
     report.print_confusion(result["confusion"])
     report.print_table(

@@ -6,8 +6,8 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from src.command import in_sweep, run, short_errors
-from src.processes import get_rank
+from src.command import continue_if_requeued, in_sweep, run, short_errors
+from src.processes import get_name, prepare_trainer
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -36,6 +36,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     datamodule = build.build_datamodule(cfg)
     module = build.build_module(cfg)
     trainer = build.build_trainer(cfg)
+    if trainer.world_size > 1:
+        prepare_trainer(trainer)
     if trainer.is_global_zero:
         OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
 
@@ -70,10 +72,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
 def main(cfg: DictConfig) -> None:
     """Train as the command line says."""
     with short_errors(cfg):
+        continue_if_requeued(cfg)
         if in_sweep() and OmegaConf.select(cfg, "callbacks.summary"):
             cfg.callbacks.summary = None  # the same for each job
         train(cfg)
-        if get_rank() == 0 and not in_sweep():
+        if not get_name() and not in_sweep():
             _show(cfg)
 
 

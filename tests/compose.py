@@ -17,7 +17,7 @@ def compose_cfg(output_dir: Path, *overrides: str, config_name: str = "train") -
         return compose(config_name, [f"output_dir={output_dir}", f"root_dir={output_dir}", *overrides])
 
 
-def run_command(verb: str, *arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+def run_command(verb: str, *arguments: str, cwd: str | Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     """Run ``python -m src.<verb>`` as a user does; its output is no terminal."""
     return subprocess.run(
         [sys.executable, "-m", f"src.{verb}", *arguments],

@@ -27,6 +27,10 @@ def test_every_yaml_file_composes_and_builds(option: str, tmp_path: Path) -> Non
     check(cfg)
     assert build_datamodule(cfg).batch_size == cfg.data.batch_size  # type: ignore[attr-defined]
     module = build_module(cfg)
+    if option == "trainer=fsdp":
+        with pytest.raises(ValueError, match="requires a GPU"):
+            build_trainer(cfg)
+        return
     module.trainer = trainer = build_trainer(cfg)
     assert module.hparams["seed"] == 42
     assert trainer.max_epochs == cfg.trainer.max_epochs

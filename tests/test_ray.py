@@ -68,7 +68,7 @@ def test_a_sweeps_jobs_run_on_both_nodes_and_fail_alone(address: str, tmp_path: 
         "train", "-m", "hydra/launcher=ray", f"hydra.launcher.ray.init.address={address}",
         "+hydra.launcher.ray.init.object_store_memory=null", "optimizer.lr=0.001,0.01,-1", "data=mnist5k",
         "trainer.max_epochs=1", "trainer.limit_train_batches=20", "+node=${oc.env:RAY_RAYLET_PID,none}",
-        PROJECT_ROOT=str(tmp_path), **ENV,  # type: ignore[arg-type]
+        PROJECT_ROOT=str(tmp_path), **ENV,
     )  # fmt: skip
     assert "1 of 3 jobs failed" in result.stderr
     (sweep,) = (tmp_path / "logs" / "multirun").iterdir()

@@ -40,7 +40,7 @@ class OptunaSweeper(Sweeper):
         from src.config import ConfigError
 
         for key, value in {"n_trials": n_trials, "n_jobs": n_jobs}.items():
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"hydra.sweeper.{key}={value}: expected a whole number of 1 or more")
         self.n_trials = n_trials
         self.n_jobs = n_jobs
@@ -56,7 +56,7 @@ class OptunaSweeper(Sweeper):
         from src.config import ConfigError
 
         written = config.hydra.sweeper._get_node("storage")._value()
-        if re.search(r"://[^/@]*:[^/@$]+@", written or ""):
+        if re.search(r"://[^/@:]*:(?!\$\{)[^@]+@|[?&]password=(?!\$\{)", str(written)):
             raise ConfigError(
                 "hydra.sweeper.storage: a password in the open; put the URL into the environment, as STUDY_URL say, "
                 "and set hydra.sweeper.storage='${oc.env:STUDY_URL}'"
@@ -92,4 +92,4 @@ class OptunaSweeper(Sweeper):
                 if not hasattr(self.launcher, "n_jobs"):  # it takes a list, not one job after the other
                     jobs = list(islice(jobs, self.n_jobs))
                 number += len(self.launcher.launch(jobs, initial_job_idx=number))
-                search.tell()
+                search.tell(all_ended=True)

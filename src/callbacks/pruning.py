@@ -1,5 +1,6 @@
 """Cut poor trials of a search short."""
 
+import warnings
 from typing import Any
 
 import pytorch_lightning as pl
@@ -32,7 +33,8 @@ class Pruning(pl.Callback):
                 from src.sweeps.study import open_trial  # here: only a search needs Optuna
 
                 self._trial = open_trial(self.study, self.number)
-            self._trial.report(float(trainer.callback_metrics[self.monitor]), step=trainer.current_epoch)
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # an epoch that a kill has undone
+                self._trial.report(float(trainer.callback_metrics[self.monitor]), step=trainer.current_epoch)
             prune = self._trial.should_prune()
         is_last = trainer.current_epoch + 1 == trainer.max_epochs
         self.pruned = trainer.strategy.broadcast(prune) and not is_last

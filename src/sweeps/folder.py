@@ -143,7 +143,7 @@ def job_name(overrides: Sequence[str]) -> str:
     >>> job_name(["optimizer.lr=0.001", "seed=3"])
     'optimizer.lr=0.001,seed=3'
     >>> job_name(["data.root=/data/mnist"])
-    'data.root=_data_mnist-35de1b1c'
+    'data.root=_data_mnist-b4ad2140'
     """
     full = ",".join(override.lstrip("+~") for override in overrides) or "job"
     name = re.sub(r"[^\w.,=+@-]", "_", full, flags=re.ASCII)

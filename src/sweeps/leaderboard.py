@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from src import report
+from src.processes import get_name
 from src.sweeps.folder import Job, SweepFolder
 
 SEED = "seed"  # swept, its jobs are repetitions of one setting
@@ -154,7 +155,7 @@ class KeepLeaderboard(Callback):
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         """Renew it."""
         folder = SweepFolder(config.hydra.sweep.dir)
-        if config.hydra.mode == RunMode.MULTIRUN and (folder.path / "sweep.json").is_file():
+        if config.hydra.mode == RunMode.MULTIRUN and not get_name() and (folder.path / "sweep.json").is_file():
             board = renew(folder)
             ended = [job.status for job in board.jobs if job.status not in ("waiting", "started")]
             best = (

@@ -16,15 +16,27 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import Trial, TrialState
 
 from src.config import ConfigError
-from src.sweeps.folder import SweepFolder, job_name
+from src.sweeps.folder import SweepFolder, job_name, quoted
 
 STORAGE = "OPTUNA_STORAGE"  # where a trial's job finds the study: in the environment, since it may hold a password
 OWNER = "sweep"  # attribute of a trial: the folder of the sweep that runs it
+
+
+class Study(optuna.Study):
+    """A study whose sampler may say that it has tried all there is, which Optuna takes within ``optimize`` alone."""
+
+    exhausted = False
+
+    def stop(self) -> None:
+        """Note it."""
+        self.exhausted = True
 
 
 def open_storage(location: str) -> BaseStorage:
@@ -36,22 +48,32 @@ def open_storage(location: str) -> BaseStorage:
     if "://" not in location:
         return JournalStorage(JournalFileBackend(location))
     from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+    try:
+        shown = make_url(location).set(query={}).render_as_string()  # without the password
+    except (ArgumentError, ValueError):
+        raise ConfigError("hydra.sweeper.storage: not a URL; @ : and / in a password are written %40 %3A %2F") from None
     for attempt in range(5):
         try:
-            return RDBStorage(location)
-        except (SQLAlchemyError, ImportError) as error:  # two workers that make the tables at once collide
-            if attempt == 4 or isinstance(error, ImportError):
-                reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-                raise ConfigError(f"hydra.sweeper.storage={make_url(location)!r}: {reason}") from None
-            time.sleep(random.uniform(0.1, 0.5) * 2**attempt)
+            return RDBStorage(location, engine_kwargs={"pool_pre_ping": True})  # the server may have been restarted
+        except (SQLAlchemyError, StorageInternalError, ImportError) as error:
+            if attempt == 4 or isinstance(error, ArgumentError | ImportError):
+                cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+                reason = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]
+                raise ConfigError(f"hydra.sweeper.storage={shown}: {reason}") from None
+            time.sleep(random.uniform(0.1, 0.3) * 2**attempt)  # workers that make the tables at once collide
     raise AssertionError
 
 
-def open_study(
-    folder: Path, name: str | None, storage: str | None, mode: str, sampler: Any, pruner: Any
-) -> optuna.Study:
+def _mend(journal: Path) -> None:
+    """Remove what a process killed while writing has left: its lock, and a line that has no end."""
+    Path(f"{journal}.lock").unlink(missing_ok=True)
+    if journal.exists():
+        os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
+
+
+def open_study(folder: Path, name: str | None, storage: str | None, mode: str, sampler: Any, pruner: Any) -> Study:
     """Make a study, or go on with it.
 
     Args:
@@ -62,15 +84,22 @@ def open_study(
         sampler: Config of a sampler. Its seed is varied by what the study holds already, lest a second start
             propose the first trials again, and two workers the same.
         pruner: Config of a pruner, or None; it is stored with the study, for the jobs.
+
+    Raises:
+        ConfigError: If the database cannot be reached, or the study there has the other mode.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    pruner_of_trials = instantiate(pruner)
+    if storage is None:
+        _mend(folder / "study.journal")
     os.environ[STORAGE] = storage or str(folder / "study.journal")
-    study = optuna.create_study(
-        study_name=name or folder.name,
-        storage=open_storage(os.environ[STORAGE]),
-        direction="maximize" if mode == "max" else "minimize",
-        load_if_exists=True,
-    )
+    name = name or folder.name
+    backend = open_storage(os.environ[STORAGE])
+    direction = StudyDirection.MAXIMIZE if mode == "max" else StudyDirection.MINIMIZE
+    optuna.create_study(study_name=name, storage=backend, direction=direction, load_if_exists=True)
+    study = Study(name, backend, pruner=pruner_of_trials)
+    if study.direction != direction:
+        raise ConfigError(f"mode={mode}: the study {name} has the other; choose another hydra.sweeper.study_name")
     seed = sampler.get("seed")
     if seed is not None:
         worker = list(str(folder).encode()) if storage else []
@@ -102,7 +131,7 @@ class Search:
 
     def __init__(
         self,
-        study: optuna.Study,
+        study: Study,
         folder: SweepFolder,
         space: Mapping[str, BaseDistribution],
         fixed: Sequence[str],
@@ -116,17 +145,16 @@ class Search:
         self.monitor = folder.plan["monitor"]
         self.num_failed = 0
         self.running: dict[str, Trial] = {}
-        # What an earlier start was killed at is run again; so is what it had asked for when it was killed.
-        self.orphans = deque(
-            Trial(study, trial._trial_id)
-            for trial in study.get_trials(states=(TrialState.RUNNING,))
-            if trial.user_attrs.get(OWNER) == str(folder.path)
-        )
+        # What an earlier start was killed at is run again. A trial without an owner was being asked for just then; in
+        # a database it may be another sweep's.
+        mine = [str(folder.path), *([None] if isinstance(study._storage, JournalStorage) else [])]
+        running = study.get_trials(states=(TrialState.RUNNING,))
+        self.orphans = deque(Trial(study, trial._trial_id) for trial in running if trial.user_attrs.get(OWNER) in mine)
 
     def wants_more(self) -> bool:
         """Whether trials are missing: not finished, nor being run by this sweep or another."""
-        if self.orphans:
-            return True
+        if self.orphans or self.study.exhausted:
+            return bool(self.orphans)
         states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
         trials = [
             trial
@@ -144,8 +172,9 @@ class Search:
             self.tell()
             if not self.wants_more():
                 return
-            trial = self.orphans.popleft() if self.orphans else self._ask()
-            params = {key: trial.params[key] for key in self.space}
+            trial = self.orphans.popleft() if self.orphans else self.study.ask()
+            params = {key: trial._suggest(key, distribution) for key, distribution in self.space.items()}
+            trial.set_user_attr(OWNER, str(self.folder.path))
             name = f"{trial.number:04d},{job_name([f'{key}={_short(value)}' for key, value in params.items()])}"
             self.folder.add({name: params})
             self.running[name] = trial
@@ -153,15 +182,20 @@ class Search:
             if added is None:  # it had finished before the study could be told
                 continue
             if self.study.user_attrs["pruner"]:
-                arguments = f"study:'{self.study.study_name}',trial:{trial.number},monitor:'{self.monitor}'"
+                study, monitor = quoted(self.study.study_name), quoted(self.monitor)
+                arguments = f"study:{study},trial:{trial.number},monitor:{monitor}"
                 added.append(f"++callbacks.pruning={{_target_:src.callbacks.pruning.Pruning,{arguments}}}")
             yield [*self.fixed, *(f"{key}={_text(value)}" for key, value in params.items()), *added]
 
-    def tell(self) -> None:
-        """Tell the study of the jobs that have ended."""
+    def tell(self, all_ended: bool = False) -> None:
+        """Tell the study of the jobs that have ended.
+
+        Args:
+            all_ended: Whether all have: what has left no result is then taken for failed.
+        """
         for name, trial in list(self.running.items()):
             job = self.folder.job(name, {})
-            if job.status == "started":
+            if job.status in ("waiting", "started") and not all_ended:
                 continue
             del self.running[name]
             if job.status == "finished" and job.score is not None and math.isfinite(job.score):
@@ -172,18 +206,15 @@ class Search:
                 self.num_failed += 1
                 self.study.tell(trial, state=TrialState.FAIL)
 
-    def _ask(self) -> Trial:
-        trial = self.study.ask(dict(self.space))
-        trial.set_user_attr(OWNER, str(self.folder.path))
-        return trial
-
 
 def make_space(overrides: Mapping[str, Override]) -> dict[str, BaseDistribution]:
     """Optuna's distributions of a search space in Hydra's syntax.
 
     Raises:
-        ConfigError: If a range cannot be.
+        ConfigError: If there is none, or a range cannot be.
     """
+    if not overrides:
+        raise ConfigError("hydra.sweeper.params: nothing to search; give optimizer.lr='interval(0.001, 0.1)', say")
     space = {}
     for key, override in overrides.items():
         try:
@@ -204,6 +235,8 @@ def _distribution(override: Override) -> BaseDistribution:
         return FloatDistribution(sweep.start, sweep.end, log=is_log)
     if isinstance(sweep, RangeSweep):
         values = list(sweep.range())
+        if not values:
+            raise ValueError("no value lies in it")
         if all(isinstance(value, int) for value in values):
             return IntDistribution(int(values[0]), int(values[-1]), step=int(sweep.step))
         return FloatDistribution(float(values[0]), float(values[-1]), step=float(sweep.step))

@@ -1,19 +1,24 @@
 """src/data/loader.py: which images come when."""
 
-from itertools import islice
+from itertools import chain, islice
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from src.data.loader import BatchLoader
 
 NUM = 23  # a prime: the last batch is never whole
 
 
-def make_loader(batch_size: int = 5, shuffle: bool = True, seed: int = 0) -> BatchLoader:
+def make_loader(
+    batch_size: int = 5, shuffle: bool = True, seed: int = 0, num: int = NUM, rank: int = 0, world_size: int = 1
+) -> BatchLoader:
     """Over images that show their own number, which is their label too."""
-    labels = torch.arange(NUM)
-    return BatchLoader(labels.view(-1, 1, 1).expand(-1, 2, 2), labels, batch_size, shuffle=shuffle, seed=seed)
+    labels = torch.arange(num)
+    images = labels.view(-1, 1, 1).expand(-1, 2, 2)
+    return BatchLoader(images, labels, batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
 
 
 def order_of(loader: BatchLoader, epoch: int = 0) -> list[int]:
@@ -142,3 +147,69 @@ def test_batch_size_below_1_is_refused() -> None:
 def test_images_without_labels_are_refused() -> None:
     with pytest.raises(ValueError, match="3 images but 2 labels"):
         BatchLoader(torch.zeros(3, 2, 2), torch.zeros(2), batch_size=1)
+
+
+@st.composite
+def divisions(draw: st.DrawFn) -> tuple[int, int, int]:
+    """Numbers of processes, of images and of images a batch, at least one image for each process."""
+    world_size = draw(st.integers(1, 8))
+    return world_size, draw(st.integers(world_size, 100)), draw(st.integers(world_size, 120))
+
+
+def batches_of(loader: BatchLoader, epoch: int = 0) -> list[list[int]]:
+    """The labels of each batch."""
+    loader.set_epoch(epoch)
+    batches = [labels.tolist() for _, labels in loader]
+    assert len(batches) == len(loader)
+    return batches
+
+
+@given(divisions(), st.booleans(), st.integers(0, 3))
+def test_processes_share_the_batches_of_one(division: tuple[int, int, int], shuffle: bool, epoch: int) -> None:
+    world_size, num, batch_size = division
+    alone = batches_of(make_loader(batch_size, shuffle, num=num), epoch)
+    shares = [
+        batches_of(make_loader(batch_size, shuffle, num=num, rank=rank, world_size=world_size), epoch)
+        for rank in range(world_size)
+    ]
+    together = [list(chain(*parts)) for parts in zip(*shares, strict=True)]  # as many batches for each process
+
+    left = num % batch_size
+    if 0 < left < world_size and len(alone) > 1:  # too few for a batch
+        alone[-2:] = [alone[-2] + alone[-1]]
+    assert together == alone
+    assert sorted(chain(*together)) == list(range(num))
+    for parts in zip(*shares, strict=True):
+        sizes = [len(part) for part in parts]
+        assert min(sizes) >= 1
+        assert max(sizes) - min(sizes) <= 1
+
+
+@given(divisions(), st.data())
+def test_each_process_resumes_at_its_share_of_the_batches_that_are_left(
+    division: tuple[int, int, int], data: st.DataObject
+) -> None:
+    world_size, num, batch_size = division
+    loaders = [make_loader(batch_size, num=num, rank=rank, world_size=world_size) for rank in range(world_size)]
+    wholes = [batches_of(loader, epoch=1) for loader in loaders]
+    done = data.draw(st.integers(0, len(wholes[0])))
+    for loader in loaders:
+        loader.set_epoch(0)
+        loader.set_epoch(1)
+        list(islice(loader, done))
+    states = [loader.state_dict() for loader in loaders]
+    assert states == [states[0]] * world_size  # the checkpoint holds the first process's alone
+
+    for rank, whole in enumerate(wholes):
+        resumed = make_loader(batch_size, num=num, rank=rank, world_size=world_size)
+        resumed.load_state_dict(states[0])
+        resumed.set_epoch(1)
+        assert [labels.tolist() for _, labels in resumed] == whole[done:]
+
+
+@pytest.mark.parametrize(
+    ("num", "batch_size", "message"), [(NUM, 2, "batch_size=2: expected 3"), (2, 5, "2 images: expected 3")]
+)
+def test_a_process_without_an_image_is_refused(num: int, batch_size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_loader(batch_size, num=num, rank=2, world_size=3)

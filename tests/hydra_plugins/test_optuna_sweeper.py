@@ -17,18 +17,16 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from src.config import ROOT
+from src.sweeps.study import STORAGE, open_study
 from tests.compose import run_command
 
 SMALL = (
     "data=mnist5k", "trainer=cpu", "trainer.limit_train_batches=4", "trainer.log_every_n_steps=1",
     "callbacks.description=null", "callbacks.summary=null", "trainer.max_epochs=2",
 )  # fmt: skip
-# Prunes every trial at the end of its first epoch.
-PRUNE_ALL = (
-    "hydra.sweeper.pruner._target_=optuna.pruners.ThresholdPruner",
-    "+hydra.sweeper.pruner.lower=1.1",
-    "hydra.sweeper.sampler._target_=optuna.samplers.RandomSampler",
-)
+THRESHOLD = "hydra.sweeper.pruner._target_=optuna.pruners.ThresholdPruner"
+PRUNE_ALL = (THRESHOLD, "+hydra.sweeper.pruner.lower=1.1")  # each at the end of its first epoch
+PRUNE_NONE = (THRESHOLD, "+hydra.sweeper.pruner.lower=0")
 
 
 class Search(NamedTuple):
@@ -48,17 +46,9 @@ class Search(NamedTuple):
             return {row["job"]: row for row in csv.DictReader(file)}
 
 
-def search(folder: Path, *arguments: str, sweep: str = "sweep=optuna") -> Search:
-    result = run_command(
-        "train",
-        "-m",
-        sweep,
-        *SMALL,
-        f"hydra.sweep.dir={folder}",
-        *arguments,
-        PROJECT_ROOT=str(folder),
-        OMP_NUM_THREADS="1",
-    )
+def search(folder: Path, *arguments: str, sweep: str = "sweep=optuna", **env: str) -> Search:
+    env |= {"PROJECT_ROOT": str(folder), "OMP_NUM_THREADS": "1"}
+    result = run_command("train", "-m", sweep, *SMALL, f"hydra.sweep.dir={folder}", *arguments, cwd=ROOT, **env)
     return Search(folder, result.stdout, result.stderr, result.returncode)
 
 
@@ -76,12 +66,24 @@ def test_the_study_holds_what_the_jobs_found(finished: Search) -> None:
         assert trial.value == record["best"]["score"]
         assert set(trial.params) == {"optimizer.lr", "data.batch_size", "model.net.activation"}
         assert float(finished.rows[folder.name]["optimizer.lr"]) == trial.params["optimizer.lr"]
+        assert "Pruning" not in (folder / "config.yaml").read_text()
+        assert trial.intermediate_values == {}
 
 
-def test_the_best_trial_alone_is_tested(finished: Search) -> None:
+def test_the_same_seed_proposes_the_same_trials_to_another_search(
+    finished: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STORAGE, "")  # open_study sets it
+    study = open_study(tmp_path, None, None, "max", {"_target_": "optuna.samplers.TPESampler", "seed": 42}, None)
+    for trial in finished.trials:
+        assert study.ask(trial.distributions).params == trial.params
+
+
+def test_the_best_trial_leads_and_it_alone_is_tested(finished: Search) -> None:
     best = max(finished.trials, key=lambda trial: trial.value or 0.0)
     (tested,) = finished.folder.glob("*/test/metrics.json")
     assert tested.parents[1].name.startswith(f"{best.number:04d},")
+    assert next(iter(finished.rows)) == tested.parents[1].name
     assert f"best: {best.number:04d}," in finished.output
 
 
@@ -111,34 +113,97 @@ def test_a_failed_trial_is_told_as_failed_and_does_not_count(tmp_path: Path) -> 
     assert "optimizer.lr=-1: expected a number above 0" in result.errors
 
 
+def test_a_grid_is_tried_once_two_jobs_at_a_time_with_a_study_in_sqlite(tmp_path: Path) -> None:
+    sampler = "hydra.sweeper.sampler._target_=optuna.samplers.GridSampler"
+    grid, space = "+hydra.sweeper.sampler.search_space={optimizer.lr:[1e-3,2e-3,-1,-2]}", "optimizer.lr=1e-3,2e-3,-1,-2"
+    storage = f"sqlite:///{tmp_path}/studies.db"
+    result = search(
+        tmp_path / "sweep", space, sampler, grid, "hydra.sweeper.n_trials=9", "hydra.sweeper.n_jobs=2",
+        f"hydra.sweeper.storage={storage}", "hydra.sweeper.study_name='a grid'", sweep="hydra/sweeper=optuna",
+    )  # fmt: skip
+    assert result.returncode == 1  # since two have failed
+    assert "Traceback" not in result.errors
+    trials = optuna.load_study(study_name="a grid", storage=storage).trials
+    assert {trial.params["optimizer.lr"]: trial.state.name for trial in trials} == {
+        0.001: "COMPLETE", 0.002: "COMPLETE", -1: "FAIL", -2: "FAIL",
+    }  # fmt: skip
+    assert len(trials) == len(result.rows) == 4
+    assert not (result.folder / "study.journal").exists()
+
+
+def test_a_search_of_which_all_trials_fail_ends(tmp_path: Path) -> None:
+    result = search(tmp_path, "optimizer.lr=choice(-1,-2)", "hydra.sweeper.n_trials=2", sweep="hydra/sweeper=optuna")
+    assert result.returncode == 1
+    assert [trial.state for trial in result.trials] == [TrialState.FAIL] * 2
+    assert "2 of 2 jobs failed" in result.errors
+
+
 @pytest.mark.slow
-def test_a_killed_search_comes_to_its_target_with_the_trial_that_it_was_killed_at(tmp_path: Path) -> None:
-    arguments = [f"hydra.sweep.dir={tmp_path}", "hydra.sweeper.n_trials=4", "trainer.max_epochs=4"]
-    command = [sys.executable, "-m", "src.train", "-m", "sweep=optuna", *SMALL, *arguments, "hydra.sweeper.pruner=null"]
+@pytest.mark.parametrize("launcher", ["basic", "process"])
+def test_a_killed_search_comes_to_its_target_with_the_trials_that_it_was_killed_at(
+    launcher: str, tmp_path: Path
+) -> None:
+    arguments = (
+        f"hydra.sweep.dir={tmp_path}", "hydra.sweeper.n_trials=4", "trainer.max_epochs=12", *PRUNE_NONE,
+        f"hydra/launcher={launcher}",
+    )  # fmt: skip
+    command = [sys.executable, "-m", "src.train", "-m", "sweep=optuna", *SMALL, *arguments]
     env = {**os.environ, "PROJECT_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list(tmp_path.glob("0001,*/checkpoints/last.ckpt")):
+
+    def ended() -> dict[Path, int]:
+        return {path.parent: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.json")}
+
+    def halfway() -> set[Path]:
+        return {path.parents[1] for path in tmp_path.glob("000[23],*/checkpoints/last.ckpt")} - ended().keys()
+
+    while not (ended() and halfway()):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    (killed,) = tmp_path.glob("0001,*")
-    assert not (killed / "metrics.json").exists()
+    time.sleep(1)  # for the jobs to miss it
+    before, killed = ended(), halfway()
+    assert killed
 
-    result = search(tmp_path, *arguments, "hydra.sweeper.pruner=null")
+    result = search(tmp_path, *arguments)
     assert result.returncode == 0, result.errors
     assert [trial.state for trial in result.trials] == [TrialState.COMPLETE] * 4
-    assert "last.ckpt" in (killed / "config.yaml").read_text()
+    assert [list(trial.intermediate_values) for trial in result.trials] == [[*range(12)]] * 4
+    assert sorted(path.name[:4] for path in ended()) == ["0000", "0001", "0002", "0003"]
+    assert before.items() <= ended().items()
+    assert all("last.ckpt" in (folder / "config.yaml").read_text() for folder in killed)
 
 
-def test_a_password_in_the_open_is_refused(tmp_path: Path) -> None:
-    result = search(tmp_path, "hydra.sweeper.storage=postgresql://me:secret@127.0.0.1/studies")
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:secret@127.0.0.1/studies",
+        "postgresql://me:se$c/ret@127.0.0.1/studies",
+        "postgresql://127.0.0.1/studies?user=me&password=secret",
+        "${oc.env:STUDY_URL,postgresql://me:secret@127.0.0.1/studies}",
+    ],
+)
+def test_a_password_in_the_open_is_refused(url: str, tmp_path: Path) -> None:
+    result = search(tmp_path, f"hydra.sweeper.storage='{url}'")
     assert result.returncode == 1
-    assert "a password in the open" in result.errors
+    assert result.errors.startswith("error: hydra.sweeper.storage: a password in the open; ")
+    assert result.errors.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_number_of_trials_that_cannot_be_is_refused(tmp_path: Path) -> None:
-    result = search(tmp_path, "hydra.sweeper.n_trials=0")
+def test_a_database_that_cannot_be_reached_is_said_in_a_line_without_its_password(tmp_path: Path) -> None:
+    storage = "hydra.sweeper.storage='postgresql+psycopg://me:${oc.env:PASSWORD}@127.0.0.1:1/studies'"
+    result = search(tmp_path, storage, PASSWORD="open sesame")
     assert result.returncode == 1
-    assert result.errors.strip() == "error: hydra.sweeper.n_trials=0: expected a whole number of 1 or more"
+    assert "127.0.0.1:1/studies: connection failed: " in result.errors
+    assert result.errors.count("\n") == 1
+    assert "sesame" not in result.output + result.errors
+    assert not any("sesame" in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("setting", ["n_trials=0", "n_trials=1.5", "n_trials=True", "n_jobs=0"])
+def test_a_number_that_cannot_be_is_refused(setting: str, tmp_path: Path) -> None:
+    result = search(tmp_path, f"hydra.sweeper.{setting}")
+    assert result.returncode == 1
+    assert result.errors == f"error: hydra.sweeper.{setting}: expected a whole number of 1 or more\n"

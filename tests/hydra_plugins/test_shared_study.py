@@ -3,14 +3,17 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
+import psycopg
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from src.config import ROOT
+from src.sweeps.study import open_storage
 from tests.hydra_plugins.test_optuna_sweeper import SMALL
 from tests.postgres import PASSWORD, find_program, serve_postgres
 
@@ -27,14 +30,21 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
-def start_worker(folder: Path, url: str) -> subprocess.Popen[str]:
+def start_worker(folder: Path, url: str, study_name: str) -> subprocess.Popen[str]:
     command = [
         sys.executable, "-m", "src.train", "-m", "sweep=optuna", *SMALL, f"hydra.sweep.dir={folder}",
-        f"hydra.sweeper.n_trials={TARGET}", "hydra.sweeper.study_name=shared", "hydra/launcher=process",
-        "hydra.launcher.n_jobs=1", "hydra.sweeper.storage=${oc.env:STUDY_URL}",
+        f"hydra.sweeper.n_trials={TARGET}", f"hydra.sweeper.study_name={study_name}",
+        "hydra/launcher=process", "hydra.launcher.n_jobs=1", "hydra.sweeper.storage=${oc.env:STUDY_URL}",
     ]  # fmt: skip
     env = {**os.environ, "STUDY_URL": url, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def trials_of(url: str, study_name: str) -> list[FrozenTrial]:
+    storage = optuna.storages.RDBStorage(url)
+    trials: list[FrozenTrial] = optuna.load_study(study_name=study_name, storage=storage).trials
+    storage.engine.dispose()
+    return trials
 
 
 def command_lines() -> str:
@@ -49,7 +59,9 @@ def command_lines() -> str:
 
 
 def test_two_workers_share_a_study_and_nobody_sees_the_password(url: str, tmp_path: Path) -> None:
-    workers = [start_worker(tmp_path / name, url) for name in ("one", "other")]  # the tables are not there yet
+    workers = [
+        start_worker(tmp_path / name, url, "shared") for name in ("one", "other")
+    ]  # the tables are not there yet
     seen = ""
     while any(worker.poll() is None for worker in workers):
         seen += command_lines()
@@ -61,9 +73,7 @@ def test_two_workers_share_a_study_and_nobody_sees_the_password(url: str, tmp_pa
     output = "".join(worker.communicate()[0] for worker in workers)
     assert [worker.returncode for worker in workers] == [0, 0], output
 
-    storage = optuna.storages.RDBStorage(url)
-    trials: list[FrozenTrial] = optuna.load_study(study_name="shared", storage=storage).trials
-    storage.engine.dispose()
+    trials = trials_of(url, "shared")
     finished = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     assert len(finished) == len(trials)
     assert TARGET <= len(finished) <= TARGET + 1  # both may have asked for the last one at once
@@ -77,3 +87,29 @@ def test_two_workers_share_a_study_and_nobody_sees_the_password(url: str, tmp_pa
         assert secret not in output
         for path in tmp_path.rglob("*"):
             assert not path.is_file() or secret.encode() not in path.read_bytes(), path
+
+
+def test_a_killed_workers_trial_is_left_to_its_own_next_start(url: str, tmp_path: Path) -> None:
+    with start_worker(tmp_path / "one", url, "killed") as killed:
+        while not list(tmp_path.glob("one/0001,*/config.yaml")):
+            assert killed.poll() is None
+            time.sleep(0.02)
+        killed.kill()
+    time.sleep(1)  # for the job to miss it
+    for name, states in (
+        ("other", ["COMPLETE", "RUNNING", *["COMPLETE"] * (TARGET - 2)]),  # it takes that one for being run
+        ("one", ["COMPLETE"] * TARGET),
+    ):
+        with start_worker(tmp_path / name, url, "killed") as worker:
+            output = worker.communicate()[0]
+        assert worker.returncode == 0, output
+        found = [trial.state.name.replace("PRUNED", "COMPLETE") for trial in trials_of(url, "killed")]
+        assert found == states
+
+
+def test_a_connection_that_the_server_has_cut_is_made_anew(url: str) -> None:
+    study = optuna.create_study(storage=open_storage(url))
+    with psycopg.connect(url.replace("+psycopg", "")) as connection:
+        connection.execute("select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()")
+    study.ask()
+    assert len(study.trials) == 1

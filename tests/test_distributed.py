@@ -1,0 +1,278 @@
+"""trainer=ddp_cpu as a command: several processes on one machine train the model that one would train."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from src.build import load_checkpoint, restore, restore_datamodule
+from src.config import ROOT
+from src.processes import GRACE
+from src.train import train
+from tests.compose import compose_cfg, run_command
+from tests.processes import living, wait_until
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to look for processes")
+
+ENV = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # threads that outnumber the cores spin for each other
+
+# 249 images in batches of 66: the last has 51; 51 images of validation in batches of 10: the last has 11.
+SIZES = ("data.val_size=51", "data.batch_size=66", "data.eval_batch_size=10")
+DATA = ("data.source=files", "data.md5=null", *SIZES, "trainer.log_every_n_steps=2")
+
+
+class Run(NamedTuple):
+    """A run that has ended: its folder and what it has printed."""
+
+    path: Path
+    stdout: str
+    stderr: str
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        metrics: dict[str, float] = json.loads((self.path / "metrics.json").read_text())["metrics"]
+        return metrics
+
+    def weights(self, name: str = "last") -> torch.Tensor:
+        """All parameters of a checkpoint, (N,)."""
+        state = load_checkpoint(self.path / "checkpoints" / f"{name}.ckpt")["state_dict"]
+        return torch.cat([tensor.flatten() for tensor in state.values()])
+
+
+def train_together(root: Path, data: Path, *arguments: str) -> Run:
+    """Train for two epochs, and look that nothing is left but one folder."""
+    result = run_command(
+        "train", "trainer=ddp_cpu", "trainer.max_epochs=2", f"data.root={data}", *DATA, *arguments,
+        PROJECT_ROOT=str(root), **ENV,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    wait_until(lambda: not living(str(root)), seconds=5)
+    (folder,) = (root / "logs" / "train").iterdir()
+    return Run(folder, result.stdout, result.stderr)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Run:
+    """The run in one process."""
+    path = tmp_path_factory.mktemp("alone")
+    overrides = ("trainer=cpu", "trainer.max_epochs=2", f"data.root={mnist_root}", *DATA, "callbacks=minimal")
+    train(compose_cfg(path, *overrides, "logger=[]"))
+    return Run(path, "", "")
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Run:
+    """The same run in two processes."""
+    return train_together(tmp_path_factory.mktemp("together"), mnist_root)
+
+
+def assert_equal_runs(run: Run, alone: Run) -> None:
+    assert run.metrics.keys() == alone.metrics.keys() | {"train/images_per_second"}
+    for name, value in alone.metrics.items():
+        assert run.metrics[name] == pytest.approx(value, rel=0 if name.endswith("/acc") else 1e-5), name
+    torch.testing.assert_close(run.weights(), alone.weights(), rtol=0, atol=2e-6)
+
+
+def test_two_processes_train_the_model_of_one(together: Run, alone: Run) -> None:
+    assert_equal_runs(together, alone)
+
+
+@pytest.mark.slow
+def test_three_processes_train_the_model_of_one(tmp_path: Path, mnist_root: Path, alone: Run) -> None:
+    assert_equal_runs(train_together(tmp_path, mnist_root, "trainer.devices=3"), alone)
+
+
+def test_metrics_of_two_processes_are_those_of_one_with_the_same_weights(together: Run) -> None:
+    for name, stage in (("last", "validate"), ("best", "test")):
+        path = together.path / "checkpoints" / f"{name}.ckpt"
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
+        )  # fmt: skip
+        (metrics,) = getattr(trainer, stage)(restore(path), restore_datamodule(path), verbose=False)
+        assert len(metrics) == 2
+        for key, value in metrics.items():
+            assert together.metrics[key] == pytest.approx(value, rel=0 if key.endswith("/acc") else 1e-6)
+
+
+def test_one_process_speaks_for_both(together: Run) -> None:
+    assert [line.split()[:2] for line in together.stderr.splitlines()] == [["epoch", "1/2"], ["epoch", "2/2"]]
+    assert together.stdout.count("trained and tested") == 1
+    assert together.stdout.count("Total params") == 1
+
+
+def test_one_process_writes_for_both(together: Run) -> None:
+    names = {path.name for path in together.path.iterdir() if not path.name.startswith("events.out")}
+    assert names == {"config.yaml", "hparams.yaml", "metrics.json", "train.log", "checkpoints"}
+    assert {path.name for path in (together.path / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    events = EventAccumulator(str(together.path))
+    events.Reload()
+    steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert steps["lr-Adam"] == [1, 3, 5, 7]
+    for tag in ("train/loss", "train/acc", "train/images_per_second", "val/loss", "val/acc"):
+        assert steps[tag] == [3, 7], tag
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_tested_by_two_processes_as_by_one(tmp_path: Path, together: Run) -> None:
+    checkpoint = together.path / "checkpoints" / "best.ckpt"
+    result = run_command(
+        "test", f"ckpt_path='{checkpoint}'", "accelerator=cpu", "accelerator.devices=2", "data.batch_size=7",
+        PROJECT_ROOT=str(tmp_path), **ENV,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (path,) = (tmp_path / "logs" / "test").iterdir()
+    tested = json.loads((path / "metrics.json").read_text())
+    assert sum(map(sum, tested["confusion"])) == 60
+    for name in ("test/acc", "test/loss"):
+        assert tested["metrics"][name] == pytest.approx(together.metrics[name], rel=0 if "acc" in name else 1e-6)
+    assert result.stdout.count("confusion matrix") == result.stdout.count("written to") == 1
+
+
+def test_a_batch_that_cannot_be_shared_is_said_once(tmp_path: Path, mnist_root: Path) -> None:
+    result = run_command(
+        "train", "trainer=ddp_cpu", f"data.root={mnist_root}", *DATA, "data.batch_size=63",
+        PROJECT_ROOT=str(tmp_path), **ENV,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr == "error: data.batch_size=63: 2 processes share a batch; expected a multiple of 2\n"
+    wait_until(lambda: not living(str(tmp_path)), seconds=5)
+
+
+# A callback that holds the second process in the second epoch, as a fault of the network or of a disk would.
+HOLD = """
+import time
+from pytorch_lightning.callbacks import Callback
+
+class Hold(Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        while trainer.current_epoch == 1 and trainer.global_rank == 1:
+            time.sleep(0.1)
+"""
+
+
+@contextmanager
+def at_work(root: Path, data: Path, *arguments: str) -> Iterator[list[subprocess.Popen[bytes] | int]]:
+    """A run of two processes in the midst of its training: the first one, and the second one's number."""
+    (root / "hold.py").write_text(HOLD)
+    command = [
+        sys.executable, "-m", "src.train", "trainer=ddp_cpu", "trainer.max_epochs=100000", f"data.root={data}", *DATA,
+        "logger=[]", "callbacks=minimal", f"hydra.run.dir={root}/run", *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, **ENV, "PYTHONPATH": f"{ROOT}:{root}"}
+    with (root / "stderr").open("wb") as stderr:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stderr, stderr=stderr)
+    try:
+        wait_until(lambda: "epoch 1/" in (root / "stderr").read_text(), seconds=120)
+        (child,) = living(str(root)) - {process.pid}
+        time.sleep(0.5)
+        yield [process, child]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def end(root: Path, data: Path, signum: signal.Signals, rank: int, *arguments: str) -> tuple[int, float, str]:
+    """Send a signal to one of two processes; exit status, seconds until both have ended, and what was said."""
+    with at_work(root, data, *arguments) as processes:
+        first, child = processes
+        assert isinstance(first, subprocess.Popen)
+        start = time.monotonic()
+        os.kill(child if rank else first.pid, signum)  # type: ignore[arg-type]
+        status = first.wait(60)
+        wait_until(lambda: not living(str(root)), seconds=10)
+        seconds = time.monotonic() - start
+    lines = (root / "stderr").read_text().splitlines()
+    return status, seconds, "\n".join(line for line in lines if not line.startswith("epoch"))
+
+
+@pytest.mark.parametrize(
+    ("signum", "expected"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_the_first_process_ends_both(
+    signum: signal.Signals, expected: int, tmp_path: Path, mnist_root: Path
+) -> None:
+    status, seconds, said = end(tmp_path, mnist_root, signum, rank=0)
+    assert (status, said) == (expected, "")
+    assert seconds < 2 * GRACE
+
+
+def test_a_process_that_is_killed_ends_the_run(tmp_path: Path, mnist_root: Path) -> None:
+    status, seconds, said = end(tmp_path, mnist_root, signal.SIGKILL, rank=1)
+    assert status in (1, -9)  # by its broken connection, or by Lightning, which looks every five seconds
+    assert "another process of this run has ended" in said or status == -9
+    assert len(said.splitlines()) <= 1
+    assert seconds < 10
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_ends_the_run(tmp_path: Path, mnist_root: Path) -> None:
+    status, seconds, _ = end(tmp_path, mnist_root, signal.SIGTERM, rank=1)
+    assert status in (1, -9)
+    assert seconds < 2 * GRACE + 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_that_waits_for_one_of_its_processes(
+    signum: signal.Signals, expected: int, tmp_path: Path, mnist_root: Path
+) -> None:
+    status, seconds, said = end(tmp_path, mnist_root, signum, 0, "+callbacks.hold._target_=hold.Hold")
+    assert (status, said) == (expected, "")
+    assert seconds < GRACE + 3
+
+
+def sweep(root: Path, data: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    result = run_command(
+        "train", "-m", "trainer=ddp_cpu", "optimizer.lr=0.001,0.01", "trainer.max_epochs=2", f"data.root={data}",
+        *DATA, "callbacks=minimal", f"hydra.sweep.dir={root}/sweep", *arguments, **ENV,
+    )  # fmt: skip
+    wait_until(lambda: not living(str(root)), seconds=5)
+    with (root / "sweep" / "sweep.csv").open() as file:
+        return result, {row["job"]: row for row in csv.DictReader(file)}
+
+
+@pytest.mark.slow
+def test_a_sweeps_jobs_are_two_processes_each(tmp_path: Path, mnist_root: Path) -> None:
+    result, rows = sweep(tmp_path, mnist_root)
+    assert result.returncode == 0, result.stderr
+    assert {job: row["status"] for job, row in rows.items()} == {
+        "optimizer.lr=0.001": "finished", "optimizer.lr=0.01": "finished"
+    }  # fmt: skip
+    scores = {}
+    for job in rows:
+        folder = tmp_path / "sweep" / job
+        record = json.loads((folder / "metrics.json").read_text())
+        scores[job] = record["best"]["score"]
+        console = (folder / "console.log").read_text().splitlines()
+        assert [line.split()[1] for line in console if line.startswith("epoch")] == ["1/2", "2/2"]
+        assert {path.name for path in folder.glob("*.log")} == {"console.log", "train.log"}
+    assert next(iter(rows)) == max(scores, key=lambda job: scores[job])
+    assert {job: float(row["best val/acc"]) for job, row in rows.items()} == pytest.approx(scores)
+
+
+def test_a_sweep_in_one_process_refuses_jobs_of_several(tmp_path: Path, mnist_root: Path) -> None:
+    result, rows = sweep(tmp_path, mnist_root, "hydra/launcher=basic")
+    reason = "trainer.devices=2: in a sweep this needs hydra/launcher=one_process"
+    assert result.returncode == 1
+    assert [line for line in result.stderr.splitlines() if line.startswith("  ")] == [
+        f"  optimizer.lr={lr}: {reason}" for lr in ("0.001", "0.01")
+    ]
+    assert [row["error"] for row in rows.values()] == [reason] * 2
