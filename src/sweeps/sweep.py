@@ -55,8 +55,10 @@ def _test(folder: SweepFolder, board: Leaderboard, config: DictConfig) -> None:
     for job in board.winner.jobs:
         output_dir = folder.path / job.name / "test"
         if job.status == "finished" and job.checkpoint and not (output_dir / "metrics.json").is_file():
-            limit = {"limit_test_batches": config.trainer.get("limit_test_batches")}
-            test_checkpoint(Path(job.checkpoint), output_dir, {**config.accelerator, **limit})
+            trainer = {**config.accelerator, "limit_test_batches": config.trainer.get("limit_test_batches")}
+            if trainer["accelerator"] != "cpu":  # the jobs may have run on another machine
+                trainer |= {"accelerator": "auto", "devices": 1}
+            test_checkpoint(Path(job.checkpoint), output_dir, trainer)
 
 
 def _raise_failures(folder: SweepFolder) -> None:
