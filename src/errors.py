@@ -41,6 +41,8 @@ def explain(error: BaseException, config_name: str = "") -> str:
         return f"error: {error}"
     if "/gloo/" in str(error) or type(error).__name__.startswith("Dist"):  # torch's DistNetworkError and so on
         reason = re.sub(r".*/gloo/\S+\] ", "", _first_line(error)).split(". This is")[0]
+        if "connectFullMesh" in str(error):
+            reason += " (is GLOO_SOCKET_IFNAME the interface that leads to the other machines?)"
         return (
             f"error: another process of this run has ended or does not answer: {reason}; "
             "see what it says itself, then go on with ckpt_path=<run>/checkpoints/last.ckpt"

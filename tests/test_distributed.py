@@ -51,14 +51,18 @@ class Run(NamedTuple):
         return torch.cat([tensor.flatten() for tensor in state.values()])
 
 
-def train_together(root: Path, data: Path, *arguments: str) -> Run:
-    """Train for two epochs, and look that nothing is left but one folder."""
-    result = run_command(
-        "train", "trainer=ddp_cpu", "trainer.max_epochs=2", f"data.root={data}", *DATA, *arguments,
-        PROJECT_ROOT=str(root), **ENV,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+def command(verb: str, root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, and look that it leaves no process."""
+    result = run_command(verb, *arguments, cwd=ROOT, PROJECT_ROOT=str(root), **ENV)
     wait_until(lambda: not living(str(root)), seconds=5)
+    return result
+
+
+def train_together(root: Path, data: Path, *arguments: str) -> Run:
+    """Train for two epochs, into one folder."""
+    overrides = ("trainer=ddp_cpu", "trainer.max_epochs=2", f"data.root={data}", *DATA)
+    result = command("train", root, *overrides, *arguments)
+    assert result.returncode == 0, result.stderr
     (folder,) = (root / "logs" / "train").iterdir()
     return Run(folder, result.stdout, result.stderr)
 
@@ -92,6 +96,18 @@ def test_two_processes_train_the_model_of_one(together: Run, alone: Run) -> None
 @pytest.mark.slow
 def test_three_processes_train_the_model_of_one(tmp_path: Path, mnist_root: Path, alone: Run) -> None:
     assert_equal_runs(train_together(tmp_path, mnist_root, "trainer.devices=3"), alone)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_in_the_midst_of_an_epoch_of_one(tmp_path: Path, mnist_root: Path, alone: Run) -> None:
+    mid = "{_target_: pytorch_lightning.callbacks.ModelCheckpoint, filename: mid, every_n_train_steps: 6}"
+    overrides = ("trainer=cpu", "trainer.max_epochs=2", f"data.root={mnist_root}", *DATA, "callbacks=minimal")
+    train(compose_cfg(tmp_path / "mid", *overrides, "logger=[]", f"+callbacks.mid={mid}"))
+    (checkpoint,) = (tmp_path / "mid").rglob("mid*.ckpt")
+    assert load_checkpoint(checkpoint)["global_step"] == 6  # of 8, four an epoch
+
+    run = train_together(tmp_path, mnist_root, f"ckpt_path='{checkpoint}'")
+    torch.testing.assert_close(run.weights(), alone.weights(), rtol=0, atol=2e-6)
 
 
 def test_metrics_of_two_processes_are_those_of_one_with_the_same_weights(together: Run) -> None:
@@ -128,10 +144,8 @@ def test_one_process_writes_for_both(together: Run) -> None:
 @pytest.mark.slow
 def test_a_checkpoint_is_tested_by_two_processes_as_by_one(tmp_path: Path, together: Run) -> None:
     checkpoint = together.path / "checkpoints" / "best.ckpt"
-    result = run_command(
-        "test", f"ckpt_path='{checkpoint}'", "accelerator=cpu", "accelerator.devices=2", "data.batch_size=7",
-        PROJECT_ROOT=str(tmp_path), **ENV,
-    )  # fmt: skip
+    devices = ("accelerator=cpu", "accelerator.devices=2")
+    result = command("test", tmp_path, f"ckpt_path='{checkpoint}'", *devices, "data.batch_size=7")
     assert result.returncode == 0, result.stderr
     (path,) = (tmp_path / "logs" / "test").iterdir()
     tested = json.loads((path / "metrics.json").read_text())
@@ -142,13 +156,9 @@ def test_a_checkpoint_is_tested_by_two_processes_as_by_one(tmp_path: Path, toget
 
 
 def test_a_batch_that_cannot_be_shared_is_said_once(tmp_path: Path, mnist_root: Path) -> None:
-    result = run_command(
-        "train", "trainer=ddp_cpu", f"data.root={mnist_root}", *DATA, "data.batch_size=63",
-        PROJECT_ROOT=str(tmp_path), **ENV,
-    )  # fmt: skip
+    result = command("train", tmp_path, "trainer=ddp_cpu", f"data.root={mnist_root}", *DATA, "data.batch_size=63")
     assert result.returncode == 1
     assert result.stderr == "error: data.batch_size=63: 2 processes share a batch; expected a multiple of 2\n"
-    wait_until(lambda: not living(str(tmp_path)), seconds=5)
 
 
 # A callback that holds the second process in the second epoch, as a fault of the network or of a disk would.
@@ -164,7 +174,7 @@ class Hold(Callback):
 
 
 @contextmanager
-def at_work(root: Path, data: Path, *arguments: str) -> Iterator[list[subprocess.Popen[bytes] | int]]:
+def at_work(root: Path, data: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """A run of two processes in the midst of its training: the first one, and the second one's number."""
     (root / "hold.py").write_text(HOLD)
     command = [
@@ -178,7 +188,7 @@ def at_work(root: Path, data: Path, *arguments: str) -> Iterator[list[subprocess
         wait_until(lambda: "epoch 1/" in (root / "stderr").read_text(), seconds=120)
         (child,) = living(str(root)) - {process.pid}
         time.sleep(0.5)
-        yield [process, child]
+        yield process, child
     finally:
         process.kill()
         process.wait()
@@ -186,11 +196,9 @@ def at_work(root: Path, data: Path, *arguments: str) -> Iterator[list[subprocess
 
 def end(root: Path, data: Path, signum: signal.Signals, rank: int, *arguments: str) -> tuple[int, float, str]:
     """Send a signal to one of two processes; exit status, seconds until both have ended, and what was said."""
-    with at_work(root, data, *arguments) as processes:
-        first, child = processes
-        assert isinstance(first, subprocess.Popen)
+    with at_work(root, data, *arguments) as (first, child):
         start = time.monotonic()
-        os.kill(child if rank else first.pid, signum)  # type: ignore[arg-type]
+        os.kill(child if rank else first.pid, signum)
         status = first.wait(60)
         wait_until(lambda: not living(str(root)), seconds=10)
         seconds = time.monotonic() - start
@@ -240,11 +248,10 @@ def test_a_signal_ends_a_run_that_waits_for_one_of_its_processes(
 
 
 def sweep(root: Path, data: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
-    result = run_command(
-        "train", "-m", "trainer=ddp_cpu", "optimizer.lr=0.001,0.01", "trainer.max_epochs=2", f"data.root={data}",
-        *DATA, "callbacks=minimal", f"hydra.sweep.dir={root}/sweep", *arguments, **ENV,
+    result = command(
+        "train", root, "-m", "trainer=ddp_cpu", "optimizer.lr=0.001,0.01", "trainer.max_epochs=2",
+        f"data.root={data}", *DATA, "callbacks=minimal", f"hydra.sweep.dir={root}/sweep", *arguments,
     )  # fmt: skip
-    wait_until(lambda: not living(str(root)), seconds=5)
     with (root / "sweep" / "sweep.csv").open() as file:
         return result, {row["job"]: row for row in csv.DictReader(file)}
 

@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError
+from optuna.samplers import GridSampler, QMCSampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
@@ -82,7 +83,7 @@ def open_study(folder: Path, name: str | None, storage: str | None, mode: str, s
         storage: A database's URL; None: a journal file in the folder.
         mode: ``max`` or ``min``.
         sampler: Config of a sampler. Its seed is varied by what the study holds already, lest a second start
-            propose the first trials again, and two workers the same.
+            propose the first trials again, and two workers the same; but for samplers that follow one sequence.
         pruner: Config of a pruner, or None; it is stored with the study, for the jobs.
 
     Raises:
@@ -100,12 +101,12 @@ def open_study(folder: Path, name: str | None, storage: str | None, mode: str, s
     study = Study(name, backend, pruner=pruner_of_trials)
     if study.direction != direction:
         raise ConfigError(f"mode={mode}: the study {name} has the other; choose another hydra.sweeper.study_name")
+    study.sampler = instantiate(sampler)
     seed = sampler.get("seed")
-    if seed is not None:
+    if seed is not None and not isinstance(study.sampler, GridSampler | QMCSampler):
         worker = list(str(folder).encode()) if storage else []
         seeds = np.random.SeedSequence([seed, len(study.trials), *worker])
-        sampler = {**sampler, "seed": int(seeds.generate_state(1)[0])}
-    study.sampler = instantiate(sampler)
+        study.sampler = instantiate({**sampler, "seed": int(seeds.generate_state(1)[0])})
     study.set_user_attr("pruner", OmegaConf.to_container(pruner, resolve=True) if pruner else None)
     return study
 

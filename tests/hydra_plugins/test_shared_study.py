@@ -25,8 +25,8 @@ TARGET = 6
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serve_postgres(tmp_path_factory.mktemp("postgres")) as url:
+def url() -> Iterator[str]:
+    with serve_postgres() as url:
         yield url
 
 
@@ -108,8 +108,14 @@ def test_a_killed_workers_trial_is_left_to_its_own_next_start(url: str, tmp_path
 
 
 def test_a_connection_that_the_server_has_cut_is_made_anew(url: str) -> None:
-    study = optuna.create_study(storage=open_storage(url))
+    storage = open_storage(url)
+    assert isinstance(storage, optuna.storages.RDBStorage)
+    study = optuna.create_study(storage=storage)
     with psycopg.connect(url.replace("+psycopg", "")) as connection:
-        connection.execute("select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()")
+        connection.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity "
+            "where backend_type = 'client backend' and pid <> pg_backend_pid()"
+        )
     study.ask()
     assert len(study.trials) == 1
+    storage.engine.dispose()
