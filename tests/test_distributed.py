@@ -206,6 +206,7 @@ def end(root: Path, data: Path, signum: signal.Signals, rank: int, *arguments: s
     return status, seconds, "\n".join(line for line in lines if not line.startswith("epoch"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "expected"),
     [
@@ -222,6 +223,7 @@ def test_a_signal_to_the_first_process_ends_both(
     assert seconds < 2 * GRACE
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_run(tmp_path: Path, mnist_root: Path) -> None:
     status, seconds, said = end(tmp_path, mnist_root, signal.SIGKILL, rank=1)
     assert status in (1, -9)  # by its broken connection, or by Lightning, which looks every five seconds

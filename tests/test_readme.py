@@ -63,7 +63,8 @@ def test_each_command_does_what_it_says(command: str, project: Path) -> None:
         assert result.returncode == 0, result.stderr
         assert "test/acc" in result.stdout
     elif "src.train -m" in command:
-        result = _run(project, command, *SHORT, *(["hydra.sweeper.n_trials=2"] if "optuna" in command else []))
+        short = {"optuna": ["hydra.sweeper.n_trials=2"], "process": ["optimizer.lr=0.001,0.01"], "": []}
+        result = _run(project, command, *SHORT, *next(short[word] for word in short if word in command))
         assert result.returncode == 0, result.stderr
         assert re.search(r"^  best: .*, val/acc 0\.\d+$", result.stdout, re.MULTILINE)
         assert "test/acc" in result.stdout

@@ -95,6 +95,7 @@ def test_a_finished_search_is_not_repeated_and_a_larger_target_goes_on(finished:
     assert {path: path.stat().st_mtime_ns for path in records} == records
 
 
+@pytest.mark.slow
 def test_poor_trials_are_cut_short_in_two_slots(tmp_path: Path) -> None:
     pruned = search(tmp_path, "hydra.sweeper.n_trials=2", *PRUNE_ALL, "hydra/launcher=process")
     assert pruned.returncode == 0, pruned.errors
@@ -103,6 +104,7 @@ def test_poor_trials_are_cut_short_in_two_slots(tmp_path: Path) -> None:
     assert {row["status"] for row in pruned.rows.values()} == {"pruned"}
 
 
+@pytest.mark.slow
 def test_a_failed_trial_is_told_as_failed_and_does_not_count(tmp_path: Path) -> None:
     space, seed = "optimizer.lr=choice(0.001,-1)", "hydra.sweeper.sampler.seed=2"  # which draws both
     result = search(tmp_path, space, seed, "hydra.sweeper.n_trials=3", sweep="hydra/sweeper=optuna")
@@ -113,6 +115,7 @@ def test_a_failed_trial_is_told_as_failed_and_does_not_count(tmp_path: Path) -> 
     assert "optimizer.lr=-1: expected a number above 0" in result.errors
 
 
+@pytest.mark.slow
 def test_a_grid_is_tried_once_two_jobs_at_a_time_with_a_study_in_sqlite(tmp_path: Path) -> None:
     sampler = "hydra.sweeper.sampler._target_=optuna.samplers.GridSampler"
     grid, space = "+hydra.sweeper.sampler.search_space={optimizer.lr:[1e-3,2e-3,-1,-2]}", "optimizer.lr=1e-3,2e-3,-1,-2"

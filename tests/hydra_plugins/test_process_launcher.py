@@ -224,6 +224,7 @@ def test_a_signal_ends_the_sweep_with_all_that_it_has_started(
     assert spied["environ"]["CUDA_VISIBLE_DEVICES"] == "3"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_sweep_in_one_process(signum: signal.Signals, tmp_path: Path, mnist_root: Path) -> None:
     with start_sweep(tmp_path, mnist_root, "optimizer.lr=0.004,0.002", HOLD=HELD) as sweep:
@@ -235,6 +236,7 @@ def test_a_signal_ends_a_sweep_in_one_process(signum: signal.Signals, tmp_path: 
     assert "Traceback" not in sweep.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_leaves_no_job_and_goes_on_where_it_was(
     tmp_path: Path, mnist_root: Path, reference: Sweep
 ) -> None:
