@@ -87,6 +87,7 @@ def short_errors(cfg: DictConfig) -> Iterator[None]:
     try:
         if in_sweep():
             gc.collect()  # the previous job's data: Lightning's objects point at each other
+            gc.freeze()  # what is left are the libraries, which the next collection need not look through
             _require_own_process(cfg)
             check(cfg)
         yield

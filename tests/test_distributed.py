@@ -207,14 +207,7 @@ def end(root: Path, data: Path, signum: signal.Signals, rank: int, *arguments: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("signum", "expected"),
-    [
-        (signal.SIGTERM, 143),
-        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
-        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("signum", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_signal_to_the_first_process_ends_both(
     signum: signal.Signals, expected: int, tmp_path: Path, mnist_root: Path
 ) -> None:
