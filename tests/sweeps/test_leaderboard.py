@@ -88,13 +88,13 @@ def test_a_pruned_job_never_wins() -> None:
 def test_the_csv_file_holds_every_number_in_full() -> None:
     score = 0.1 + 0.2
     jobs = [
-        Job("a", {"x": 1e-5}, "finished", score, {"val/loss": 1 / 3, "test/acc": 0.25}, "/tmp/a b/best.ckpt", 1.5),
+        Job("a", {"x": 1e-5}, "finished", score, {"val/loss": 1 / 3, "test/acc": 0.25}, "runs/a b/best.ckpt", 1.5),
         Job("b", {"x": "relu,tanh"}, "failed", error='no "memory",\nat all'),
     ]
     rows = list(csv.DictReader(io.StringIO(Leaderboard(jobs, "val/acc", "max").to_csv())))
     assert [row["job"] for row in rows] == ["a", "b"]
     assert [float(rows[0][key]) for key in ("x", "best val/acc", "val/loss", "test/acc")] == [1e-5, score, 1 / 3, 0.25]
-    assert (rows[0]["checkpoint"], rows[0]["error"]) == ("/tmp/a b/best.ckpt", "")
+    assert (rows[0]["checkpoint"], rows[0]["error"]) == ("runs/a b/best.ckpt", "")
     assert (rows[1]["x"], rows[1]["status"], rows[1]["best val/acc"]) == ("relu,tanh", "failed", "")
     assert rows[1]["error"] == 'no "memory",\nat all'
 
