@@ -141,6 +141,7 @@ def test_resumes_from_a_checkpoint(run_dir: Path, tmp_path: Path) -> None:
     assert [line.split()[1] for line in result.stderr.splitlines() if line.startswith("epoch")] == ["4/4"]
 
 
+@pytest.mark.slow
 def test_runs_started_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "src.train", "data=mnist5k", "debug=fast", "trainer=cpu", "logger=[]"]
     environment = {**os.environ, "PROJECT_ROOT": str(tmp_path)}

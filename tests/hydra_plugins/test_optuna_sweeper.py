@@ -87,6 +87,7 @@ def test_the_best_trial_leads_and_it_alone_is_tested(finished: Search) -> None:
     assert f"best: {best.number:04d}," in finished.output
 
 
+@pytest.mark.slow
 def test_a_finished_search_is_not_repeated_and_a_larger_target_goes_on(finished: Search) -> None:
     records = {path: path.stat().st_mtime_ns for path in finished.folder.glob("*/metrics.json")}
     more = search(finished.folder, "hydra.sweeper.n_trials=4", "hydra.sweeper.pruner=null")
@@ -195,6 +196,7 @@ def test_a_password_in_the_open_is_refused(url: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_database_that_cannot_be_reached_is_said_in_a_line_without_its_password(tmp_path: Path) -> None:
     storage = "hydra.sweeper.storage='postgresql+psycopg://me:${oc.env:PASSWORD}@127.0.0.1:1/studies'"
     result = search(tmp_path, storage, PASSWORD="open sesame")

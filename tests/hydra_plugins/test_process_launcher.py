@@ -194,6 +194,7 @@ def test_what_a_job_has_started_ends_with_it(killed: Sweep) -> None:
     assert are_gone({killed.spied(job)["child"] for job in (QUICK, HELD)})
 
 
+@pytest.mark.slow
 def test_a_job_fails_and_learns_as_in_one_process(killed: Sweep, reference: Sweep) -> None:
     assert killed.metrics(QUICK) == pytest.approx(reference.metrics(QUICK), rel=1e-4)
     assert killed.table()[BAD]["error"] == reference.table()[BAD]["error"] == f"{BAD}: expected a number above 0"
@@ -204,7 +205,7 @@ def test_a_job_fails_and_learns_as_in_one_process(killed: Sweep, reference: Swee
         assert f"  {BAD}: {BAD}: expected a number above 0" in sweep.stderr.splitlines()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_sweep_with_all_that_it_has_started(
     signum: signal.Signals, tmp_path: Path, mnist_root: Path
 ) -> None:
