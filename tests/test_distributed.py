@@ -185,7 +185,7 @@ def at_work(root: Path, data: Path, *arguments: str) -> Iterator[tuple[subproces
     with (root / "stderr").open("wb") as stderr:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stderr, stderr=stderr)
     try:
-        wait_until(lambda: "epoch 1/" in (root / "stderr").read_text(), seconds=120)
+        wait_until(lambda: process.poll() is not None or "epoch 1/" in (root / "stderr").read_text(), seconds=120)
         (child,) = living(str(root)) - {process.pid}
         time.sleep(0.5)
         yield process, child
