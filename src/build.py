@@ -1,5 +1,6 @@
 """From a config to objects, and from a checkpoint to a module."""
 
+import csv
 import pickle
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LearningRateMonitor
+from pytorch_lightning.loggers import CSVLogger
 
 from src.classifier import ImageClassifier
 from src.config import CheckpointError, check_checkpoint
@@ -38,14 +40,15 @@ def _plain(node: Any) -> dict[str, Any] | None:
     return dict(node) if node else None
 
 
-def build_trainer(cfg: DictConfig, **overrides: Any) -> pl.Trainer:
+def build_trainer(cfg: DictConfig, first_step: int | None = None, **overrides: Any) -> pl.Trainer:
     """The trainer of ``cfg.trainer`` with the nodes of ``cfg.callbacks`` and ``cfg.logger``.
 
     Args:
         cfg: A command's config.
+        first_step: Where a run goes on: what its curves in ``cfg.output_dir`` have from this step on is dropped.
         overrides: Arguments of the Trainer that go before the config's.
     """
-    loggers = _build_named(cfg.get("logger"))
+    loggers = [_build_logger(node, first_step) for node in (cfg.get("logger") or {}).values() if node is not None]
     callbacks = _build_named(cfg.get("callbacks"))
     if not loggers:  # this one refuses to run without; so that logger=[] works alone
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
@@ -60,6 +63,22 @@ def build_trainer(cfg: DictConfig, **overrides: Any) -> pl.Trainer:
 
 def _build_named(nodes: DictConfig | None) -> list[Any]:
     return [instantiate(node) for node in nodes.values() if node is not None] if nodes else []
+
+
+def _build_logger(node: DictConfig, first_step: int | None) -> Any:
+    if first_step is None:
+        return instantiate(node)
+    if node._target_.endswith(".TensorBoardLogger"):
+        return instantiate(node, purge_step=first_step)
+    logger = instantiate(node)
+    if isinstance(logger, CSVLogger):  # it would delete what is there
+        path = Path(logger.log_dir) / "metrics.csv"
+        lines = list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
+        path.unlink(missing_ok=True)
+        for line in lines:
+            if int(line["step"]) < first_step:
+                logger.experiment.metrics.append({key: value for key, value in line.items() if value != ""})
+    return logger
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class ImageClassifier(pl.LightningModule):
         # Of the running epoch: sum of the images' losses, correct images, images. No buffer: DDP would spread those of
         # its first process to all before each step.
         self.train_sums = torch.zeros(3)
+        self._loaded_sums: Tensor | None = None
         self.eval_loss = MeanMetric()
         # (num_classes, num_classes): images of class i that were taken for class j. Accuracy is read off it.
         self.eval_confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
@@ -62,8 +63,24 @@ class ImageClassifier(pl.LightningModule):
         return logits
 
     def on_train_start(self) -> None:
-        """Count on the device."""
-        self.train_sums = torch.zeros(3, device=self.device)
+        """Count on the device, from where a checkpoint left off."""
+        loaded, self._loaded_sums = self._loaded_sums, None
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        if loaded is None:
+            loaded = torch.zeros(world_size, 3)
+        elif len(loaded) != world_size:
+            loaded = torch.cat([loaded.sum(dim=0, keepdim=True), torch.zeros(world_size - 1, 3)])
+        self.train_sums = loaded[rank].to(self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the sums of all processes, (world_size, 3)."""
+        gathered = self.all_gather(self.train_sums)
+        assert isinstance(gathered, Tensor)
+        checkpoint["train_sums"] = gathered.reshape(-1, 3).cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the sums until training starts; a checkpoint of another tool has none."""
+        self._loaded_sums = checkpoint.get("train_sums")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean cross-entropy of the batch."""

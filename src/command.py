@@ -28,6 +28,9 @@ from src.processes import (
     is_first_of_host,
     is_started_from_outside,
 )
+from src.resume import expand, newest_whole_checkpoint
+from src.status import describe_start, write_status
+from src.targets import guard_hydra
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +59,12 @@ def run(main: Callable[[], Any], config_name: str) -> None:
     os.environ.setdefault("PROJECT_ROOT", str(ROOT))
     _asked_full_error = os.environ.get(FULL_ERROR, "")
     os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would print over many lines
+    guard_hydra()
     exit_on_signals()
     end_with_parent()
     try:
+        if config_name == "train" and not is_child():  # whose arguments are expanded
+            sys.argv[1:] = expand(sys.argv[1:])
         main()
     except Exception as error:
         if _asked_full_error == "1":
@@ -116,9 +122,8 @@ def continue_if_requeued(cfg: DictConfig) -> None:
     folder = Path(cfg.output_dir)
     for path in [folder / "error.txt", *folder.glob("events.*.hparams")]:  # a rank may have seen the others go
         path.unlink(missing_ok=True)
-    last = folder / "checkpoints" / "last.ckpt"
-    if last.is_file():
-        cfg.ckpt_path = str(last)
+    if checkpoint := newest_whole_checkpoint(folder):
+        cfg.ckpt_path = str(checkpoint)
 
 
 class Preflight(Callback):
@@ -143,6 +148,7 @@ class Preflight(Callback):
                 )
             else:
                 config.hydra.run.dir = str(claim(folder))
+                write_status(Path(config.hydra.run.dir), "queued", describe_start(config.hydra))
         except Exception as error:  # Hydra turns an Exception in a callback into a warning
             if os.environ.get(FULL_ERROR) == "1":
                 traceback.print_exc()

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from src.targets import check_targets
+
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 
@@ -25,10 +27,11 @@ class SweepError(Exception):
 
 
 class Rule(NamedTuple):
-    """What a value must be, in words and as a test."""
+    """What a value must be, in words and as a test; and whether it must be there at all."""
 
     expected: str
     holds: Callable[[Any], bool]
+    needed: bool = False
 
 
 def _is_int(value: Any) -> bool:
@@ -55,8 +58,14 @@ def _or_null(rule: Rule) -> Rule:
     return Rule(f"{rule.expected}, or null", lambda v: v is None or rule.holds(v))
 
 
+def _needed(rule: Rule) -> Rule:
+    return rule._replace(needed=True)
+
+
 FLAG = Rule("true or false", lambda v: isinstance(v, bool))
 TEXT = Rule("text", lambda v: isinstance(v, str) and v != "")
+NAME = Rule("text, which may be empty, or null", lambda v: v is None or isinstance(v, str))
+NODE = Rule("a node with a _target_, the class to build", lambda v: isinstance(v, dict) and "_target_" in v)
 POSITIVE = Rule("a number above 0", lambda v: _is_number(v) and 0 < v < float("inf"))
 NOT_NEGATIVE = Rule("a number of 0 or more", lambda v: _is_number(v) and 0 <= v < float("inf"))
 SHARE = Rule(
@@ -73,19 +82,44 @@ DEVICES = Rule(
 )
 SEED = Rule("a whole number from 0 to 4294967295", lambda v: _is_int(v) and 0 <= v < 2**32)
 
-# By the beginning of a node's `_target_`; "" is the top of the config. Keys that are not there are not checked.
+DEVICE = {
+    "accelerator": _one_of("auto", "cpu", "gpu", "mps", "cuda", "tpu"),
+    "devices": DEVICES,
+    "precision": _one_of("32-true", "16-mixed", "bf16-mixed"),
+}
+
+# By the beginning of a node's `_target_`, or the key of one that has none; "train" and "test" are the tops of the
+# commands' configs. Keys that are not there are not checked, but for those that are needed.
 RULES: dict[str, dict[str, Rule]] = {
-    "": {
-        "seed": SEED,
-        "monitor": TEXT,
-        "mode": _one_of("min", "max"),
-        "test": FLAG,
-        "ckpt_path": _or_null(TEXT),
+    "train": {
+        "seed": _needed(SEED),
+        "monitor": _needed(TEXT),
+        "mode": _needed(_one_of("min", "max")),
+        "test": _needed(FLAG),
+        "ckpt_path": _needed(_or_null(TEXT)),
+        "root_dir": _needed(TEXT),
+        "output_dir": _needed(TEXT),
     },
+    "test": {
+        "ckpt_path": _needed(_or_null(TEXT)),
+        "data": _needed(Rule("root and batch_size", lambda v: isinstance(v, dict))),
+        "accelerator": _needed(Rule("accelerator, devices and precision", lambda v: isinstance(v, dict))),
+        "root_dir": _needed(TEXT),
+        "output_dir": _needed(TEXT),
+    },
+    "data": {"root": _needed(_or_null(TEXT)), "batch_size": _needed(_or_null(_int(1)))},
+    "accelerator": DEVICE,
     "src.data.mnist.": {
-        "root": TEXT,
+        "root": _needed(TEXT),
         "name": TEXT,
         "source": _one_of("auto", "files", "download", "package"),
+        "mirrors": Rule("a list of URLs", lambda v: isinstance(v, list) and all(map(TEXT.holds, v))),
+        "md5": _or_null(
+            Rule(
+                "checksums by file name, each text or null",
+                lambda v: isinstance(v, dict) and all(map(_or_null(TEXT).holds, v.values())),
+            )
+        ),
         "timeout": POSITIVE,
         "batch_size": _int(1),
         "eval_batch_size": _int(1),
@@ -100,7 +134,21 @@ RULES: dict[str, dict[str, Rule]] = {
         "activation": _one_of("tanh", "relu"),
         "pooling": _one_of("avg", "max"),
     },
-    "src.classifier.": {"num_classes": _int(1)},
+    "src.classifier.": {
+        "net": _needed(NODE),
+        "num_classes": _int(1),
+        "input_size": _or_null(
+            Rule(
+                "three whole numbers of 1 or more",
+                lambda v: isinstance(v, list) and len(v) == 3 and all(map(_int(1).holds, v)),
+            )
+        ),
+    },
+    "scheduler": {
+        "interval": _one_of("step", "epoch"),
+        "monitor": TEXT,
+        "frequency": _int(1),
+    },
     "torch.optim.lr_scheduler.": {
         "max_lr": POSITIVE,
         "total_steps": _or_null(_int(1)),
@@ -122,25 +170,44 @@ RULES: dict[str, dict[str, Rule]] = {
         "fused": _or_null(FLAG),
     },
     "pytorch_lightning.Trainer": {
-        "accelerator": _one_of("auto", "cpu", "gpu", "mps", "cuda", "tpu"),
-        "devices": DEVICES,
+        **DEVICE,
         "num_nodes": _int(1),
-        "precision": _one_of("32-true", "16-mixed", "bf16-mixed"),
-        "max_epochs": _int(1),
+        "strategy": Rule("text or a node with a _target_", lambda v: TEXT.holds(v) or NODE.holds(v)),
+        "max_epochs": _needed(_int(1)),
         "check_val_every_n_epoch": _int(1),
         "log_every_n_steps": _int(1),
         "accumulate_grad_batches": _int(1),
         "gradient_clip_val": _or_null(POSITIVE),
         "deterministic": FLAG,
+        "enable_model_summary": FLAG,
         "num_sanity_val_steps": _int(-1),
         "limit_train_batches": _or_null(SHARE),
         "limit_val_batches": _or_null(SHARE),
         "limit_test_batches": _or_null(SHARE),
         "overfit_batches": _or_null(SHARE),
+        "plugins": Rule("a list of nodes with a _target_", lambda v: isinstance(v, list) and all(map(NODE.holds, v))),
+        "profiler": _or_null(Rule("text or a node with a _target_", lambda v: TEXT.holds(v) or NODE.holds(v))),
+    },
+    "pytorch_lightning.callbacks.": {
+        "dirpath": _or_null(TEXT),
+        "filename": _or_null(TEXT),
+        "monitor": _or_null(TEXT),
+        "mode": _one_of("min", "max"),
+        "save_top_k": _int(-1),
+        "enable_version_counter": FLAG,
+        "max_depth": _int(-1),
+    },
+    "src.callbacks.": {"dirpath": TEXT, "every_n_steps": _or_null(_int(1)), "refresh_rate": _int(0)},
+    "pytorch_lightning.loggers.": {
+        "save_dir": TEXT,
+        "name": NAME,
+        "version": Rule("text, a whole number, or null", lambda v: NAME.holds(v) or _int(0).holds(v)),
+        "default_hp_metric": FLAG,
     },
 }
 
-REQUIRED_NODES = ("data", "model", "optimizer", "trainer")  # each builds one object, where a command trains
+# Each builds one object, where a command trains; those that are _partial_ get the rest of their arguments then.
+REQUIRED_NODES = {"data": False, "model": False, "optimizer": True, "trainer": True}
 NODES_BY_NAME = ("callbacks", "logger")  # each holds named nodes
 
 
@@ -156,43 +223,59 @@ def check(cfg: DictConfig) -> None:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, dict)
-    if "trainer" in config:
-        for name in REQUIRED_NODES:
-            _require_target(name, config.get(name))
+    for key in map(str, config):
+        if "/" in key:
+            raise ConfigError(f"{key}: no such group in conf/; keys are written with points")
+    is_training = not config.keys().isdisjoint(("seed", "model", "trainer"))
+    if is_training:
+        for name, is_partial in REQUIRED_NODES.items():
+            _require_target(name, config.get(name), is_partial)
+        if scheduler := config.get("scheduler"):
+            _require_target("scheduler.scheduler", scheduler.get("scheduler"), is_partial=True)
     for name in NODES_BY_NAME:
-        for key, node in (config.get(name) or {}).items():
+        nodes = config.get(name) or {}
+        if not isinstance(nodes, dict):
+            raise ConfigError(f"{name}={nodes}: expected named nodes, each with a _target_")
+        for key, node in nodes.items():
             if node is not None:
                 _require_target(f"{name}.{key}", node)
-    _check_node("", config)
+    check_targets(config)
+    _check_node("", config, "train" if is_training else "test")
     device = config.get("trainer") or config.get("accelerator") or {}  # a test has no trainer of its own
     _check_accelerator(device.get("accelerator"))
     if config.get("ckpt_path"):
         check_checkpoint(config["ckpt_path"])
-    elif "trainer" not in config:
+    elif not is_training:
         newest_checkpoint(Path(config["root_dir"]) / "logs")
 
 
-def _require_target(key: str, node: Any) -> None:
+def _require_target(key: str, node: Any, is_partial: bool = False) -> None:
     if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
         found = ", ".join(map(str, node)) if isinstance(node, dict) else node
         raise ConfigError(f"{key}: expected a node with a _target_, the class to build; found {found}")
+    if node.get("_partial_", False) is not is_partial:
+        raise ConfigError(f"{key}._partial_={node.get('_partial_')}: expected {'true' if is_partial else 'false'}")
 
 
-def _check_node(path: str, node: Any) -> None:
-    """Apply the rules of the node's target, then go down into it."""
+def _check_node(path: str, node: Any, prefix: str | None = None) -> None:
+    """Apply the rules that have this prefix, else those of the node's target or key, then go down into it."""
     if isinstance(node, list):
         for index, child in enumerate(node):
             _check_node(f"{path}[{index}]", child)
     if not isinstance(node, dict):
         return
-    target = node.get("_target_", "") if path else ""
-    prefix = next((prefix for prefix in RULES if prefix and target.startswith(prefix)), "" if not path else None)
+    if prefix is None:
+        target = node.get("_target_", "")
+        prefix = next((name for name in RULES if "." in name and target.startswith(name)), path)
+    rules = RULES.get(prefix, {})
+    for key, rule in rules.items():
+        full_key = f"{path}.{key}".lstrip(".")
+        if key in node and not rule.holds(node[key]):
+            raise ConfigError(f"{full_key}={node[key]}: expected {rule.expected}")
+        if rule.needed and key not in node:
+            raise ConfigError(f"{full_key}: is missing; expected {rule.expected}")
     for key, value in node.items():
-        full_key = f"{path}.{key}" if path else str(key)
-        rule = RULES[prefix].get(key) if prefix is not None else None
-        if rule and not rule.holds(value):
-            raise ConfigError(f"{full_key}={value}: expected {rule.expected}")
-        _check_node(full_key, value)
+        _check_node(f"{path}.{key}".lstrip("."), value)
 
 
 def check_checkpoint(path: str | Path) -> None:

@@ -1,9 +1,11 @@
 """The processes of a run or a sweep: which of them this is, when they end, and how they find each other."""
 
 import os
+import select
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -14,8 +16,9 @@ from typing import Any
 
 SWEEP_PARENT = "SWEEP_PARENT"  # in the environment of a sweep's job: the process that has started it
 RUN_PARENT = "RUN_PARENT"  # in that of what a run starts: the process of the run
+USR1 = getattr(signal, "SIGUSR1", 0)  # Windows has none
 SIOCGIFADDR = 0x8915  # Linux's question for an interface's address
-GRACE = 3.0  # seconds from a signal to the end of a process that waits for another one
+GRACE = 10.0  # seconds from a signal to the end of a process that waits for another one
 
 
 def get_name() -> str:
@@ -53,29 +56,34 @@ def is_child() -> bool:
 
 
 def exit_on_signals() -> None:
-    """End with 128 + signal on SIGINT and SIGTERM, where Lightning would end with 1 and with 0.
+    """End with 128 + signal on SIGINT, SIGTERM and SIGUSR1; Lightning would end with 1 and with 0.
 
-    Lightning's child leaves it to its parent, which would not get to its own exit status if a child went before.
+    Lightning's child leaves it to its parent, which would not get to its own exit status if a child went before. On
+    Slurm, SIGUSR1 says that the time is nearly up (``sbatch --signal=USR1@60``): the job is queued again.
     """
 
     def leave(signum: int, frame: FrameType | None) -> None:
-        if not is_child():
-            sys.exit(128 + signum)
+        if is_child():
+            return
+        if signum == USR1 and not get_name() and "SLURM_JOB_ID" in os.environ:
+            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
+        sys.exit(128 + signum)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, leave)
+    for signum in (signal.SIGINT, signal.SIGTERM, USR1):
+        if signum:
+            signal.signal(signum, leave)
 
 
 def insist_on_signals() -> None:
-    """See to it that SIGINT and SIGTERM end even a process that waits for another one: it gets to no handler."""
+    """See to it that a signal ends even a process that waits for another one: it gets to no handler."""
     told, tell = os.pipe()
     os.set_blocking(tell, False)
     signal.set_wakeup_fd(tell)
 
     def insist() -> None:
-        while (signum := os.read(told, 1)[0]) not in (signal.SIGINT, signal.SIGTERM):
+        while (signum := os.read(told, 1)[0]) not in (signal.SIGINT, signal.SIGTERM, USR1):
             pass
-        time.sleep(2 * GRACE if is_child() else GRACE)
+        select.select([told], [], [], 2 * GRACE if is_child() else GRACE)  # a second signal ends it at once
         os._exit(128 + signum)
 
     threading.Thread(target=insist, name="insist-on-signals", daemon=True).start()

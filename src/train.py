@@ -1,13 +1,20 @@
 """Train a model: ``python -m src.train [group=option] [key=value]``."""
 
 import json
+import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from src.command import continue_if_requeued, in_sweep, run, short_errors
 from src.processes import get_name, prepare_trainer
+from src.resume import check_difference
+from src.status import describe_start, tracked
+
+log = logging.getLogger(__name__)
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -31,20 +38,24 @@ def train(cfg: DictConfig) -> dict[str, float]:
     output_dir = Path(cfg.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     pl.seed_everything(cfg.seed, verbose=False)
-    if cfg.ckpt_path:
-        build.load_checkpoint(cfg.ckpt_path)  # says what is wrong with it, better than the trainer would
+    checkpoint = build.load_checkpoint(cfg.ckpt_path) if cfg.ckpt_path else {}
     datamodule = build.build_datamodule(cfg)
     module = build.build_module(cfg)
-    trainer = build.build_trainer(cfg)
+    first_step = 0 if cfg.resume else None
+    if checkpoint:
+        first_step = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
+        check_difference(checkpoint["hyper_parameters"], dict(module.hparams))
+        if not get_name():
+            log.info(f"going on from {report.shown(cfg.ckpt_path)}, step {first_step}")
+    trainer = build.build_trainer(cfg, first_step)
     if trainer.world_size > 1:
         prepare_trainer(trainer)
     if trainer.is_global_zero:
         OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
 
     trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
-    if not any(name.startswith("val/") for name in trainer.callback_metrics):  # continued from its very end
-        trainer.validate(module, datamodule, verbose=False)
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name}
+    last = trainer.callback_metrics or checkpoint.get("metrics", {})  # those of a run that had trained to its end
+    metrics = {name: float(value) for name, value in last.items() if "/" in name}
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if cfg.test:
         (tested,) = trainer.test(module, datamodule, ckpt_path=best or None, weights_only=True, verbose=False)
@@ -71,7 +82,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(cfg: DictConfig) -> None:
     """Train as the command line says."""
-    with short_errors(cfg):
+    folder = nullcontext() if get_name() else tracked(Path(cfg.output_dir), describe_start(HydraConfig.get()))
+    with folder, short_errors(cfg):
         continue_if_requeued(cfg)
         if in_sweep() and OmegaConf.select(cfg, "callbacks.summary"):
             cfg.callbacks.summary = None  # the same for each job

@@ -142,6 +142,7 @@ def test_a_signal_ends_a_process_wherever_it_waits(
     with started(WAITING, where, **env) as process:
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
+        time.sleep(0.5)  # it is about to wait
         process.send_signal(signum)
         assert process.wait(10) == 128 + signum
         assert process.stdout.read() == last_words

@@ -76,7 +76,7 @@ class ProcessLauncher(Launcher):
             _stop(running)
 
     def _start(self, number: int, overrides: Sequence[str], env: dict[str, str]) -> "_Process":
-        from src.sweeps.folder import quoted
+        from src.resume import quoted
 
         job = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
         folder = Path(job.hydra.sweep.dir) / job.hydra.sweep.subdir

@@ -8,6 +8,7 @@ import torch
 import yaml
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
@@ -23,23 +24,23 @@ CHARTS = {
 class Description(Callback):
     """Writes to TensorBoard: config and data as text, the net's graph, and charts of train and validation together."""
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write all of it at step 0."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write all of it at step 0; a run that goes on adds its config, which may be another one."""
         data = getattr(trainer, "datamodule").state_dict()  # noqa: B009 (mypy does not know of it)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 writer = logger.experiment
-                writer.add_text("config", _as_code(dict(pl_module.hparams)))
+                writer.add_text("config", _as_code(dict(pl_module.hparams)), trainer.global_step)
                 writer.add_text("data", _as_code({key: data[key] for key in data if key != "loader"}))
                 writer.add_custom_scalars(CHARTS)
-                if isinstance(pl_module.example_input_array, torch.Tensor):
+                if isinstance(pl_module.example_input_array, torch.Tensor) and trainer.global_step == 0:
                     _add_graph(writer, pl_module, pl_module.example_input_array.to(pl_module.device))
 
 
 def _add_graph(writer: SummaryWriter, module: pl.LightningModule, images: torch.Tensor) -> None:
     """Trace the net; one that torch.jit.trace cannot follow trains without its picture."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), isolate_rng():  # dropout draws numbers
             warnings.simplefilter("ignore")  # torch.jit.trace is deprecated, and touches what is, too
             writer.add_graph(module, images)
     except Exception as error:  # whatever the user's net raises

@@ -15,6 +15,18 @@ class Speed(Callback):
         self._start = 0.0
         self._images = 0
 
+    def state_dict(self) -> dict[str, list[float]]:
+        """The rates, for a run that goes on."""
+        return {"rates": self.rates}
+
+    def load_state_dict(self, state_dict: dict[str, list[float]]) -> None:
+        """Go on with the rates of a checkpoint."""
+        self.rates = list(state_dict["rates"])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock, in the midst of an epoch where the run goes on there."""
+        self._start, self._images = time.perf_counter(), 0
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
         self._start, self._images = time.perf_counter(), 0

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
-from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
-from src.config import SweepError
+from src.config import CheckpointError, SweepError
 from src.report import write_json
+from src.resume import leaves, newest_whole_checkpoint, quoted
+from src.status import read_status, write_status
+
+log = logging.getLogger(__name__)
 
 NAME_LENGTH = 120  # file systems end at 255 bytes, TensorBoard's list of runs much earlier
 
@@ -111,7 +115,8 @@ class SweepFolder:
             )  # fmt: skip
         if (folder / "error.txt").is_file():
             return Job(name, values, "failed", error=(folder / "error.txt").read_text().strip().removeprefix("error: "))
-        return Job(name, values, "started" if folder.is_dir() else "waiting")
+        is_waiting = not folder.is_dir() or read_status(folder).get("state") == "queued"
+        return Job(name, values, "waiting" if is_waiting else "started")
 
     def prepare(self, name: str) -> list[str] | None:
         """Make a job's folder ready for its next run.
@@ -125,15 +130,19 @@ class SweepFolder:
             return None
         # The test split is read once, by the winner.
         overrides = [f"hydra.sweep.subdir={quoted(name)}", "test=false"]
-        last = folder / "checkpoints" / "last.ckpt"
-        if status == "started" and last.is_file():
-            return [*overrides, f"ckpt_path={quoted(last)}"]
+        try:
+            if status == "started" and (checkpoint := newest_whole_checkpoint(folder)):
+                return [*overrides, f"ckpt_path={quoted(checkpoint)}"]
+        except CheckpointError as error:
+            log.warning(error)
         if folder.is_dir():  # its curves and checkpoints would mix with those of the next run; its log goes on
             for path in folder.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
                 elif path.suffix != ".log":
                     path.unlink()
+        folder.mkdir(exist_ok=True)
+        write_status(folder, "queued")
         return overrides
 
 
@@ -153,28 +162,12 @@ def job_name(overrides: Sequence[str]) -> str:
     return f"{name[: NAME_LENGTH - 9]}-{digest}"
 
 
-def quoted(value: object) -> str:
-    """A text in the quotes that Hydra's overrides need around = and commas."""
-    return QuotedString(str(value), Quote.single).with_quotes()
-
-
 def _refuse_difference(path: Path, asked: Mapping[str, Any], planned: Mapping[str, Any]) -> None:
     for part in ("space", "config"):
-        new, old = _leaves(asked[part]), _leaves(planned[part])
+        new, old = dict(leaves(asked[part])), dict(leaves(planned[part]))
         for key in new | old:
             if new.get(key, "absent") != old.get(key, "absent"):
                 raise SweepError(
                     f"{key}={new.get(key, 'absent')}: the sweep in {path} was started with {old.get(key, 'absent')}; "
                     "repeat its command, or start another sweep without hydra.sweep.dir"
                 )
-
-
-def _leaves(node: Any, path: str = "") -> dict[str, Any]:
-    """The plain values of a nested config, by their full keys."""
-    if not isinstance(node, dict) or not node:
-        return {path: node}
-    return {
-        full_key: value
-        for key, child in node.items()
-        for full_key, value in _leaves(child, f"{path}.{key}".lstrip(".")).items()
-    }

@@ -24,7 +24,8 @@ from optuna.study import StudyDirection
 from optuna.trial import Trial, TrialState
 
 from src.config import ConfigError
-from src.sweeps.folder import SweepFolder, job_name, quoted
+from src.resume import quoted
+from src.sweeps.folder import SweepFolder, job_name
 
 STORAGE = "OPTUNA_STORAGE"  # where a trial's job finds the study: in the environment, since it may hold a password
 OWNER = "sweep"  # attribute of a trial: the folder of the sweep that runs it

@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from src import report
 from src.command import claim
 from src.config import SweepError
-from src.sweeps.folder import SweepFolder, quoted
+from src.resume import quoted
+from src.sweeps.folder import SweepFolder
 from src.sweeps.leaderboard import Leaderboard, renew, show
 
 

@@ -8,7 +8,7 @@ import optuna
 import pytest
 from omegaconf import OmegaConf
 
-from src.sweeps.folder import quoted
+from src.resume import quoted
 from src.sweeps.study import STORAGE, open_study
 from src.train import train
 from tests.compose import compose_cfg

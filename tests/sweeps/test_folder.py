@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from src.build import load_checkpoint
 from src.config import ROOT, SweepError
-from src.sweeps.folder import NAME_LENGTH, SweepFolder, job_name, quoted
+from src.resume import quoted
+from src.sweeps.folder import NAME_LENGTH, SweepFolder, job_name
 from tests.compose import run_command
 from tests.sweeps.test_sweep import SMALL, Sweep, run_again, wait_for
 
@@ -91,11 +93,16 @@ def _values(overrides: Sequence[str] | None) -> dict[str, Any]:
 def test_an_interrupted_job_goes_on_from_its_last_checkpoint(name: str, tmp_path: Path) -> None:
     last = tmp_path / "it's = here" / name / "checkpoints" / "last.ckpt"
     last.parent.mkdir(parents=True)
-    last.touch()
+    with zipfile.ZipFile(last, "w") as file:
+        file.writestr("data", "weights")
     folder = SweepFolder(last.parents[2])
     assert folder.job(name, {}).status == "started"
     assert _values(folder.prepare(name)) == {"hydra.sweep.subdir": name, "test": False, "ckpt_path": str(last)}
     assert last.is_file()
+
+    last.write_bytes(last.read_bytes()[:-10])
+    assert "ckpt_path" not in _values(folder.prepare(name))
+    assert (folder.job(name, {}).status, last.exists()) == ("waiting", False)
 
 
 def test_a_failed_job_starts_anew_and_its_log_goes_on(tmp_path: Path) -> None:
@@ -107,15 +114,16 @@ def test_a_failed_job_starts_anew_and_its_log_goes_on(tmp_path: Path) -> None:
     (job / "error.txt").write_text("error: no memory\n")
     assert (folder.job("a", {}).status, folder.job("a", {}).error) == ("failed", "no memory")
     assert "ckpt_path" not in _values(folder.prepare("a"))
-    assert [path.name for path in job.iterdir()] == ["train.log"]
+    assert {path.name for path in job.iterdir()} == {"status.json", "train.log"}
     assert (job / "train.log").read_text() == "kept"
 
 
-def test_a_job_that_has_not_run_needs_no_folder(tmp_path: Path) -> None:
+def test_a_job_that_has_not_run_waits(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path)
     assert folder.job("a", {}).status == "waiting"
     assert _values(folder.prepare("a")) == {"hydra.sweep.subdir": "a", "test": False}
-    assert list(tmp_path.iterdir()) == []
+    assert json.loads((tmp_path / "a" / "status.json").read_text())["state"] == "queued"
+    assert folder.job("a", {}).status == "waiting"
 
 
 CONFIG = {"monitor": "val/acc", "mode": "max", "trainer": {"max_epochs": 2, "plugins": [{"a": 1}]}, "sweep": None}

@@ -1,0 +1,25 @@
+"""What can go wrong in a step of training, as callbacks for the tests."""
+
+import time
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+
+class FailAt(Callback):
+    """Raises within a step, where out of memory would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, idx: int) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError(f"step {self.step} fails")
+
+
+class Slow(Callback):
+    """Takes a minute for a step."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, idx: int) -> None:
+        print("slow step", flush=True)
+        time.sleep(60)

@@ -1,0 +1,370 @@
+"""resume=<run>: kills, signals and exceptions change nothing. With real processes and real kills."""
+
+import csv
+import json
+import os
+import random
+import re
+import signal
+import time
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from src.build import load_checkpoint
+from tests import forks
+from tests.compose import run_command
+from tests.processes import wait_until
+
+# All that draws random numbers or keeps a state: shuffling, augmentation, dropout, a schedule, averaged weights.
+NET = """
+_target_: src.classifier.ImageClassifier
+num_classes: 10
+input_size: [1, 32, 32]
+net:
+  _target_: torch.nn.Sequential
+  _args_:
+    - {_target_: torch.nn.AvgPool2d, kernel_size: 4}
+    - {_target_: torch.nn.Flatten}
+    - {_target_: torch.nn.Linear, in_features: 64, out_features: 32}
+    - {_target_: torch.nn.Dropout, p: 0.3}
+    - {_target_: torch.nn.Linear, in_features: 32, out_features: 10}
+"""
+AVERAGING = "+callbacks.averaging={_target_: pytorch_lightning.callbacks.EMAWeightAveraging, decay: 0.9}"
+STEPS = 50  # an epoch: 250 images in batches of 5
+
+
+class Runs:
+    """Runs of one command below a folder."""
+
+    def __init__(self, root: Path, data: Path) -> None:
+        self.root = root
+        (root / "conf" / "model").mkdir(parents=True)
+        (root / "conf" / "model" / "dropout.yaml").write_text(NET)
+        self.env = {
+            "PROJECT_ROOT": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+            "ALLOWED_TARGETS": "tests",
+        }  # fmt: skip
+        self.arguments = [
+            f"--config-dir={root}/conf", "model=dropout", "trainer=cpu", f"data.root={data}", "data.source=files",
+            "data.md5=null", "data.val_size=50", "data.batch_size=5", "data.augment=affine", "trainer.max_epochs=3",
+            "callbacks.last.every_n_steps=7", "trainer.log_every_n_steps=3", "logger=[tensorboard,csv]", AVERAGING,
+        ]  # fmt: skip
+
+    def start(self, *arguments: str) -> ForkServerProcess:
+        return forks.start("train", arguments, self.root / "said", self.env)
+
+    def begin(self, name: str, *overrides: str) -> ForkServerProcess:
+        return self.start(*self.arguments, *overrides, f"hydra.run.dir={self.path(name)}")
+
+    def whole(self, name: str, *overrides: str) -> Path:
+        """A run that nothing stops."""
+        self.end(self.begin(name, *overrides))
+        return self.path(name)
+
+    def resume(self, name: str, *overrides: str) -> None:
+        self.end(self.start(f"resume={self.path(name)}", *overrides))
+
+    def end(self, process: ForkServerProcess, status: int = 0) -> None:
+        process.join(120)
+        assert process.exitcode == status, self.said()[-3000:]
+
+    def path(self, name: str) -> Path:
+        return self.root / "logs" / "train" / name
+
+    def last(self, name: str) -> Path:
+        return self.path(name) / "checkpoints" / "last.ckpt"
+
+    def said(self) -> str:
+        return (self.root / "said").read_text()
+
+    def state(self, name: str) -> str:
+        return str(json.loads((self.path(name) / "status.json").read_text())["state"])
+
+    def wait_for_step(self, name: str, step: int) -> None:
+        """Wait until a step's checkpoint is there."""
+        path = self.last(name)
+        wait_until(lambda: path.exists() and torch.load(path, weights_only=True)["global_step"] >= step, seconds=60)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), mnist_root)
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Runs) -> Path:
+    """The uninterrupted run."""
+    return runs.whole("whole")
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """All curves but the one of a clock."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = set(events.Tags()["scalars"]) - {"train/images_per_second"}
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "csv" / "metrics.csv").open() as file:
+        return [{**line, "train/images_per_second": ""} for line in csv.DictReader(file)]
+
+
+def assert_equal(one: Any, other: Any, path: str = "") -> None:
+    """Equal to the bit, all the way down."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_equal(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for index, (mine, theirs) in enumerate(zip(one, other, strict=True)):
+            assert_equal(mine, theirs, f"{path}[{index}]")
+    else:
+        assert one == other, path
+
+
+def content(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, but for the names of folders and for what clocks say."""
+    checkpoint = load_checkpoint(path)
+    del checkpoint["hyper_parameters"]
+    checkpoint["metrics"].pop("train/images_per_second", None)
+    checkpoint["callbacks"].pop("Speed")
+    for state in checkpoint["callbacks"].values():
+        for key in [key for key in state if "path" in key or key in ("dirpath", "best_k_models", "current_score")]:
+            del state[key]  # the last is what Lightning shows of the last save, and does not restore
+    # Lightning keeps books of validation and of an epoch's beginning that nothing depends on.
+    loops = checkpoint.pop("loops")["fit_loop"]
+    checkpoint["progress"] = {
+        "epochs": loops["epoch_progress"]["total"]["completed"],
+        "batches": loops["epoch_loop.batch_progress"]["total"]["completed"],
+        "logged": loops["epoch_loop.state_dict"]["_batches_that_stepped"],
+    }
+    return checkpoint
+
+
+def assert_same_run(whole: Path, other: Path) -> None:
+    """Weights, optimizer, schedule, averages, random states, metrics and curves are the uninterrupted run's."""
+    assert_equal(content(whole / "checkpoints" / "last.ckpt"), content(other / "checkpoints" / "last.ckpt"))
+    assert_equal(
+        load_checkpoint(whole / "checkpoints" / "best.ckpt")["state_dict"],
+        load_checkpoint(other / "checkpoints" / "best.ckpt")["state_dict"],
+    )
+    records = [json.loads((folder / "metrics.json").read_text())["metrics"] for folder in (whole, other)]
+    assert records[0].keys() == records[1].keys()
+    assert {k: v for k, v in records[0].items() if "per_second" not in k} == {
+        k: v for k, v in records[1].items() if "per_second" not in k
+    }
+    assert scalars(whole) == scalars(other)
+    assert table(whole) == table(other)
+
+
+@pytest.mark.parametrize("step", [2 * STEPS + 14, STEPS + 7])
+def test_a_killed_run_ends_as_the_uninterrupted_one_to_the_bit(runs: Runs, whole: Path, step: int) -> None:
+    name = f"killed-{step}"
+    process = runs.begin(name)
+    runs.wait_for_step(name, step)
+    process.kill()
+    process.join()
+    assert runs.state(name) == "running"
+    runs.resume(name)
+    assert runs.state(name) == "finished"
+    assert_same_run(whole, runs.path(name))
+
+
+@pytest.mark.slow
+def test_twenty_kills_in_a_row_change_nothing(runs: Runs) -> None:
+    longer = ("trainer.max_epochs=16", "callbacks.last.every_n_steps=3")
+    whole = runs.whole("whole-16", *longer)
+    rng = random.Random(0)
+    steps: list[int] = []
+    process = runs.begin("killed-20", *longer)
+    for _ in range(20):
+        runs.wait_for_step("killed-20", (steps[-1] if steps else 0) + 3)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, runs.said()[-3000:]
+        steps.append(load_checkpoint(runs.last("killed-20"))["global_step"])
+        process = runs.start("resume=latest")
+    runs.end(process)
+    assert len(set(steps)) == 20, steps
+    assert_same_run(whole, runs.path("killed-20"))
+
+
+VARIANTS = {
+    "plateau": ("scheduler=plateau", "scheduler.scheduler.patience=0", "optimizer.lr=0.05"),
+    "accumulate": ("trainer.accumulate_grad_batches=3",),
+    "validations in an epoch": ("+trainer.val_check_interval=0.2", "callbacks.last.every_n_steps=10"),
+    "bfloat16": ("trainer.precision=bf16-mixed",),
+    "clipped": ("optimizer=sgd", "trainer.gradient_clip_val=0.1", "scheduler=step", "scheduler.scheduler.step_size=1"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_same_with_other_settings(runs: Runs, variant: str) -> None:
+    whole = runs.whole(f"whole-{variant}", *VARIANTS[variant])
+    for step in (10, STEPS, STEPS + 10):
+        name = f"{variant}-{step}"
+        process = runs.begin(name, *VARIANTS[variant])
+        runs.wait_for_step(name, step // (3 if variant == "accumulate" else 1))
+        process.kill()
+        process.join()
+        runs.resume(name)
+        assert_same_run(whole, runs.path(name))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_the_current_step_and_changes_nothing(runs: Runs, whole: Path, signum: signal.Signals) -> None:
+    name = signum.name
+    process = runs.begin(name, "callbacks.last.every_n_steps=null")
+    runs.wait_for_step(name, STEPS)  # the first epoch's end
+    time.sleep(0.1)
+    assert process.pid
+    os.kill(process.pid, signum)
+    runs.end(process, status=128 + signum)
+    assert runs.state(name) == "interrupted"
+    assert load_checkpoint(runs.last(name))["global_step"] % STEPS  # in the midst of an epoch, that is
+    runs.resume(name, "callbacks.last.every_n_steps=7")
+    assert "not an exact continuation: the config differs: callbacks.last.every_n_steps: None -> 7" in runs.said()
+    assert_same_run(whole, runs.path(name))
+
+
+def test_a_run_killed_ahead_of_its_first_checkpoint_starts_anew(runs: Runs, whole: Path) -> None:
+    process = runs.begin("early")
+    wait_until(lambda: bool(list(runs.path("early").glob("events.*"))), seconds=60)
+    process.kill()
+    process.join()
+    assert not runs.last("early").exists()
+    runs.resume("early")
+    assert_same_run(whole, runs.path("early"))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_next_one_taken(runs: Runs, whole: Path) -> None:
+    folder = runs.whole("damaged", "trainer.max_epochs=2", "scheduler=[]")
+    content = bytearray(runs.last("damaged").read_bytes())
+    content[len(content) // 2] ^= 1
+    runs.last("damaged").write_bytes(content)
+    best = load_checkpoint(folder / "checkpoints" / "best.ckpt")["global_step"]
+    runs.resume("damaged", "trainer.max_epochs=3")
+    said = runs.said()
+    assert re.search(r"damaged/checkpoints/last\.ckpt: damaged \(.*\): going on from best\.ckpt", said)
+    assert f"going on from {folder}/checkpoints/best.ckpt, step {best}" in said
+    assert [step for step, _ in scalars(folder)["val/acc"]] == [STEPS - 1, 2 * STEPS - 1, 3 * STEPS - 1]
+    assert_same_run(runs.whole("constant", "scheduler=[]"), folder)
+
+
+def test_a_finished_run_is_extended_as_if_it_had_been_longer(runs: Runs) -> None:
+    steady = ("scheduler=step", "scheduler.scheduler.step_size=2")
+    runs.whole("extended", *steady, "trainer.max_epochs=1")
+    runs.resume("extended", "trainer.max_epochs=3")
+    assert "the config differs: trainer.max_epochs: 1 -> 3" in runs.said()
+    assert_same_run(runs.whole("steady", *steady), runs.path("extended"))
+
+
+def test_a_checkpoint_goes_on_in_a_new_folder(runs: Runs) -> None:
+    steady = ("scheduler=step", "scheduler.scheduler.step_size=2")
+    runs.whole("first", *steady, "trainer.max_epochs=1")
+    folder = runs.whole("second", *steady, f"ckpt_path={runs.last('first')}")
+    assert_equal(content(runs.last("first"))["progress"]["epochs"], 1)
+    assert [step for step, _ in scalars(folder)["val/acc"]] == [2 * STEPS - 1, 3 * STEPS - 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "started", "resumed", "reason"),
+    [
+        ("one cycle", (), "trainer.max_epochs=9", "trainer.max_epochs=9: .* OneCycleLR, ends with them"),
+        ("cosine", ("scheduler=cosine",), "trainer.max_epochs=9", "trainer.max_epochs=9: .* CosineAnnealingLR, ends"),
+        ("rate", (), "optimizer.lr=0.1", "optimizer.lr=0.1: the run so far has 0.004, which goes on with its"),
+        ("net", (), "model=lenet5", "model.input_size.*: the run so far has|model.net.* the run so far has"),
+        ("ended", (), None, "resume=.*ended.*: this run has finished; to train longer, add trainer.max_epochs=<more>"),
+        ("twice", (), "ckpt_path=a.ckpt", "ckpt_path=a.ckpt: resume=.* chooses this itself"),
+    ],
+)  # fmt: skip
+def test_what_would_not_be_a_continuation_is_refused(
+    runs: Runs, name: str, started: tuple[str, ...], resumed: str | None, reason: str
+) -> None:
+    runs.whole(name, "trainer.max_epochs=1", *started)
+    before = runs.last(name).read_bytes()
+    said = len(runs.said())
+    process = runs.start(f"resume='{runs.path(name)}'", *([resumed] if resumed else []))
+    runs.end(process, status=1)
+    (line,) = runs.said()[said:].splitlines()
+    assert line.startswith("error: ")
+    assert re.search(reason, line), line
+    assert runs.last(name).read_bytes() == before
+
+
+def test_two_processes_do_not_train_in_one_folder(runs: Runs) -> None:
+    process = runs.begin("busy", "trainer.max_epochs=1000")
+    runs.wait_for_step("busy", 3)
+    for arguments in ((f"resume={runs.path('busy')}",), (*runs.arguments, f"hydra.run.dir={runs.path('busy')}")):
+        said = len(runs.said())
+        runs.end(runs.start(*arguments), status=1)
+        assert re.search(rf"process {process.pid} on \S+ is at work", runs.said()[said:])
+    process.kill()
+    process.join()
+
+
+def test_a_second_signal_ends_the_run_at_once(runs: Runs) -> None:
+    process = runs.begin("impatient", "data.batch_size=250", "+callbacks.slow._target_=tests.faults.Slow")
+    wait_until(lambda: "slow step" in runs.said(), seconds=60)
+    assert process.pid
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert process.is_alive()  # it is about to end its step
+    os.kill(process.pid, signal.SIGINT)
+    process.join(5)
+    assert process.exitcode == 130
+    assert runs.state("impatient") == "interrupted"
+
+
+def test_an_exception_in_training_saves_the_steps_before(runs: Runs) -> None:
+    whole = runs.whole("plain", "data.augment=none", "model=lenet5", "~callbacks.averaging")
+    fault = "+callbacks.fault={_target_: tests.faults.FailAt, step: 60}"
+    process = runs.begin("failed", "data.augment=none", "model=lenet5", "~callbacks.averaging", fault)
+    runs.end(process, status=1)
+    assert runs.state("failed") == "failed"
+    assert "error: RuntimeError: step 60 fails" in runs.said()
+    assert load_checkpoint(runs.last("failed"))["global_step"] == 60
+    runs.resume("failed", "callbacks.fault=null")
+    assert "an exception had ended the run within a step" in runs.said()
+    # What draws no random numbers goes on exactly all the same; the failed step's images were not lost.
+    weights = [
+        load_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in (whole, runs.path("failed"))
+    ]
+    assert_equal(*weights)
+    assert scalars(whole)["val/acc"] == scalars(runs.path("failed"))["val/acc"]
+
+
+def test_resuming_nothing_is_said_in_a_line(tmp_path: Path) -> None:
+    for value, reason in {
+        "latest": "resume=latest: no run below .*: train first",
+        "nowhere": "resume=nowhere: no such folder; expected a run's",
+        str(tmp_path): "resume=.*: no run's folder: its status.json does not say",
+    }.items():
+        result = run_command("train", f"resume={value}", PROJECT_ROOT=str(tmp_path))
+        assert result.returncode == 1
+        (line,) = result.stderr.splitlines()
+        assert re.match(f"error: {reason}", line), line
+    result = run_command("train", "-m", "resume=latest", PROJECT_ROOT=str(tmp_path))
+    assert "goes on with one run; a sweep does by its command and hydra.sweep.dir" in result.stderr
+
+
+def test_the_command_as_a_user_types_it(runs: Runs, whole: Path) -> None:
+    process = runs.begin("typed")
+    runs.wait_for_step("typed", 20)
+    process.kill()
+    process.join()
+    result = run_command("train", "resume=latest", cwd=runs.root, **runs.env)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.splitlines()[0].startswith("going on from logs/train/typed/checkpoints/last.ckpt, step ")
+    assert_same_run(whole, runs.path("typed"))
