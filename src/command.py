@@ -15,7 +15,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 
 from src.config import ROOT, ConfigError, check
 from src.errors import explain
@@ -28,7 +28,7 @@ from src.processes import (
     is_first_of_host,
     is_started_from_outside,
 )
-from src.resume import expand, newest_whole_checkpoint
+from src.resume import expand, find_checkpoint
 from src.status import describe_start, write_status
 from src.targets import guard_hydra
 
@@ -122,7 +122,7 @@ def continue_if_requeued(cfg: DictConfig) -> None:
     folder = Path(cfg.output_dir)
     for path in [folder / "error.txt", *folder.glob("events.*.hparams")]:  # a rank may have seen the others go
         path.unlink(missing_ok=True)
-    if checkpoint := newest_whole_checkpoint(folder):
+    if checkpoint := find_checkpoint(folder):
         cfg.ckpt_path = str(checkpoint)
 
 
@@ -137,6 +137,7 @@ class Preflight(Callback):
             job.output_dir = config.hydra.run.dir
             if SWEEP_PARENT not in os.environ:
                 _refuse_sweep(config)
+                _refuse_output_dir(config)
                 check(job)
             folder = Path(config.hydra.run.dir)
             if any(override.startswith("hydra.run.dir=") for override in config.hydra.overrides.hydra):
@@ -169,6 +170,13 @@ def _refuse_sweep(config: DictConfig) -> None:
     option = config.hydra.runtime.choices.get("sweep")
     if option:
         raise ConfigError(f"sweep={option}: a sweep needs -m: python -m src.train -m sweep={option}")
+
+
+def _refuse_output_dir(config: DictConfig) -> None:
+    """The log would lie in another folder than the rest."""
+    written = config._get_node("output_dir")
+    if not isinstance(written, Node) or written._value() != "${hydra:runtime.output_dir}":
+        raise ConfigError("output_dir: follows hydra.run.dir; set hydra.run.dir=<folder> instead")
 
 
 def claim(folder: Path) -> Path:

@@ -55,7 +55,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
         raise ConfigError(f"resume={value}: process {status['process']} on {status['host']} is at work on it")
     if status["state"] == "finished" and not own:
         raise ConfigError(f"resume={value}: this run has finished; to train longer, add trainer.max_epochs=<more>")
-    checkpoint = newest_whole_checkpoint(folder)
+    checkpoint = find_checkpoint(folder)
     return [
         *flags,
         *(f"--config-dir={path}" for path in status["config_dirs"]),
@@ -85,8 +85,8 @@ def _find_run(value: str) -> Path:
     return folder
 
 
-def newest_whole_checkpoint(folder: Path) -> Path | None:
-    """A run's newest checkpoint that is not damaged; of newer ones that are, a warning tells.
+def find_checkpoint(folder: Path) -> Path | None:
+    """A run's last checkpoint, or if it is damaged, which a warning tells, the newest that is whole.
 
     Returns:
         None where the run has not come to its first one.
@@ -94,7 +94,9 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
     Raises:
         CheckpointError: If there are some, and all of them are damaged.
     """
-    paths = sorted(folder.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    paths = list(folder.glob("checkpoints/*.ckpt"))
+    # A best.ckpt may be younger, but Lightning writes it before all that belongs to its step is done.
+    paths.sort(key=lambda path: (path.name == "last.ckpt", path.stat().st_mtime), reverse=True)
     reasons = []
     for path in paths:
         try:

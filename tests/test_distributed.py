@@ -22,6 +22,7 @@ from src.config import ROOT
 from src.processes import GRACE
 from src.train import train
 from tests.compose import compose_cfg, run_command
+from tests.equality import assert_same_run
 from tests.processes import living, wait_until
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to look for processes")
@@ -110,6 +111,29 @@ def test_two_processes_go_on_in_the_midst_of_an_epoch_of_one(tmp_path: Path, mni
     torch.testing.assert_close(run.weights(), alone.weights(), rtol=0, atol=2e-6)
 
 
+EXACT = ("data.augment=affine", "data.batch_size=10", "callbacks.last.every_n_steps=3", "trainer.max_epochs=3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_two_processes_that_were_stopped_go_on_exactly(
+    signum: signal.Signals, tmp_path: Path, mnist_root: Path
+) -> None:
+    whole = train_together(tmp_path / "whole", mnist_root, *EXACT)
+    with at_work(tmp_path / "stopped", mnist_root, *EXACT, "logger=tensorboard", "callbacks=default") as (first, _):
+        last = tmp_path / "stopped" / "run" / "checkpoints" / "last.ckpt"
+        wait_until(lambda: load_checkpoint(last)["global_step"] > 30, seconds=60)
+        first.send_signal(signum)
+        assert first.wait(20) == (-9 if signum == signal.SIGKILL else 143)
+        wait_until(lambda: not living(str(tmp_path / "stopped")), seconds=10)
+    assert len(load_checkpoint(last)["processes"]) == 2
+    result = command("train", tmp_path, f"resume={last.parents[1]}")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("going on from") == 1
+    assert "not an exact continuation" not in result.stderr
+    assert_same_run(whole.path, last.parents[1])
+
+
 def test_metrics_of_two_processes_are_those_of_one_with_the_same_weights(together: Run) -> None:
     for name, stage in (("last", "validate"), ("best", "test")):
         path = together.path / "checkpoints" / f"{name}.ckpt"
@@ -131,7 +155,7 @@ def test_one_process_speaks_for_both(together: Run) -> None:
 
 def test_one_process_writes_for_both(together: Run) -> None:
     names = {path.name for path in together.path.iterdir() if not path.name.startswith("events.out")}
-    assert names == {"config.yaml", "hparams.yaml", "metrics.json", "train.log", "checkpoints"}
+    assert names == {"config.yaml", "hparams.yaml", "metrics.json", "status.json", "train.log", "checkpoints"}
     assert {path.name for path in (together.path / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     events = EventAccumulator(str(together.path))
     events.Reload()
@@ -176,12 +200,13 @@ class Hold(Callback):
 @contextmanager
 def at_work(root: Path, data: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """A run of two processes in the midst of its training: the first one, and the second one's number."""
+    root.mkdir(exist_ok=True)
     (root / "hold.py").write_text(HOLD)
     command = [
         sys.executable, "-m", "src.train", "trainer=ddp_cpu", "trainer.max_epochs=100000", f"data.root={data}", *DATA,
         "logger=[]", "callbacks=minimal", f"hydra.run.dir={root}/run", *arguments,
     ]  # fmt: skip
-    environment = {**os.environ, **ENV, "PYTHONPATH": f"{ROOT}:{root}"}
+    environment = {**os.environ, **ENV, "PYTHONPATH": f"{ROOT}:{root}", "ALLOWED_TARGETS": "hold"}
     with (root / "stderr").open("wb") as stderr:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stderr, stderr=stderr)
     try:

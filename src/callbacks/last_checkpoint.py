@@ -16,6 +16,7 @@ from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
 
+from src.callbacks.running_metrics import collect_means, collect_metrics, restore_means, restore_metrics
 from src.data.loader import BatchLoader
 from src.processes import is_child
 
@@ -37,7 +38,8 @@ class LastCheckpoint(Checkpoint):
       epoch). The process then ends with 128 + signal; a second signal ends it at once,
     - by an exception in a training step, as of the step before.
 
-    Beside Lightning's own, it holds every process's random states, the latest metrics, and whether the run is to stop.
+    Beside Lightning's own, it holds every process's random states and running metrics, the latest metrics, and whether
+    the run is to stop.
 
     Args:
         dirpath: Folder of ``last.ckpt``.
@@ -51,17 +53,23 @@ class LastCheckpoint(Checkpoint):
         self._signum = 0  # the signal that has asked to stop
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}  # those that ours stand in for
         self._last_step = -1  # the optimizer steps of the last whole step
+        self._is_in_epoch = True  # what is saved is, but by us at an epoch's end
         self._in_step = False
+        self._means: dict[str, list[torch.Tensor]] = {}  # to be added behind the first step
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add what Lightning leaves out; the random states in the order of the ranks."""
-        states = [_plain(_collect_rng_states())]
+        """Add what Lightning leaves out; what each process has of its own in the order of the ranks."""
+        own = {
+            "random_states": _plain(_collect_rng_states()),
+            "metrics": collect_metrics(pl_module),
+            "means": collect_means(trainer) if self._is_in_epoch else {},
+        }
+        processes = [own] * trainer.world_size
         if trainer.world_size > 1:
-            states *= trainer.world_size
-            torch.distributed.all_gather_object(states, states[0])
-        checkpoint["random_states"] = states
+            torch.distributed.all_gather_object(processes, own)
+        checkpoint["processes"] = processes
         checkpoint["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
         checkpoint["should_stop"] = trainer.should_stop
         checkpoint["in_step"] = self._in_step
@@ -70,7 +78,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep it all until training starts: what is set up meanwhile draws random numbers, too."""
-        names = ("random_states", "metrics", "in_step")
+        names = ("processes", "metrics", "in_step")
         self._loaded = {name: checkpoint[name] for name in names if name in checkpoint}
         if trainer.state.fn == TrainerFn.FITTING and checkpoint.get("should_stop"):  # by early stopping, or pruned
             trainer.should_stop = True
@@ -110,6 +118,8 @@ class LastCheckpoint(Checkpoint):
         loop = trainer.fit_loop.epoch_loop
         stepped = trainer.global_step > self._last_step
         self._last_step = trainer.global_step
+        restore_means(trainer, self._means)
+        self._means = {}
         signum = self._agree(trainer)
         # With gradients half gathered, or just validated, Lightning would not go on from here exactly.
         if loop.done or not stepped or is_validated:
@@ -121,7 +131,9 @@ class LastCheckpoint(Checkpoint):
 
     def _end_epoch(self, trainer: pl.Trainer) -> None:
         signum = self._agree(trainer)
+        self._is_in_epoch = False
         self._save(trainer)
+        self._is_in_epoch = True
         if signum:
             self._stop(signum)
 
@@ -158,7 +170,7 @@ class LastCheckpoint(Checkpoint):
     def _continue(self, trainer: pl.Trainer) -> None:
         loop = trainer.fit_loop
         total: Any = loop.epoch_progress.total
-        states = self._loaded.get("random_states", [])
+        processes = self._loaded.get("processes", [])
         if total.processed == total.ready:  # between two epochs: nothing of the last one is left to do
             if total.completed < total.processed:  # written by a hook of Lightning's, as best.ckpt
                 total.completed = total.processed
@@ -168,14 +180,19 @@ class LastCheckpoint(Checkpoint):
             for each in (loop, loop.epoch_loop):
                 each.restarting = False
                 each.on_iteration_done()
+        else:  # in the midst of one, whose end is the same as ever: Lightning would not let ReduceLROnPlateau step
+            loop._restarting = False
         if self._loaded.get("in_step"):
             _warn(trainer, "an exception had ended the run within a step, which it repeats with other random numbers")
-        if len(states) == trainer.world_size:
-            _set_rng_states(_restorable(states[trainer.global_rank]))
+        if len(processes) == trainer.world_size:
+            own = processes[trainer.global_rank]
+            restore_metrics(trainer.lightning_module, own["metrics"])
+            self._means = own["means"]
+            _set_rng_states(_restorable(own["random_states"]))
         else:
             _warn(
                 trainer,
-                f"trainer.devices, num_nodes: the run had {len(states) or 'an unknown number of'} processes, now "
+                f"trainer.devices, num_nodes: the run had {len(processes) or 'an unknown number of'} processes, now "
                 f"{trainer.world_size}: each draws random numbers of its own",
             )
         self._loaded = {}

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.config import CheckpointError, SweepError
 from src.report import write_json
-from src.resume import leaves, newest_whole_checkpoint, quoted
+from src.resume import find_checkpoint, leaves, quoted
 from src.status import read_status, write_status
 
 log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class SweepFolder:
         # The test split is read once, by the winner.
         overrides = [f"hydra.sweep.subdir={quoted(name)}", "test=false"]
         try:
-            if status == "started" and (checkpoint := newest_whole_checkpoint(folder)):
+            if status == "started" and (checkpoint := find_checkpoint(folder)):
                 return [*overrides, f"ckpt_path={quoted(checkpoint)}"]
         except CheckpointError as error:
             log.warning(error)

@@ -1,4 +1,4 @@
-"""src/callbacks/random_state.py: a continued run draws what the uninterrupted one does."""
+"""src/callbacks/last_checkpoint.py with a user's own module and loader; tests/test_resume.py has the command."""
 
 import random
 from pathlib import Path
@@ -6,44 +6,112 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 
-from src.train import train
-from tests.compose import compose_cfg
+from src.callbacks.last_checkpoint import LastCheckpoint
+from src.data.loader import BatchLoader
 
-SHORT = (
-    "data=mnist5k", "data.augment=affine", "trainer=cpu", "trainer.limit_train_batches=4", "test=false",
-    "scheduler=step",
-    "callbacks=minimal", "trainer.log_every_n_steps=1", "logger=[]",
-)  # fmt: skip
-
-
-def run(folder: Path, *overrides: str) -> dict[str, Any]:
-    train(compose_cfg(folder, *SHORT, *overrides))
-    checkpoint: dict[str, Any] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    return checkpoint
+NUM_IMAGES, BATCH_SIZE = 40, 4
+Loader = DataLoader | BatchLoader
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_a_continued_run_ends_as_the_uninterrupted_one_to_the_bit(tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole", "trainer.max_epochs=3")
-    run(tmp_path / "part", "trainer.max_epochs=1")
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    rest = run(tmp_path / "part", "trainer.max_epochs=3", f"ckpt_path={tmp_path}/part/checkpoints/last.ckpt")
+class UsersModule(pl.LightningModule):
+    """Logs as Lightning's documentation does, and draws random numbers of all three kinds."""
 
-    for name, weights in whole["state_dict"].items():
-        assert torch.equal(weights, rest["state_dict"][name]), name
-    (states,), (rest_states,) = whole["random_states"], rest["random_states"]
-    assert torch.equal(states["torch"], rest_states["torch"])
-    assert states["python"] == rest_states["python"]
-    assert states["numpy"] == rest_states["numpy"]
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 3))
+        self.accuracy = MulticlassAccuracy(3)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        logits = self.net(images + random.random() + float(np.random.rand()))
+        loss = nn.functional.cross_entropy(logits, labels)
+        self.accuracy(logits, labels)
+        self.log("train/loss", loss, on_step=False, on_epoch=True)
+        self.log("train/worst", loss, on_step=False, on_epoch=True, reduce_fx="max")
+        self.log("train/acc", self.accuracy, on_step=False, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters())
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_without_it_the_augmentations_would_differ(tmp_path: Path) -> None:
-    off = "callbacks.random_state=null"
-    whole = run(tmp_path / "whole", "trainer.max_epochs=2", off)
-    run(tmp_path / "part", "trainer.max_epochs=1", off)
-    rest = run(tmp_path / "part", "trainer.max_epochs=2", off, f"ckpt_path={tmp_path}/part/checkpoints/last.ckpt")
+class Kill(BaseException):
+    """What leaves a trainer no time for anything, as a kill."""
 
-    assert not all(torch.equal(weights, rest["state_dict"][name]) for name, weights in whole["state_dict"].items())
+
+class KillAfter(Callback):
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, idx: int) -> None:
+        if trainer.global_step == self.steps:
+            raise Kill
+
+
+def make_loader(kind: str) -> Loader:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(NUM_IMAGES, 8, generator=generator)
+    labels = torch.randint(3, (NUM_IMAGES,), generator=generator)
+    if kind == "BatchLoader":
+        return BatchLoader(images, labels, BATCH_SIZE, shuffle=True)
+    return DataLoader(TensorDataset(images, labels), BATCH_SIZE, shuffle=True)
+
+
+def fit(folder: Path, kind: str, *callbacks: Callback, ckpt_path: Path | None = None) -> dict[str, Any]:
+    """Train for three epochs; what Lightning's checkpoint at the end would hold, and the curves."""
+    pl.seed_everything(1 if ckpt_path is None else 2, verbose=False)  # other numbers, were they not restored
+    trainer = pl.Trainer(
+        max_epochs=3, accelerator="cpu", logger=CSVLogger(folder, name="", version=""), callbacks=list(callbacks),
+        default_root_dir=folder, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+        enable_checkpointing=bool(callbacks),
+    )  # fmt: skip
+    module = UsersModule()
+    try:
+        trainer.fit(module, make_loader(kind), ckpt_path=ckpt_path, weights_only=True)
+    except Kill:
+        return {}
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {"weights": module.state_dict(), "random": (random.random(), np.random.rand(), torch.rand(1)), **metrics}
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty")
+@pytest.mark.parametrize(
+    ("kind", "kill_at", "every_n_steps"), [("DataLoader", 17, None), ("BatchLoader", 17, 3), ("BatchLoader", 20, 2)]
+)
+def test_a_users_module_goes_on_exactly(kind: str, kill_at: int, every_n_steps: int | None, tmp_path: Path) -> None:
+    whole = fit(tmp_path / "whole", kind, LastCheckpoint(str(tmp_path / "whole"), every_n_steps))
+    path = tmp_path / "part" / "last.ckpt"
+    assert fit(tmp_path / "part", kind, LastCheckpoint(str(path.parent), every_n_steps), KillAfter(kill_at)) == {}
+    assert torch.load(path, weights_only=True)["global_step"] == {None: 10, 3: 15, 2: 20}[every_n_steps]
+    rest = fit(tmp_path / "part", kind, LastCheckpoint(str(path.parent), every_n_steps), ckpt_path=path)
+
+    assert rest.keys() == whole.keys()
+    assert rest.pop("random") == whole.pop("random")
+    for name, weights in whole.pop("weights").items():
+        assert torch.equal(weights, rest["weights"][name]), name
+    del rest["weights"]
+    assert rest == whole
+
+
+@pytest.mark.filterwarnings("ignore:(Experiment logs|Checkpoint) directory .* exists and is not empty")
+def test_from_lightnings_own_checkpoint_it_would_not(tmp_path: Path) -> None:
+    whole = fit(tmp_path / "whole", "DataLoader")
+    theirs = ModelCheckpoint(tmp_path / "part", filename="theirs", enable_version_counter=False)
+    fit(tmp_path / "part", "DataLoader", theirs, KillAfter(17))
+    rest = fit(tmp_path / "part", "DataLoader", theirs, ckpt_path=tmp_path / "part" / "theirs.ckpt")
+    assert not torch.equal(whole["weights"]["net.0.weight"], rest["weights"]["net.0.weight"])
+
+
+def test_without_a_stop_training_is_as_without_it(tmp_path: Path) -> None:
+    with_it = fit(tmp_path / "with", "BatchLoader", LastCheckpoint(str(tmp_path / "with"), every_n_steps=1))
+    without = fit(tmp_path / "without", "BatchLoader")
+    assert with_it.pop("random") == without.pop("random")
+    assert all(torch.equal(with_it["weights"][name], weights) for name, weights in without["weights"].items())

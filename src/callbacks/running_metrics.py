@@ -1,0 +1,54 @@
+"""Metrics in the midst of an epoch, which Lightning leaves out of its checkpoints."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+def collect_metrics(pl_module: pl.LightningModule) -> dict[str, dict[str, Any]]:
+    """The states of the module's torchmetrics that have counted something, by their names in it."""
+    return {
+        name: {"update_count": metric.update_count, "states": dict(metric.metric_state)}
+        for name, metric in pl_module.named_modules()
+        if isinstance(metric, Metric) and metric.update_count
+    }
+
+
+def restore_metrics(pl_module: pl.LightningModule, collected: dict[str, dict[str, Any]]) -> None:
+    """Let the metrics count on from what was collected."""
+    for name, metric in pl_module.named_modules():
+        if isinstance(metric, Metric) and name in collected:
+            for key, state in collected[name]["states"].items():
+                setattr(metric, key, _to(state, pl_module.device))
+            metric._update_count = collected[name]["update_count"]
+
+
+def collect_means(trainer: pl.Trainer) -> dict[str, list[Tensor]]:
+    """Sums and weights of what ``self.log(..., on_epoch=True)`` has been given in this epoch, by the names it has."""
+    return {
+        name: [result.value, result.cumulated_batch_size if result.meta.is_mean_reduction else torch.tensor(0)]
+        for name, result in trainer.fit_loop.epoch_loop._results.items()
+        if result.is_tensor and result.meta.on_epoch and not result.has_reset
+    }
+
+
+def restore_means(trainer: pl.Trainer, collected: dict[str, list[Tensor]]) -> None:
+    """Add what was collected; to be called behind a step, since the first ``self.log`` makes what it is added to."""
+    for name, result in trainer.fit_loop.epoch_loop._results.items():
+        if name in collected:
+            value, weight = (tensor.to(result.value.device) for tensor in collected[name])
+            if result.meta.is_max_reduction:
+                result.value = torch.maximum(result.value, value)
+            elif result.meta.is_min_reduction:
+                result.value = torch.minimum(result.value, value)
+            else:
+                result.value = value + result.value
+            if result.meta.is_mean_reduction:
+                result.cumulated_batch_size = weight + result.cumulated_batch_size
+
+
+def _to(state: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
+    return [tensor.to(device) for tensor in state] if isinstance(state, list) else state.to(device)
