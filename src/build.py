@@ -7,13 +7,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger
 
 from src.classifier import ImageClassifier
 from src.config import CheckpointError, check_checkpoint
+from src.targets import instantiate
 
 
 def build_datamodule(cfg: DictConfig) -> pl.LightningDataModule:

@@ -21,7 +21,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             OSError: If the disk is full or cannot be written to.
         """
         path = Path(path)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside = path.with_name(f".{path.name}.part")  # one that a kill has left is written over
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with aside.open("wb") as file:

@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 Batch = tuple[Tensor, Tensor]
+COMPILED = "_orig_mod."
 
 
 class DivergenceError(ArithmeticError):
@@ -53,6 +54,7 @@ class ImageClassifier(pl.LightningModule):
         # its first process to all before each step.
         self.train_sums = torch.zeros(3)
         self._loaded_sums: Tensor | None = None
+        self.register_load_state_dict_pre_hook(_fit_names)
         self.eval_loss = MeanMetric()
         # (num_classes, num_classes): images of class i that were taken for class j. Accuracy is read off it.
         self.eval_confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
@@ -167,3 +169,10 @@ class ImageClassifier(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {**self.scheduler, "scheduler": make(optimizer, **runtime)},
         }
+
+
+def _fit_names(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+    """Rename what torch.compile has renamed, so that compiled and plain nets load each other's weights."""
+    own = {name.replace(COMPILED, ""): name for name in module.state_dict()}
+    for name in list(state_dict):
+        state_dict[own.get(name.replace(COMPILED, ""), name)] = state_dict.pop(name)

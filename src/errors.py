@@ -19,6 +19,10 @@ MAX_OPTIONS = 20  # more are not listed
 
 def explain(error: BaseException, config_name: str = "") -> str:
     """Say an error in one or two lines: the setting or file, the value, what was expected, the remedy."""
+    return re.sub(r"(\S{100})\S{300,}", r"\1...", _explain(error, config_name))
+
+
+def _explain(error: BaseException, config_name: str) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return f"error: {group}={option}: no such file in conf/{group}/; {_nearest(option, error.options or ())}"
@@ -29,7 +33,7 @@ def explain(error: BaseException, config_name: str = "") -> str:
     if type(error).__name__ == "InstantiationException":
         # "Error in call to target 'torch.optim.Adam':\nTypeError(...)\nfull_key: optimizer"
         if type(error.__cause__).__module__.startswith("src.") and error.__cause__:
-            return explain(error.__cause__)
+            return _explain(error.__cause__, config_name)
         key = re.search(r"full_key: (\S+)", str(error))
         lines = str(error.__cause__ or error).strip().splitlines()
         said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])  # the reason stands behind the colon

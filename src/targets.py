@@ -12,7 +12,7 @@ from types import FunctionType, MethodType
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.utils import get_object
+from hydra._internal.utils import _locate
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -191,7 +191,7 @@ def _find_name(said: str, target: str) -> None:
 
 def _check_definition(said: str, target: str) -> None:
     try:
-        found = get_object(target)
+        found = _locate(target)
     except Exception as error:  # whatever a module raises on import
         raise TargetError(f"{said}: {error}") from error
     home = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"

@@ -8,7 +8,7 @@ import torch
 from src.build import build_datamodule, build_module, build_trainer, load_checkpoint, restore
 from src.config import CONF, CheckpointError, ConfigError, check, newest_checkpoint
 from src.train import train
-from tests.compose import compose_cfg
+from tests.compose import compose_cfg, run_command
 
 OPTIONS = [
     f"{path.parent.name}={path.stem}"
@@ -74,6 +74,29 @@ def test_a_pickled_payload_is_refused_and_not_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"bad\.ckpt"):
         restore(tmp_path / "bad.ckpt")
     assert not victim.exists()
+
+
+def test_no_command_runs_what_a_checkpoint_asks_for(checkpoint: Path, tmp_path: Path) -> None:
+    content, victim, bad = (
+        load_checkpoint(checkpoint),
+        tmp_path / "victim",
+        tmp_path / "logs" / "checkpoints" / "last.ckpt",
+    )
+    bad.parent.mkdir(parents=True)
+    (tmp_path / "logs" / "status.json").write_text('{"state": "running", "overrides": [], "config_dirs": []}')
+    target = {"_target_": "subprocess.getoutput", "cmd": f"touch {victim}"}
+    for hyper_parameters in (_Payload(victim), content["hyper_parameters"] | {"model": target}):
+        torch.save(content | {"hyper_parameters": hyper_parameters}, bad)
+        for command in (
+            ("test", f"ckpt_path={bad}"),
+            ("train", f"ckpt_path={bad}"),
+            ("train", f"resume={bad.parents[1]}"),
+        ):
+            result = run_command(*command, PROJECT_ROOT=str(tmp_path))
+            assert result.returncode == 1
+            assert result.stderr.splitlines()[-1].startswith("error: ")
+            assert "Traceback" not in result.stderr
+            assert not victim.exists()
 
 
 @pytest.mark.parametrize("content", ["truncated", "text", "pickle", "foreign"])

@@ -1,4 +1,8 @@
 import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -6,7 +10,7 @@ import torch
 
 from src.build import load_checkpoint
 from src.checkpoint_io import AtomicCheckpointIO
-from src.config import CheckpointError
+from src.config import ROOT, CheckpointError
 
 
 def test_a_save_that_fails_leaves_the_previous_checkpoint_and_nothing_else(tmp_path: Path) -> None:
@@ -28,6 +32,56 @@ def test_a_save_replaces_the_previous_checkpoint(tmp_path: Path) -> None:
     io.save_checkpoint({"step": 1}, path)
     io.save_checkpoint({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 2}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("only root can mount the small file system that this needs")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(small_disk: Path) -> None:
+    io, path = AtomicCheckpointIO(), small_disk / "last.ckpt"
+    io.save_checkpoint({"step": 1, "weights": torch.zeros(300_000)}, path)  # 1.2 MB: two have no room
+    with pytest.raises(OSError, match=r"last\.ckpt: cannot be written \(No space left on device\); free some space"):
+        io.save_checkpoint({"step": 2, "weights": torch.zeros(300_000)}, path)
+    assert torch.load(path, weights_only=True)["step"] == 1
+    assert list(small_disk.iterdir()) == [path]
+
+
+SAVING = """
+import sys, torch
+from src.checkpoint_io import AtomicCheckpointIO
+for step in range(10**9):
+    AtomicCheckpointIO().save_checkpoint({"step": step, "weights": torch.full((200_000,), step)}, sys.argv[1])
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_during_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    path, rng, left_aside = tmp_path / "last.ckpt", random.Random(0), 0
+    for _ in range(10):
+        command = [sys.executable, "-c", SAVING, str(path)]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            process.stdout.readline()
+            time.sleep(rng.uniform(0, 0.1))
+            process.kill()
+            saved = [int(line) for line in process.stdout.read().split()]
+        content = torch.load(path, weights_only=True)
+        assert content["step"] >= (saved[-1] if saved else 0)
+        assert (content["weights"] == content["step"]).all()
+        left_aside += len(list(tmp_path.iterdir())) - 1
+    assert left_aside  # some kills did come in the midst of a save
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.fixture(scope="module")

@@ -64,3 +64,23 @@ def test_a_step_is_that_of_plain_pytorch() -> None:
 def test_cannot_be_trained_without_an_optimizer() -> None:
     with pytest.raises(ValueError, match="built without an optimizer"):
         _classifier().configure_optimizers()
+
+
+@pytest.mark.parametrize("is_compiled", [(True, False), (False, True), (True, True)])
+def test_compiled_and_plain_nets_load_each_others_weights(is_compiled: tuple[bool, bool]) -> None:
+    modules = []
+    for seed, compile_it in enumerate(is_compiled):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+        modules.append(ImageClassifier(torch.compile(net, backend="eager") if compile_it else net, num_classes=3))
+    trained, fresh = modules
+    assert ("net._orig_mod.1.weight" in trained.state_dict()) == is_compiled[0]
+    fresh.load_state_dict(trained.state_dict())
+    assert torch.equal(fresh(IMAGES), trained(IMAGES))
+
+
+def test_names_that_do_not_fit_are_still_refused() -> None:
+    state = _classifier().state_dict()
+    state["net._orig_mod.7.weight"] = state.pop("net.1.weight")
+    with pytest.raises(RuntimeError, match=r'Missing key.*"net\.1\.weight"'):
+        _classifier().load_state_dict(state)
