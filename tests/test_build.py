@@ -76,22 +76,16 @@ def test_a_pickled_payload_is_refused_and_not_run(tmp_path: Path) -> None:
     assert not victim.exists()
 
 
+@pytest.mark.slow
 def test_no_command_runs_what_a_checkpoint_asks_for(checkpoint: Path, tmp_path: Path) -> None:
-    content, victim, bad = (
-        load_checkpoint(checkpoint),
-        tmp_path / "victim",
-        tmp_path / "logs" / "checkpoints" / "last.ckpt",
-    )
+    content, victim, run = load_checkpoint(checkpoint), tmp_path / "victim", tmp_path / "logs"
+    bad = run / "checkpoints" / "last.ckpt"
     bad.parent.mkdir(parents=True)
-    (tmp_path / "logs" / "status.json").write_text('{"state": "running", "overrides": [], "config_dirs": []}')
+    (run / "status.json").write_text('{"state": "running", "overrides": [], "config_dirs": []}')
     target = {"_target_": "subprocess.getoutput", "cmd": f"touch {victim}"}
     for hyper_parameters in (_Payload(victim), content["hyper_parameters"] | {"model": target}):
         torch.save(content | {"hyper_parameters": hyper_parameters}, bad)
-        for command in (
-            ("test", f"ckpt_path={bad}"),
-            ("train", f"ckpt_path={bad}"),
-            ("train", f"resume={bad.parents[1]}"),
-        ):
+        for command in (("test", f"ckpt_path={bad}"), ("train", f"ckpt_path={bad}"), ("train", f"resume={run}")):
             result = run_command(*command, PROJECT_ROOT=str(tmp_path))
             assert result.returncode == 1
             assert result.stderr.splitlines()[-1].startswith("error: ")
