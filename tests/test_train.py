@@ -49,7 +49,11 @@ def test_writes_everything_into_one_folder(run_dir: Path) -> None:
 
 def test_records_data_versions_and_commit(run_dir: Path) -> None:
     record = json.loads((run_dir / "metrics.json").read_text())
-    assert record["data"] == {"source": "package", "num_images": {"train": 4000, "val": 500, "test": 500}}
+    assert record["data"] == {
+        "source": "package",
+        "num_images": {"train": 4000, "val": 500, "test": 500},
+        "fingerprint": "04f88af3",  # the package never changes, nor do its splits
+    }
     assert record["versions"]["torch"] == torch.__version__.split("+")[0]
     assert record["seconds"] > 0
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -129,16 +133,6 @@ def test_same_seed_same_weights_other_seed_other_weights(tmp_path: Path, mnist_r
     first = weights("a", seed=0)
     assert torch.equal(first, weights("b", seed=0))
     assert not torch.equal(first, weights("c", seed=1))
-
-
-def test_resumes_from_a_checkpoint(run_dir: Path, tmp_path: Path) -> None:
-    last = run_dir / "checkpoints" / "last.ckpt"
-    result = run_command(
-        "train", "data=mnist5k", "trainer=cpu", "trainer.max_epochs=4", "scheduler=[]", "optimizer.lr=1e-4",
-        f"ckpt_path='{last}'", PROJECT_ROOT=str(tmp_path),
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert [line.split()[1] for line in result.stderr.splitlines() if line.startswith("epoch")] == ["4/4"]
 
 
 @pytest.mark.slow

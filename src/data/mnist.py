@@ -1,18 +1,21 @@
 """MNIST, and every data set in its file format, as a LightningDataModule."""
 
 import logging
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn import functional as F
 
 from src.data.augment import random_affine
 from src.data.loader import BatchLoader
-from src.data.sources import NUM_CLASSES, DataError, Digits, download, read_files, read_package
+from src.data.sources import NUM_CLASSES, DataError, Digits, MissingFileError, download, read_files, read_package
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +101,7 @@ class MNISTDataModule(pl.LightningDataModule):
         self.augment = augment
         self.splits: dict[str, Digits] = {}
         self.used_source = ""
+        self.fingerprint = ""
         self._files: tuple[Digits, Digits] | None = None
         self._loader: BatchLoader | None = None
         self._loader_state: dict[str, Any] | None = None
@@ -115,19 +119,29 @@ class MNISTDataModule(pl.LightningDataModule):
             self._files = read_files(self.folder, self.md5)  # kept for setup, so that they are read once
             return
         except DataError as error:
-            reason = str(error)  # missing or damaged: fetch them
+            reason = error  # missing or damaged: fetch them
+        damage = "" if isinstance(reason, MissingFileError) else str(reason).rpartition("; ")[0]  # without the remedy
         try:
             if download(self.folder, self.mirrors, self.md5, self.timeout):
                 self.used_source = "download"
+                if damage:
+                    log.warning("%s; all four files were downloaded anew", damage)
         except DataError as error:
-            if self.source == "download" or self.name != "MNIST":
+            if self.source == "auto" and self.name == "MNIST":
+                self._warn_of_package(f"{error}; {reason}")
+            elif damage:
+                raise DataError(f"{damage}; {error}") from error
+            else:
                 raise
-            self._warn_of_package(f"{error}; {reason}")
 
     def setup(self, stage: str | None = None) -> None:
         """Read and split the data, once."""
         if self.splits:
             return
+        self._read_splits()
+        self.fingerprint = _get_fingerprint(self.splits)
+
+    def _read_splits(self) -> None:
         if self.source == "package":
             self._setup_package()
             return
@@ -220,17 +234,52 @@ class MNISTDataModule(pl.LightningDataModule):
         return images, labels
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: what the images were, and which of them this epoch has seen."""
+        """What a checkpoint keeps: what the images were, and which of them this epoch has seen.
+
+        ``fingerprint`` is of 8 hexadecimal digits and the same for the same images, labels and splits in the same
+        order, whatever files they come from.
+        """
         return {
             "source": self.used_source,
             "num_images": self.num_images,
+            "fingerprint": self.fingerprint,
             "loader": self._loader.state_dict() if self._loader else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue at the batch behind the checkpoint; takes effect when Lightning asks for the loader."""
-        self._loader_state = state_dict["loader"]
+        """Continue at the batch behind the checkpoint; takes effect when Lightning asks for the loader.
+
+        Warns if a run goes on with other data. What the checkpoint lacks, an older one's, say, is done without.
+        """
+        loader = state_dict.get("loader")
+        self._loader_state = loader if isinstance(loader, dict) and {"epoch", "position"} <= set(loader) else None
+        saved = state_dict.get("fingerprint")
+        goes_on = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        if saved and self.fingerprint and saved != self.fingerprint and goes_on and self._process()[0] == 0:
+            log.warning(
+                "the data are not those of the run so far, so this is not an exact continuation of it: they have "
+                "the fingerprint %s and %s images, those of the checkpoint %s and %s",
+                self.fingerprint,
+                self.num_images,
+                saved,
+                state_dict.get("num_images", "an unknown number of"),
+            )
 
 
 def _take(digits: Digits, indices: Tensor) -> Digits:
     return Digits(digits.images[indices], digits.labels[indices])
+
+
+def _get_fingerprint(splits: Mapping[str, Digits]) -> str:
+    """A checksum of the splits, for accidents, not against intent.
+
+    CRC-32 of all pixels takes several times as long. So each image is condensed first: into the sum of its 98 words of
+    8 pixels, each times an odd number of its own, modulo 2**64. Any change within one word changes that sum.
+    """
+    factors = np.multiply.accumulate(np.full(28 * 28 // 8, 0x9E3779B97F4A7C15, "<u8"))
+    crc = 0
+    for name, (images, labels) in splits.items():
+        words = images.numpy().reshape(len(images), -1).view("<u8")  # (N, 98)
+        for part in (f"{name} {len(images)}".encode(), (words @ factors).tobytes(), labels.numpy().tobytes()):
+            crc = zlib.crc32(part, crc)
+    return f"{crc:08x}"

@@ -3,14 +3,17 @@
 import gzip
 import hashlib
 import importlib.resources
+import json
+import os
 import socket
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +27,8 @@ IDX_FILES = (
     "t10k-labels-idx1-ubyte",
 )
 NUM_CLASSES = 10
+CHECKSUMS = ".checksums.json"  # beside the files: what has been hashed before
+FETCH = "delete it and fetch it again (data.source=download)"
 
 
 class Digits(NamedTuple):
@@ -37,8 +42,15 @@ class DataError(ValueError):
     """Data that are missing, damaged or not what they should be; the message names the file and the remedy."""
 
 
+class MissingFileError(DataError):
+    """A file that is not there."""
+
+
 def read_files(folder: Path, md5: Mapping[str, str | None]) -> tuple[Digits, Digits]:
     """Read the four IDX files of an MNIST-like data set, each gzipped (``.gz``) or not.
+
+    A file whose checksum was right before and that has not changed since, by size and times, is not hashed again; where
+    the folder cannot be written to, it is.
 
     Args:
         folder: Where the files lie.
@@ -51,16 +63,31 @@ def read_files(folder: Path, md5: Mapping[str, str | None]) -> tuple[Digits, Dig
     Raises:
         DataError: If a file is missing or damaged, or images and labels do not belong together.
     """
-    train_images, train_labels, test_images, test_labels = (_read_idx(_find(folder, name), md5) for name in IDX_FILES)
+    known = _load_checksums(folder)
+    verified: dict[str, list[Any]] = {}
+    parts = []
+    try:
+        for name in IDX_FILES:
+            path = _find(folder, name)
+            parts.append(_parse_idx(_read_verified(path, md5, known, verified), path))
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or folder} cannot be read ({error.strerror}); mend that or set data.root"
+        ) from error
+    if verified and verified != known:
+        _save_checksums(folder, verified)
+    train_images, train_labels, test_images, test_labels = parts
     train, test = Digits(train_images, train_labels.long()), Digits(test_images, test_labels.long())
     for split, names in ((train, IDX_FILES[:2]), (test, IDX_FILES[2:])):
         if len(split.images) != len(split.labels):
             raise DataError(
                 f"{folder}: {names[0]} has {len(split.images)} images but {names[1]} {len(split.labels)} labels: "
-                "expected as many; fetch both again"
+                "expected as many; delete both and fetch them again (data.source=download)"
             )
         if split.labels.max() >= NUM_CLASSES:
-            raise DataError(f"{folder / names[1]}: expected labels from 0 to {NUM_CLASSES - 1}; fetch the file again")
+            raise DataError(
+                f"{folder / names[1]} has a label {split.labels.max()}: expected 0 to {NUM_CLASSES - 1}; {FETCH}"
+            )
     return train, test
 
 
@@ -68,30 +95,83 @@ def _find(folder: Path, name: str) -> Path:
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
             return path
-    raise DataError(f"{folder / name}[.gz] not found: put it there, set data.root, or use data.source=download")
+    raise MissingFileError(f"{folder / name}[.gz] not found: put it there, set data.root, or use data.source=download")
 
 
-def _read_idx(path: Path, md5: Mapping[str, str | None]) -> Tensor:
-    """Read one file of the IDX format (two zero bytes, type, number of dimensions, sizes, data; big-endian)."""
-    remedy = "delete it and fetch it again"
-    content = path.read_bytes()
+def _read_verified(
+    path: Path, md5: Mapping[str, str | None], known: Mapping[str, Any], verified: dict[str, list[Any]]
+) -> bytes:
+    """Read a file whose checksum is right; ``verified`` gets its entry, if that may be relied upon later."""
+    start = time.time_ns()
+    with path.open("rb") as file:
+        before = _get_stamp(file)
+        content = file.read()
+        is_steady = _get_stamp(file) == before  # else it has changed meanwhile
     expected = md5.get(path.name)
-    if expected and hashlib.md5(content, usedforsecurity=False).hexdigest() != expected:
-        raise DataError(f"{path} is damaged or another file: its MD5 checksum is not {expected}; {remedy}")
+    if not expected:
+        return content
+    entry = [*before, expected]
+    if not (is_steady and known.get(path.name) == entry):
+        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if found != expected:
+            whose = "".join(f" (that of {name})" for name, value in md5.items() if value == found)
+            raise DataError(
+                f"{path} is damaged or another file: its MD5 checksum is {found}{whose}, expected {expected}; {FETCH}, "
+                "or set data.md5=null to use files of your own"
+            )
+    if is_steady and before[1] < start - 2_000_000_000:  # the next change cannot have the same time, even on FAT
+        verified[path.name] = entry
+    return content
+
+
+def _get_stamp(file: BinaryIO) -> list[int]:
+    """Size and times in ns; the last one, of the file's status, also tells a copy and a time that was set back."""
+    stat = os.fstat(file.fileno())
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def _load_checksums(folder: Path) -> dict[str, Any]:
+    """Size, times and MD5 checksum by file name, as far as they can be read."""
+    path = folder / CHECKSUMS
+    try:
+        if not path.is_file():  # a pipe would keep us waiting
+            return {}
+        with path.open("rb") as file:
+            known = json.loads(file.read(10_000))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _save_checksums(folder: Path, verified: Mapping[str, list[Any]]) -> None:
+    """Write the file whole or not at all; where that cannot be done, the next start hashes again."""
+    aside = folder / f"{CHECKSUMS}.{os.getpid()}"
+    with suppress(OSError):
+        if not folder.stat().st_mode & 0o222:  # meant to be read only, though root could write
+            return
+        try:
+            aside.write_text(json.dumps(verified, indent=2) + "\n")
+            aside.replace(folder / CHECKSUMS)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def _parse_idx(content: bytes, path: Path) -> Tensor:
+    """Turn the IDX format (two zero bytes, type, number of dimensions, sizes, data; big-endian) into a tensor."""
     if path.suffix == ".gz":
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path} is damaged: {error}; {remedy}") from error
+            raise DataError(f"{path} is damaged: {error}; {FETCH}") from error
     num_dims = 3 if "idx3" in path.name else 1
     header = 4 + 4 * num_dims
     if len(content) < header or content[:4] != bytes((0, 0, 8, num_dims)):
-        raise DataError(f"{path} is not an IDX file of bytes in {num_dims} dimensions (wrong magic number); {remedy}")
+        raise DataError(f"{path} is not an IDX file of bytes in {num_dims} dimensions (wrong magic number); {FETCH}")
     shape = [int(size) for size in np.frombuffer(content[4:header], ">u4")]
     if len(content) - header != np.prod(shape, dtype=object):
-        raise DataError(f"{path} is damaged: its header says {shape}, it holds {len(content) - header} bytes; {remedy}")
+        raise DataError(f"{path} is damaged: its header says {shape}, it holds {len(content) - header} bytes; {FETCH}")
     if 0 in shape:
-        raise DataError(f"{path} holds nothing: its header says {shape}; {remedy}")
+        raise DataError(f"{path} holds nothing: its header says {shape}; {FETCH}")
     if num_dims == 3 and shape[1:] != [28, 28]:
         raise DataError(f"{path} holds images of {shape[1]}x{shape[2]} pixels: expected 28x28; choose other files")
     # A bytearray, since tensors over read-only memory make torch warn.

@@ -1,7 +1,10 @@
 """src/data/mnist.py, read from real files and used by a real Trainer."""
 
 import logging
+import re
 import shutil
+import struct
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +20,7 @@ from torchvision.transforms import v2
 
 from src.data.mnist import MNISTDataModule, preprocess
 from src.data.sources import DataError, Digits, read_files, read_package
-from tests.conftest import NUM_TEST, NUM_TRAIN, ROOT, Mirror
+from tests.conftest import NUM_TEST, NUM_TRAIN, ROOT, Mirror, write_digits
 
 NUM_VAL = 60
 
@@ -172,11 +175,13 @@ def test_missing_files_are_downloaded(
     mnist_files: dict[str, bytes],
     mnist_md5: dict[str, str | None],
     tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     settings = {"source": source, "mirrors": [serve(mnist_files).url], "md5": mnist_md5}
 
     assert ready(tmp_path, **settings).used_source == "download"
     assert ready(tmp_path, **settings).used_source == "files"
+    assert caplog.records == []  # nothing was damaged
 
 
 @pytest.mark.full_mnist
@@ -303,6 +308,167 @@ def test_state_restored_continues_behind_the_batches_seen(mnist_root: Path) -> N
 
 
 def test_state_says_what_the_images_were(mnist_root: Path) -> None:
-    state: Mapping[str, Any] = ready(mnist_root).state_dict()
+    datamodule = ready(mnist_root)
+    state: Mapping[str, Any] = datamodule.state_dict()
 
-    assert state == {"source": "files", "num_images": {"train": 240, "val": 60, "test": 60}, "loader": None}
+    assert state == {
+        "source": "files",
+        "num_images": {"train": 240, "val": 60, "test": 60},
+        "fingerprint": datamodule.fingerprint,
+        "loader": None,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fingerprint
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """The tiny data set's files, uncompressed; the test may change them."""
+    folder = tmp_path / "plain" / "MNIST" / "raw"
+    write_digits(folder, gzipped=False)
+    return folder
+
+
+def add_one(path: Path, place: int) -> None:
+    """Change a pixel or label, counted from the end of the file; no pixel of the tiny data set is 255."""
+    content = bytearray(path.read_bytes())
+    content[place] = (content[place] + 1) % 10 if "labels" in path.name else content[place] + 1
+    path.write_bytes(content)
+
+
+def test_fingerprint_is_of_the_content_whatever_its_files(mnist_root: Path, raw: Path) -> None:
+    gzipped, plain, again = ready(mnist_root), ready(raw.parents[1]), ready(mnist_root, seed=1, batch_size=8)
+
+    assert re.fullmatch("[0-9a-f]{8}", gzipped.fingerprint)
+    assert gzipped.fingerprint == plain.fingerprint == again.fingerprint
+
+
+def test_fingerprint_is_the_same_on_every_machine(mnist_root: Path) -> None:
+    datamodule = ready(mnist_root)
+    crc = 0
+    for name, (images, labels) in datamodule.splits.items():
+        sums = []
+        for image in images:
+            words = struct.unpack("<98Q", bytes(image.flatten().tolist()))
+            sums.append(sum(word * 0x9E3779B97F4A7C15**power for power, word in enumerate(words, 1)) % 2**64)
+        crc = zlib.crc32(f"{name} {len(images)}".encode(), crc)
+        crc = zlib.crc32(struct.pack(f"<{len(sums)}Q", *sums), crc)
+        crc = zlib.crc32(struct.pack(f"<{len(labels)}q", *labels.tolist()), crc)
+
+    assert datamodule.fingerprint == f"{crc:08x}"
+
+
+@pytest.mark.parametrize("place", [-1, -28 * 28, -28 * 28 * 30 - 100])
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-images-idx3-ubyte"])
+def test_fingerprint_tells_a_changed_pixel(name: str, place: int, raw: Path) -> None:
+    before = ready(raw.parents[1]).fingerprint
+    add_one(raw / name, place)
+
+    assert ready(raw.parents[1]).fingerprint != before
+
+
+@pytest.mark.parametrize("name", ["train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte"])
+def test_fingerprint_tells_a_changed_label(name: str, raw: Path) -> None:
+    before = ready(raw.parents[1]).fingerprint
+    add_one(raw / name, -7)
+
+    assert ready(raw.parents[1]).fingerprint != before
+
+
+def test_fingerprint_tells_images_in_another_order(raw: Path) -> None:
+    before = ready(raw.parents[1]).fingerprint
+    path = raw / "t10k-images-idx3-ubyte"
+    content, size = path.read_bytes(), 28 * 28
+    path.write_bytes(content[: -2 * size] + content[-size:] + content[-2 * size : -size])
+
+    assert ready(raw.parents[1]).fingerprint != before
+
+
+def test_fingerprint_tells_another_split(mnist_root: Path) -> None:
+    splits: list[dict[str, Any]] = [{}, {"split_seed": 1}, {"val_size": 59}, {"source": "package"}]
+
+    assert len({ready(mnist_root, **split).fingerprint for split in splits}) == len(splits)
+
+
+@pytest.fixture
+def middle(mnist_root: Path, tmp_path: Path) -> Path:
+    """A checkpoint of a run over the tiny data set, taken at the third of eight steps."""
+    path = tmp_path / "middle.ckpt"
+
+    def save(trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 3:
+            trainer.save_checkpoint(path)
+
+    make_trainer(max_epochs=1, callbacks=LambdaCallback(on_train_batch_end=save)).fit(Recorder(), ready(mnist_root))
+    return path
+
+
+def unread(root: Path, **settings: Any) -> MNISTDataModule:
+    """A module that the Trainer has to set up."""
+    return MNISTDataModule(str(root), source="files", batch_size=32, **{"val_size": NUM_VAL} | settings)
+
+
+@no_gpu_needed
+def test_same_data_continue_without_a_word(middle: Path, raw: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_trainer(max_epochs=1).fit(Recorder(), unread(raw.parents[1]), ckpt_path=middle, weights_only=True)
+
+    assert [record for record in caplog.records if record.name.startswith("src.")] == []
+
+
+@no_gpu_needed
+@pytest.mark.parametrize(  # 5 batches are left of this epoch, 8 are in the next; of 50 images, none and 2
+    ("change", "num_train", "num_batches"), [("a pixel", 240, 13), ("the split", 50, 2)]
+)
+def test_other_data_continue_with_one_warning(
+    change: str, num_train: int, num_batches: int, middle: Path, raw: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = ready(raw.parents[1]).fingerprint
+    if change == "a pixel":
+        add_one(raw / "train-images-idx3-ubyte", -1)
+    datamodule = unread(raw.parents[1], val_size=NUM_TRAIN - num_train)
+    module = Recorder()
+    make_trainer(max_epochs=2).fit(module, datamodule, ckpt_path=middle, weights_only=True)
+
+    (record,) = [record for record in caplog.records if record.name.startswith("src.")]
+    said = record.getMessage()
+    assert record.levelno == logging.WARNING
+    assert "not an exact continuation" in said
+    assert re.search(f"{datamodule.fingerprint}.*{num_train}.*{before}.*240", said)
+    assert len(module.seen()) == num_batches
+
+
+@no_gpu_needed
+def test_test_of_other_data_does_not_warn(middle: Path, raw: Path, caplog: pytest.LogCaptureFixture) -> None:
+    add_one(raw / "t10k-images-idx3-ubyte", -1)
+    datamodule = unread(raw.parents[1])
+    make_trainer().test(Recorder(), datamodule, ckpt_path=middle, weights_only=True, verbose=False)
+
+    assert [record for record in caplog.records if record.name.startswith("src.")] == []
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        pytest.param({}, id="nothing"),
+        pytest.param({"source": "files", "num_images": {"train": 1}, "loader": None}, id="an older one"),
+        pytest.param({"loader": {"epoch": 0}, "fingerprint": None}, id="half a loader"),
+        pytest.param({"loader": [3], "num_images": 7}, id="other types"),
+    ],
+)
+def test_state_of_another_shape_starts_the_epoch(
+    state: dict[str, Any], mnist_root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    datamodule = ready(mnist_root)
+    datamodule.load_state_dict(state)
+
+    assert len(list(datamodule.train_dataloader())) == 8
+    assert caplog.records == []
+
+
+def test_state_without_numbers_of_images_warns_all_the_same(mnist_root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ready(mnist_root).load_state_dict({"fingerprint": "00000000"})
+
+    (record,) = caplog.records
+    assert "00000000 and an unknown number of" in record.getMessage()

@@ -1,8 +1,12 @@
 """src/data/sources.py against torchvision's reader, real HTTP mirrors on loopback, and every damage we know of."""
 
+import errno
+import functools
 import gzip
 import hashlib
+import json
 import multiprocessing
+import os
 import re
 import shutil
 import socket
@@ -11,13 +15,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import pytest
 import torch
 from torchvision.datasets import MNIST
 
-from src.data.sources import IDX_FILES, DataError, download, read_files, read_package
+from src.data import sources
+from src.data.sources import CHECKSUMS, IDX_FILES, DataError, download, read_files, read_package
 from tests.conftest import NUM_TEST, NUM_TRAIN, Mirror, make_digits, write_digits, write_idx
 
 TRAIN_IMAGES, TRAIN_LABELS = IDX_FILES[:2]
@@ -151,6 +157,280 @@ def test_missing_file_is_named(name: str, gzipped: Path) -> None:
         read_files(gzipped, {})
 
 
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        pytest.param((TRAIN_LABELS, IDX_FILES[3]), f"300 images but {TRAIN_LABELS} 60 labels", id="labels exchanged"),
+        pytest.param((TRAIN_IMAGES, IDX_FILES[2]), f"60 images but {TRAIN_LABELS} 300 labels", id="images exchanged"),
+        pytest.param(
+            (TRAIN_IMAGES, TRAIN_LABELS),
+            f"{TRAIN_IMAGES} is not .*wrong magic number",
+            id="images and labels exchanged",
+        ),
+    ],
+)
+def test_exchanged_files_are_found_without_checksums(names: tuple[str, str], reason: str, plain: Path) -> None:
+    first, second = (plain / name for name in names)
+    first.rename(plain / "aside")
+    second.rename(first)
+    (plain / "aside").rename(second)
+
+    with pytest.raises(DataError, match=f"{re.escape(str(plain))}.*{reason}"):
+        read_files(plain, {})
+
+
+def test_checksum_tells_which_file_lies_in_the_place(gzipped: Path, mnist_md5: dict[str, str | None]) -> None:
+    shutil.copy(gzipped / f"{IDX_FILES[2]}.gz", gzipped / f"{TRAIN_IMAGES}.gz")
+
+    with pytest.raises(DataError, match=rf"{TRAIN_IMAGES}\.gz .*\(that of {IDX_FILES[2]}\.gz\).*; delete it"):
+        read_files(gzipped, mnist_md5)
+
+
+def test_file_that_cannot_be_read_is_named(gzipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = gzipped / f"{TRAIN_LABELS}.gz"
+    path.chmod(0)
+    if os.access(path, os.R_OK):  # root may read all
+        monkeypatch.setattr(Path, "open", functools.partialmethod(refuse, Path.open, path))
+
+    with pytest.raises(DataError, match=rf"{re.escape(str(path))} cannot be read \(Permission denied\); .*data\.root"):
+        read_files(gzipped, {})
+
+
+def refuse(self: Path, really: Callable[..., IO[Any]], refused: Path, *how: Any, **settings: Any) -> IO[Any]:
+    """Open a file unless it is the one that is refused."""
+    if self == refused:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+    return really(self, *how, **settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checksums that are known already
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of what has been hashed, in order."""
+    sizes = []
+    md5 = hashlib.md5
+
+    def count(content: bytes, **settings: bool) -> Any:
+        sizes.append(len(content))
+        return md5(content, **settings)
+
+    monkeypatch.setattr(hashlib, "md5", count)
+    return sizes
+
+
+def spoil(content: bytes) -> bytes:
+    """Change what nothing but the checksum sees: the time in gzip's header."""
+    return content[:5] + bytes([content[5] ^ 1]) + content[6:]
+
+
+@pytest.fixture
+def old(gzipped: Path) -> Path:
+    """The tiny data set's files, gzipped, of long ago."""
+    for path in gzipped.iterdir():
+        os.utime(path, (1.6e9, 1.6e9))
+    (gzipped / CHECKSUMS).unlink(missing_ok=True)  # another test's
+    return gzipped
+
+
+def test_files_that_have_not_changed_are_hashed_once(
+    old: Path, mnist_md5: dict[str, str | None], hashed: list[int]
+) -> None:
+    first = read_files(old, mnist_md5)
+    assert hashed == [(old / f"{name}.gz").stat().st_size for name in IDX_FILES]
+
+    again = read_files(old, mnist_md5)
+    assert len(hashed) == 4
+    assert all(torch.equal(*pair) for pair in zip(first[0] + first[1], again[0] + again[1], strict=True))
+
+
+def test_file_that_was_touched_is_hashed_again(old: Path, mnist_md5: dict[str, str | None], hashed: list[int]) -> None:
+    path = old / f"{TRAIN_LABELS}.gz"
+    read_files(old, mnist_md5)
+    hashed.clear()
+    os.utime(path, (1.7e9, 1.7e9))
+
+    read_files(old, mnist_md5)
+    assert hashed == [path.stat().st_size]
+
+
+def test_another_checksum_asked_for_is_not_taken_as_known(old: Path, mnist_md5: dict[str, str | None]) -> None:
+    read_files(old, mnist_md5)
+    other = {**mnist_md5, f"{TRAIN_LABELS}.gz": "0" * 32}
+
+    with pytest.raises(DataError, match=f"{TRAIN_LABELS}.*expected {'0' * 32}"):
+        read_files(old, other)
+
+
+def test_file_of_this_moment_is_not_yet_known(old: Path, mnist_md5: dict[str, str | None], hashed: list[int]) -> None:
+    path = old / f"{TRAIN_LABELS}.gz"
+    path.touch()  # whatever befalls it now may have the same time
+
+    for _ in range(2):
+        hashed.clear()
+        read_files(old, mnist_md5)
+    assert hashed == [path.stat().st_size]
+
+
+def test_damage_with_its_time_set_back_is_found(old: Path, mnist_md5: dict[str, str | None]) -> None:
+    path = old / f"{TRAIN_IMAGES}.gz"
+    read_files(old, mnist_md5)
+    time.sleep(0.05)  # the clock of a file system's times is a coarse one
+    path.write_bytes(spoil(path.read_bytes()))
+    os.utime(path, (1.6e9, 1.6e9))
+
+    with pytest.raises(DataError, match=re.escape(str(path))):
+        read_files(old, mnist_md5)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_change_while_reading_is_found(
+    known: bool, old: Path, mnist_md5: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = old / f"{TRAIN_IMAGES}.gz"
+    whole = path.read_bytes()
+    if known:
+        read_files(old, mnist_md5)
+    stamp = sources._get_stamp
+    stamps = []
+
+    def change_after(file: BinaryIO) -> list[int]:
+        stamps.append(stamp(file))
+        if len(stamps) == 1:  # looked at, not yet read
+            path.write_bytes(spoil(whole))
+        return stamps[-1]
+
+    monkeypatch.setattr(sources, "_get_stamp", change_after)
+    with pytest.raises(DataError, match=re.escape(str(path))):
+        read_files(old, mnist_md5)
+
+
+def test_whole_file_put_in_place_while_reading_is_not_blessed_by_its_forerunner(
+    old: Path, mnist_md5: dict[str, str | None], monkeypatch: pytest.MonkeyPatch, hashed: list[int]
+) -> None:
+    path = old / f"{TRAIN_IMAGES}.gz"
+    whole = path.read_bytes()
+    path.write_bytes(spoil(whole))
+    os.utime(path, (1.6e9, 1.6e9))
+    stamp = sources._get_stamp
+    stamps = []
+
+    def mend_after(file: BinaryIO) -> list[int]:
+        stamps.append(stamp(file))
+        if len(stamps) == 1:
+            path.write_bytes(whole)
+        return stamps[-1]
+
+    monkeypatch.setattr(sources, "_get_stamp", mend_after)
+    read_files(old, mnist_md5)
+    assert f"{TRAIN_IMAGES}.gz" not in json.loads((old / CHECKSUMS).read_text())
+
+
+def forge(entry: Callable[[Path], Any]) -> Callable[[Path], bytes]:
+    """A list of checksums that says the same of each file."""
+    return lambda old: json.dumps({f"{name}.gz": entry(old / f"{name}.gz") for name in IDX_FILES}).encode()
+
+
+BAD_CHECKSUMS: dict[str, Callable[[Path], bytes]] = {
+    "empty": lambda old: b"",
+    "cut": lambda old: b'{"train-images-idx3-ubyte.gz": [77',
+    "not text": lambda old: bytes(range(256)),
+    "deep": lambda old: b"[" * 9_000,
+    "long": lambda old: b" " * 1_000_000 + b"{}",
+    "a long number": lambda old: b'{"a": ' + b"9" * 9_000 + b"}",
+    "another type": lambda old: b"[]",
+    "entries of another type": forge(lambda path: True),
+    "entries too short": forge(lambda path: [path.stat().st_size]),
+    "no checksums": forge(lambda path: [path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ctime_ns, None]),
+    "other checksums": forge(
+        lambda path: [path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ctime_ns, "0" * 32]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CHECKSUMS)
+def test_bad_list_of_checksums_neither_stops_nor_misleads(
+    kind: str, old: Path, mnist_md5: dict[str, str | None], hashed: list[int]
+) -> None:
+    content = BAD_CHECKSUMS[kind](old)
+    (old / CHECKSUMS).write_bytes(content)
+
+    read_files(old, mnist_md5)
+    assert len(hashed) == 4
+    assert (old / CHECKSUMS).read_bytes() != content  # mended
+    read_files(old, mnist_md5)
+    assert len(hashed) == 4
+
+    path = old / f"{TRAIN_IMAGES}.gz"
+    path.write_bytes(spoil(path.read_bytes()))
+    (old / CHECKSUMS).write_bytes(BAD_CHECKSUMS[kind](old))
+    with pytest.raises(DataError, match=re.escape(str(path))):
+        read_files(old, mnist_md5)
+
+
+def make_huge(path: Path) -> None:
+    """Zeros, more than memory holds; on the disk they take no space."""
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(os.mkfifo, id="pipe"),
+        pytest.param(lambda path: (path / "full").mkdir(parents=True), id="folder"),
+        pytest.param(lambda path: path.symlink_to("/dev/zero"), id="endless"),
+        pytest.param(make_huge, id="huge"),
+        pytest.param(lambda path: path.symlink_to(path.name), id="circle"),
+    ],
+)
+def test_anything_in_place_of_the_list_is_passed_over(
+    make: Callable[[Path], None], old: Path, mnist_md5: dict[str, str | None], hashed: list[int]
+) -> None:
+    make(old / CHECKSUMS)
+
+    read_files(old, mnist_md5)
+    assert len(hashed) == 4
+    assert {path.name for path in old.iterdir()} == {f"{name}.gz" for name in IDX_FILES} | {CHECKSUMS}
+
+
+def test_list_that_may_not_be_read_is_passed_over(
+    old: Path, mnist_md5: dict[str, str | None], hashed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_files(old, mnist_md5)
+    monkeypatch.setattr(Path, "open", functools.partialmethod(refuse, Path.open, old / CHECKSUMS))
+
+    read_files(old, mnist_md5)
+    assert len(hashed) == 8
+
+
+def test_folder_that_is_read_only_stays_as_it_is(
+    old: Path, mnist_md5: dict[str, str | None], hashed: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    old.chmod(0o555)
+    try:
+        for _ in range(2):
+            read_files(old, mnist_md5)
+    finally:
+        old.chmod(0o755)
+
+    assert len(hashed) == 8
+    assert {path.name for path in old.iterdir()} == {f"{name}.gz" for name in IDX_FILES}
+    assert caplog.records == []
+
+
+def test_files_without_checksums_leave_the_list_alone(old: Path, mnist_md5: dict[str, str | None]) -> None:
+    read_files(old, {})
+    assert not (old / CHECKSUMS).exists()
+
+    read_files(old, mnist_md5)
+    before = (old / CHECKSUMS).read_bytes()
+    read_files(old, {})
+    assert (old / CHECKSUMS).read_bytes() == before
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Download
 
@@ -281,6 +561,7 @@ def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         download(tmp_path / "data" / "raw", [], {}, timeout=0.5)
 
 
+@pytest.mark.slow
 def test_processes_at_once_download_each_file_once(
     serve: Callable[..., Mirror], mnist_files: dict[str, bytes], mnist_md5: dict[str, str | None], target: Path
 ) -> None:

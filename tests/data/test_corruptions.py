@@ -1,0 +1,164 @@
+"""200 random damages to the files: each is found and named, unless nothing could tell it from what it was."""
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from src.data.mnist import MNISTDataModule
+from src.data.sources import CHECKSUMS, DataError, Digits
+from src.errors import explain
+from tests.conftest import NUM_TEST, NUM_TRAIN, Mirror, write_digits
+
+LONG_AGO = 1_600_000_000_000_000_000  # in ns: a file this old may stand in the list of checksums
+NUM_EACH = 50  # by gzipped or not, with checksums or without: 200
+
+CHECKS = {
+    "checksum": "its MD5 checksum is",
+    "gzip": r"\.gz is damaged: (Error|CRC|Not a gzipped|Compressed file ended|Unknown compression|Incorrect length)",
+    "magic number": "wrong magic number",
+    "length": "its header says",
+    "label": r"has a label \d+",
+}
+
+
+def damage(content: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
+    """Flip one to three bits, half of the time in the first 20 bytes, where the headers are; or cut; or append."""
+    kind = str(rng.choice(["flip", "cut", "append"]))
+    if kind == "cut":
+        return kind, content[: rng.integers(len(content))]
+    if kind == "append":
+        return kind, content + rng.bytes(int(rng.integers(1, 40)))
+    flipped = bytearray(content)
+    for place in rng.choice(20 if rng.random() < 0.5 else len(content), rng.integers(1, 4), replace=False):
+        flipped[place] ^= 1 << int(rng.integers(8))
+    return kind, bytes(flipped)
+
+
+def read(root: Path, **settings: object) -> MNISTDataModule:
+    datamodule = MNISTDataModule(str(root), val_size=60, **settings)  # type: ignore[arg-type]
+    datamodule.prepare_data()
+    datamodule.setup()
+    return datamodule
+
+
+def differences(splits: Mapping[str, Digits], truth: Mapping[str, Digits]) -> int:
+    """In how many pixels and labels they differ."""
+    return sum(
+        int((ours != theirs).sum()) for split in truth for ours, theirs in zip(splits[split], truth[split], strict=True)
+    )
+
+
+def make_old(folder: Path) -> None:
+    for path in folder.glob("*ubyte*"):
+        os.utime(path, ns=(LONG_AGO, LONG_AGO))
+
+
+@pytest.mark.parametrize("checksums", [True, False], ids=["md5", "no md5"])
+@pytest.mark.parametrize("gzipped", [True, False], ids=["gzipped", "plain"])
+def test_damage_is_found_and_named(gzipped: bool, checksums: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "MNIST" / "raw"
+    write_digits(folder, gzipped)
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    make_old(folder)
+    md5 = {name: hashlib.md5(files[name], usedforsecurity=False).hexdigest() if checksums else None for name in files}
+    truth = read(tmp_path, source="files", md5=md5).splits
+    rng = np.random.default_rng([gzipped, checksums])
+    found: Counter[str] = Counter()
+
+    for _ in range(NUM_EACH):
+        path = folder / str(rng.choice(list(files)))
+        kind, damaged = damage(files[path.name], rng)
+        path.write_bytes(damaged)
+        if kind != "flip":
+            os.utime(path, ns=(LONG_AGO, LONG_AGO))  # the size tells
+        assert (folder / CHECKSUMS).is_file() == checksums  # those of the whole files
+        try:
+            splits = read(tmp_path, source="files", md5=md5).splits
+        except DataError as error:
+            said = explain(error)
+            (check,) = [check for check in CHECKS if re.search(CHECKS[check], said)]
+            found[check] += 1
+            assert said.startswith(f"error: {path} ")
+            assert "delete it and fetch it again" in said
+            assert len(said.splitlines()) <= 2
+        else:
+            found["nothing"] += 1
+            assert not checksums
+            assert kind != "cut"
+            assert {split: len(labels) for split, (_, labels) in splits.items()} == {
+                "train": NUM_TRAIN - 60, "val": 60, "test": NUM_TEST,
+            }  # fmt: skip
+            assert all(images.shape[1:] == (28, 28) and labels.max() <= 9 for images, labels in splits.values())
+            # gzip has a checksum of its own; of plain files, a pixel or a label may be another one.
+            assert differences(splits, truth) <= (0 if gzipped else 3)
+        path.write_bytes(files[path.name])
+        make_old(folder)
+        assert differences(read(tmp_path, source="files", md5=md5).splits, truth) == 0
+
+    print(f"{'gzipped' if gzipped else 'plain'}, {'with' if checksums else 'without'} MD5: found by {dict(found)}")
+    assert found.total() == NUM_EACH
+    if checksums:
+        assert found == {"checksum": NUM_EACH}
+    else:
+        assert found["gzip" if gzipped else "length"] > NUM_EACH / 2
+
+
+@pytest.mark.parametrize("gzipped", [True, False], ids=["gzipped", "plain"])
+def test_damaged_file_is_downloaded_again(
+    gzipped: bool,
+    serve: Callable[..., Mirror],
+    mnist_files: dict[str, bytes],
+    mnist_root: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    mirror = serve(mnist_files)
+    folder = tmp_path / "MNIST" / "raw"
+    write_digits(folder, gzipped)
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    md5 = {
+        name: hashlib.md5(content, usedforsecurity=False).hexdigest() for name, content in (files | mnist_files).items()
+    }
+    truth = read(mnist_root, source="files").splits
+    rng = np.random.default_rng(int(gzipped))
+
+    for _ in range(5):
+        caplog.clear()
+        mirror.fetched.clear()
+        shutil.rmtree(folder)
+        write_digits(folder, gzipped)
+        make_old(folder)
+        assert read(tmp_path, source="download", md5=md5, mirrors=[mirror.url]).used_source == "files"
+        path = folder / str(rng.choice(list(files)))
+        path.write_bytes(damage(files[path.name], rng)[1])
+
+        datamodule = read(tmp_path, source="download", md5=md5, mirrors=[mirror.url])
+        assert datamodule.used_source == "download"
+        assert f"{path.name}.gz".replace(".gz.gz", ".gz") in mirror.fetched
+        assert differences(datamodule.splits, truth) == 0
+        (record,) = caplog.records
+        assert record.levelno == logging.WARNING
+        assert str(path) in record.getMessage()
+        make_old(folder)
+        assert read(tmp_path, source="files", md5=md5).used_source == "files"
+
+
+def test_damage_that_no_mirror_can_mend_is_named(
+    mnist_root: Path, mnist_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(mnist_root / "MNIST" / "raw", tmp_path / "MNIST" / "raw")
+    path = folder / "t10k-labels-idx1-ubyte.gz"
+    path.write_bytes(mnist_files[path.name][:-1])
+
+    with pytest.raises(DataError, match=f"{re.escape(str(path))} is damaged.*no mirror") as error:
+        read(tmp_path, source="download")
+    assert len(explain(error.value).splitlines()) == 1
+    assert path.read_bytes() == mnist_files[path.name][:-1]
