@@ -76,9 +76,10 @@ class ImageClassifier(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the sums of all processes, (world_size, 3)."""
-        gathered = self.all_gather(self.train_sums)
-        assert isinstance(gathered, Tensor)
-        checkpoint["train_sums"] = gathered.reshape(-1, 3).cpu()
+        sums = [self.train_sums.cpu()] * self.trainer.world_size
+        if len(sums) > 1:
+            torch.distributed.all_gather_object(sums, sums[0])
+        checkpoint["train_sums"] = torch.stack(sums)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the sums until training starts; a checkpoint of another tool has none."""

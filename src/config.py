@@ -241,6 +241,8 @@ def check(cfg: DictConfig) -> None:
                 _require_target(f"{name}.{key}", node)
     check_targets(config)
     _check_node("", config, "train" if is_training else "test")
+    if is_training:
+        _check_clipping(config["trainer"], config["optimizer"])
     device = config.get("trainer") or config.get("accelerator") or {}  # a test has no trainer of its own
     _check_accelerator(device.get("accelerator"))
     if config.get("ckpt_path"):
@@ -276,6 +278,15 @@ def _check_node(path: str, node: Any, prefix: str | None = None) -> None:
             raise ConfigError(f"{full_key}: is missing; expected {rule.expected}")
     for key, value in node.items():
         _check_node(f"{path}.{key}".lstrip("."), value)
+
+
+def _check_clipping(trainer: dict[str, Any], optimizer: dict[str, Any]) -> None:
+    precision, clip = str(trainer.get("precision")), trainer.get("gradient_clip_val")
+    if clip and precision.endswith("-mixed") and optimizer.get("fused"):
+        raise ConfigError(
+            f"trainer.gradient_clip_val={clip}: a fused optimizer unscales {precision} gradients by itself, behind the "
+            "clipping; set optimizer.fused=false"
+        )
 
 
 def check_checkpoint(path: str | Path) -> None:

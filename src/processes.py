@@ -16,7 +16,9 @@ from typing import Any
 
 SWEEP_PARENT = "SWEEP_PARENT"  # in the environment of a sweep's job: the process that has started it
 RUN_PARENT = "RUN_PARENT"  # in that of what a run starts: the process of the run
-USR1 = getattr(signal, "SIGUSR1", 0)  # Windows has none
+# Windows has the first two alone.
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = (*STOP_SIGNALS, *(getattr(signal, name) for name in ("SIGUSR2",) if hasattr(signal, name)))  # submitit's, too
 SIOCGIFADDR = 0x8915  # Linux's question for an interface's address
 GRACE = 10.0  # seconds from a signal to the end of a process that waits for another one
 
@@ -65,13 +67,14 @@ def exit_on_signals() -> None:
     def leave(signum: int, frame: FrameType | None) -> None:
         if is_child():
             return
-        if signum == USR1 and not get_name() and "SLURM_JOB_ID" in os.environ:
-            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
+        is_out_of_time = signum not in (signal.SIGINT, signal.SIGTERM) and "SLURM_JOB_ID" in os.environ
+        if is_out_of_time and not get_name():
+            with suppress(OSError):  # Slurm's programs may not be at hand
+                subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
         sys.exit(128 + signum)
 
-    for signum in (signal.SIGINT, signal.SIGTERM, USR1):
-        if signum:
-            signal.signal(signum, leave)
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, leave)
 
 
 def insist_on_signals() -> None:
@@ -81,7 +84,7 @@ def insist_on_signals() -> None:
     signal.set_wakeup_fd(tell)
 
     def insist() -> None:
-        while (signum := os.read(told, 1)[0]) not in (signal.SIGINT, signal.SIGTERM, USR1):
+        while (signum := os.read(told, 1)[0]) not in STOP_SIGNALS:
             pass
         select.select([told], [], [], 2 * GRACE if is_child() else GRACE)  # a second signal ends it at once
         os._exit(128 + signum)
@@ -118,18 +121,24 @@ def choose_interface(address: str) -> None:
 
 
 def prepare_trainer(trainer: Any) -> None:
-    """Make a Trainer ready to work with several processes."""
-    if trainer.num_nodes > 1:
-        choose_interface(trainer.strategy.cluster_environment.main_address)
+    """Make a Trainer ready to be stopped by signals, and to work with several processes."""
     connector = trainer._signal_connector
     register = connector.register_signal_handlers
 
     def register_signal_handlers() -> None:
+        # Ours, or submitit's, stay. Lightning's own end with 0; on Slurm they save in the midst of a step; with several
+        # processes they broadcast, which hangs where one waits for gradients.
+        handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
         register()
-        exit_on_signals()  # instead of Lightning's own, which broadcasts: it hangs where a process waits for gradients
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
 
-    connector.register_signal_handlers = register_signal_handlers
-    insist_on_signals()
+    if threading.current_thread() is threading.main_thread():
+        connector.register_signal_handlers = register_signal_handlers
+    if trainer.world_size > 1:
+        if trainer.num_nodes > 1:
+            choose_interface(trainer.strategy.cluster_environment.main_address)
+        insist_on_signals()
 
 
 def _watch(parent: int, kill: Callable[[int, int], None], target: int) -> None:

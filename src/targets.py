@@ -176,15 +176,15 @@ def _find_name(said: str, target: str) -> None:
     module = ".".join(target.split(".")[: -len(names) or None])
     if not names:
         raise TargetError(f"{said}: a module; expected a class in it")
-    if len(names) > 1 and not names[0][0].isupper():
-        raise TargetError(f"{said}: {names[0]} is no class of {module}")
     defined: set[str] = set()
     # The package's own file first: it has what users know, and the search ends there.
     for path in [place] if place.is_file() else chain([place / "__init__.py"], place.rglob("*.py")):
         source = path.read_text("utf-8", "replace") if path.is_file() else ""
-        if re.search(rf"\b{names[0]}\b", source):
+        if re.search(rf"\b{names[0]}\b(?!-)", source):
+            if len(names) > 1 and not names[0][0].isupper():
+                raise TargetError(f"{said}: {names[0]} is no class of {module}")
             return
-        defined.update(re.findall(r"^(?:class|def) ([^\W_]\w*)", source, re.MULTILINE))
+        defined.update([path.stem, *re.findall(r"^(?:class|def) ([^\W_]\w*)", source, re.MULTILINE)])
     close = difflib.get_close_matches(names[0], defined, n=1)
     raise TargetError(f"{said}: {module} has no {names[0]}" + (f"; did you mean {close[0]}?" if close else ""))
 

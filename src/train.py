@@ -48,8 +48,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         if not get_name():
             log.info(f"going on from {report.shown(cfg.ckpt_path)}, step {first_step}")
     trainer = build.build_trainer(cfg, first_step)
-    if trainer.world_size > 1:
-        prepare_trainer(trainer)
+    prepare_trainer(trainer)
     if trainer.is_global_zero:
         OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
 

@@ -204,6 +204,18 @@ def test_a_finished_run_is_extended_as_if_it_had_been_longer(runs: Runs) -> None
     assert_same_run(runs.whole("steady", *steady), runs.path("extended"))
 
 
+def test_what_is_not_exact_is_said(runs: Runs) -> None:
+    runs.whole("other", "trainer.max_epochs=1", "scheduler=[]")
+    said = len(runs.said())
+    runs.resume("other", "trainer.max_epochs=2", "data.split_seed=1", "callbacks.averaging.decay=0.5")
+    (differs, data) = (line for line in runs.said()[said:].splitlines() if "not an exact continuation" in line)
+    assert differs.startswith("not an exact continuation: the config differs: ")
+    assert set(differs.split(": ", 2)[2].split(", ")) == {
+        "trainer.max_epochs: 1 -> 2", "data.split_seed: 0 -> 1", "callbacks.averaging.decay: 0.9 -> 0.5"
+    }  # fmt: skip
+    assert "fingerprint" in data
+
+
 def test_a_checkpoint_goes_on_in_a_new_folder(runs: Runs) -> None:
     steady = ("scheduler=step", "scheduler.scheduler.step_size=2")
     runs.whole("first", *steady, "trainer.max_epochs=1")

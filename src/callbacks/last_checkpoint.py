@@ -18,12 +18,9 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 from src.callbacks.running_metrics import collect_means, collect_metrics, restore_means, restore_metrics
 from src.data.loader import BatchLoader
-from src.processes import is_child
+from src.processes import SIGNALS, is_child
 
 log = logging.getLogger(__name__)
-
-# Those of them are taken for which a handler is there: the command's own, or that of submitit, which requeues a job.
-SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 
 
 class LastCheckpoint(Checkpoint):
@@ -88,8 +85,8 @@ class LastCheckpoint(Checkpoint):
         _hook_in(trainer, self._end_step, self._end_epoch)
         self._last_step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
-            for signum in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
-                if callable(handler := signal.getsignal(signum)):
+            for signum in SIGNALS:
+                if callable(handler := signal.getsignal(signum)):  # the command's, or submitit's, which requeues a job
                     self._handlers[signum] = handler
                     signal.signal(signum, self._note)
         if trainer.fit_loop.is_resuming:
