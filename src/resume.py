@@ -125,9 +125,9 @@ def check_difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> Non
     old, new = ({key: value for key, value in leaves(config) if _matters(key)} for config in (stored, asked))
     folders = (str(stored.get("output_dir")), str(asked.get("output_dir")))
     changed = {
-        key: (old.get(key, "absent"), new.get(key, "absent"))
+        key: (old.get(key), new.get(key))
         for key in old | new
-        if str(old.get(key, "absent")).replace(folders[0], "") != str(new.get(key, "absent")).replace(folders[1], "")
+        if str(old.get(key)).replace(folders[0], "") != str(new.get(key)).replace(folders[1], "")
     }
     of_schedule = [key for key in changed if key.startswith("scheduler.")]
     schedule = stored.get("scheduler") or {}
