@@ -143,6 +143,7 @@ def test_a_checkpoint_of_an_earlier_release_still_predicts_what_it_did() -> None
     assert correct == pytest.approx(341, abs=2)  # of 500; another machine may round one otherwise
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_checkpoint_of_an_earlier_release_goes_on(tmp_path: Path) -> None:
     settings = (
         "data=mnist5k", "data.augment=affine", "optimizer=sgd", "optimizer.momentum=0", "optimizer.nesterov=false",

@@ -96,7 +96,8 @@ def start_sweep(root: Path, data: Path, *arguments: str, **env: str) -> Iterator
         "data.source=files", "data.md5=null", "data.val_size=50", "trainer=cpu", "trainer.max_epochs=2", "logger=[]",
         "callbacks=minimal", "+callbacks.spy._target_=spy.Spy", "test=false", *arguments,
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{root}", "PROJECT_ROOT": str(root), **env}
+    allowed = {"PYTHONPATH": f"{ROOT}:{root}", "ALLOWED_TARGETS": "spy"}
+    environment = {**os.environ, **allowed, "PROJECT_ROOT": str(root), **env}
     with (root / "stdout").open("wb") as stdout, (root / "stderr").open("wb") as stderr:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr)
     try:
