@@ -68,8 +68,8 @@ def expand(arguments: Sequence[str]) -> list[str]:
 
 
 def _find_run(value: str) -> Path:
-    logs = Path(os.environ["PROJECT_ROOT"]) / "logs"
     if value == LATEST:
+        logs = Path(os.environ["PROJECT_ROOT"]) / "logs"
         found = [path.parent for path in logs.glob("**/status.json") if "overrides" in read_status(path.parent)]
         if not found:
             raise ConfigError(f"resume=latest: no run below {logs}: train first (python -m src.train)")
@@ -102,10 +102,10 @@ def find_checkpoint(folder: Path) -> Path | None:
         try:
             check_checkpoint(path)
         except CheckpointError as error:
-            reasons.append(str(error).removeprefix("ckpt_path=").partition(";")[0])
+            reasons.append(str(error).removeprefix(f"ckpt_path={path.parent}{os.sep}").partition(";")[0])
             continue
         if reasons:
-            log.warning(f"{'; '.join(reasons)}: going on from {path.name}")
+            log.warning(f"{path.parent}: {'; '.join(reasons)}: going on from {path.name}")
         return path
     if reasons:
         raise CheckpointError(f"resume={folder}: {'; '.join(reasons)}; start the run anew")

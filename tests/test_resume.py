@@ -8,11 +8,16 @@ import signal
 import time
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from src.build import load_checkpoint
+from src.config import CheckpointError
+from src.resume import expand, find_checkpoint, quoted
+from src.status import write_status
 from tests import forks
 from tests.compose import run_command
 from tests.equality import assert_equal, assert_same_run, content, scalars
@@ -190,7 +195,7 @@ def test_a_damaged_checkpoint_is_named_and_the_next_one_taken(runs: Runs, whole:
     best = load_checkpoint(folder / "checkpoints" / "best.ckpt")["global_step"]
     runs.resume("damaged", "trainer.max_epochs=3")
     said = runs.said()
-    assert re.search(r"damaged/checkpoints/last\.ckpt: damaged \(.*\): going on from best\.ckpt", said)
+    assert re.search(r"damaged/checkpoints: last\.ckpt: damaged \(.*\): going on from best\.ckpt", said)
     assert f"going on from {folder}/checkpoints/best.ckpt, step {best}" in said
     assert [step for step, _ in scalars(folder)["val/acc"]] == [STEPS - 1, 2 * STEPS - 1, 3 * STEPS - 1]
     assert_same_run(runs.whole("constant", "scheduler=[]"), folder)
@@ -314,3 +319,41 @@ def test_the_command_as_a_user_types_it(runs: Runs, whole: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stderr.splitlines()[0].startswith("going on from logs/train/typed/checkpoints/last.ckpt, step ")
     assert_same_run(whole, runs.path("typed"))
+
+
+@pytest.mark.parametrize("name", ["run", "it's = here, too"])
+def test_resume_stands_for_how_the_run_was_started(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    write_status(folder, "interrupted", {"overrides": ["seed=1", "ckpt_path=old.ckpt"], "config_dirs": ["mine"]})
+    parser = OverridesParser.create()
+
+    def values(arguments: list[str]) -> dict[str, Any]:  # of a key that is there twice, Hydra takes the last one, too
+        return {override.key_or_group: override.value() for override in parser.parse_overrides(arguments)}
+
+    flag, *overrides = expand(["seed=2", f"resume={quoted(folder)}"])
+    assert flag == "--config-dir=mine"
+    here = {"seed": 2, "resume": str(folder), "hydra.run.dir": str(folder)}
+    assert values(overrides) == here | {"ckpt_path": "old.ckpt"}
+
+    (folder / "checkpoints").mkdir()
+    last = folder / "checkpoints" / "last.ckpt"
+    torch.save({}, last)
+    assert values(expand([f"resume={quoted(folder)}", "seed=2"])[1:]) == here | {"ckpt_path": str(last)}
+    assert expand(["seed=2", "resume=null"]) == ["seed=2", "resume=null"]
+
+
+def test_the_last_checkpoint_goes_before_a_younger_one(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path) is None
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for age, name in enumerate(["best.ckpt", "last.ckpt", "older.ckpt"]):
+        torch.save({}, folder / name)
+        os.utime(folder / name, (10 - age, 10 - age))
+    assert find_checkpoint(tmp_path) == folder / "last.ckpt"
+    for name, next_name in (("last.ckpt", "best.ckpt"), ("best.ckpt", "older.ckpt")):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-30])
+        assert find_checkpoint(tmp_path) == folder / next_name
+    (folder / "older.ckpt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r": last\.ckpt: not .*; older\.ckpt: not .*; start the run anew"):
+        find_checkpoint(tmp_path)
