@@ -17,9 +17,14 @@ class FailAt(Callback):
             raise RuntimeError(f"step {self.step} fails")
 
 
-class Slow(Callback):
-    """Takes a minute for a step."""
+class SlowAt(Callback):
+    """Takes its time for a step, and says so."""
+
+    def __init__(self, step: int, seconds: float) -> None:
+        self.step = step
+        self.seconds = seconds
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, idx: int) -> None:
-        print("slow step", flush=True)
-        time.sleep(60)
+        if trainer.global_step == self.step:
+            print(f"slow step in {trainer.default_root_dir}", flush=True)
+            time.sleep(self.seconds)

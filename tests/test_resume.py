@@ -164,16 +164,15 @@ def test_the_same_with_other_settings(runs: Runs, variant: str) -> None:
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_the_current_step_and_changes_nothing(runs: Runs, whole: Path, signum: signal.Signals) -> None:
     name = signum.name
-    process = runs.begin(name, "callbacks.last.every_n_steps=null")
-    runs.wait_for_step(name, STEPS)  # the first epoch's end
-    time.sleep(0.1)
+    slow = "+callbacks.slow={_target_: tests.faults.SlowAt, step: 70, seconds: 2}"
+    process = runs.begin(name, "callbacks.last.every_n_steps=null", slow)
+    wait_until(lambda: f"slow step in {runs.path(name)}" in runs.said(), seconds=60)
     assert process.pid
     os.kill(process.pid, signum)
     runs.end(process, status=128 + signum)
     assert runs.state(name) == "interrupted"
-    assert load_checkpoint(runs.last(name))["global_step"] % STEPS  # in the midst of an epoch, that is
-    runs.resume(name, "callbacks.last.every_n_steps=7")
-    assert "not an exact continuation: the config differs: callbacks.last.every_n_steps: None -> 7" in runs.said()
+    assert load_checkpoint(runs.last(name))["global_step"] == 71
+    runs.resume(name, "callbacks.slow=null")
     assert_same_run(whole, runs.path(name))
 
 
@@ -266,8 +265,8 @@ def test_two_processes_do_not_train_in_one_folder(runs: Runs) -> None:
 
 
 def test_a_second_signal_ends_the_run_at_once(runs: Runs) -> None:
-    process = runs.begin("impatient", "data.batch_size=250", "+callbacks.slow._target_=tests.faults.Slow")
-    wait_until(lambda: "slow step" in runs.said(), seconds=60)
+    process = runs.begin("impatient", "+callbacks.slow={_target_: tests.faults.SlowAt, step: 5, seconds: 60}")
+    wait_until(lambda: f"slow step in {runs.path('impatient')}" in runs.said(), seconds=60)
     assert process.pid
     os.kill(process.pid, signal.SIGINT)
     time.sleep(0.5)
