@@ -54,6 +54,8 @@ def run(main: Callable[[], Any], config_name: str) -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     # A run that goes on in its folder.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    # The table of the model then says the weights' size as of 32 bits, which they have.
+    warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
     # A run that goes on in a new folder has its best checkpoint there.
     warnings.filterwarnings("ignore", message="The dirpath has changed")
     # A run that goes on with other callbacks: that its config differs is said already.

@@ -96,6 +96,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "monitor": _needed(TEXT),
         "mode": _needed(_one_of("min", "max")),
         "test": _needed(FLAG),
+        "resume": _needed(_or_null(TEXT)),
         "ckpt_path": _needed(_or_null(TEXT)),
         "root_dir": _needed(TEXT),
         "output_dir": _needed(TEXT),
@@ -252,7 +253,7 @@ def check(cfg: DictConfig) -> None:
 
 
 def _require_target(key: str, node: Any, is_partial: bool = False) -> None:
-    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+    if not NODE.holds(node):
         found = ", ".join(map(str, node)) if isinstance(node, dict) else node
         raise ConfigError(f"{key}: expected a node with a _target_, the class to build; found {found}")
     if node.get("_partial_", False) is not is_partial:
@@ -268,7 +269,7 @@ def _check_node(path: str, node: Any, prefix: str | None = None) -> None:
         return
     if prefix is None:
         target = node.get("_target_", "")
-        prefix = next((name for name in RULES if "." in name and target.startswith(name)), path)
+        prefix = next((name for name in RULES if "." in name and target.startswith(name)), "" if target else path)
     rules = RULES.get(prefix, {})
     for key, rule in rules.items():
         full_key = f"{path}.{key}".lstrip(".")

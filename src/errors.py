@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -38,6 +38,8 @@ def _explain(error: BaseException, config_name: str) -> str:
         lines = str(error.__cause__ or error).strip().splitlines()
         said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])  # the reason stands behind the colon
         return f"error: {key.group(1) if key else 'config'}: {said}"
+    if isinstance(error, OverrideParseException):
+        return f"error: {error.override}: expected key=value, with quotes as in 'key=\"a, b\"' or 'key=[a,b]'"
     if isinstance(error, OSError) and error.strerror:
         where = f" {error.filename}" if error.filename else ""
         return f"error:{where}: {error.strerror}; mend that or choose another folder with hydra.run.dir=<folder>"
@@ -55,10 +57,10 @@ def _explain(error: BaseException, config_name: str) -> str:
         return f"error: {' '.join(str(error).split())}"
     frame = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
     where = f" ({Path(frame.filename).name}, line {frame.lineno})" if frame else ""
-    return (
-        f"error: {type(error).__name__}: {_first_line(error)}{where}\n"
-        "The stack trace is in the run's log; HYDRA_FULL_ERROR=1 prints it."
-    )
+    trace = "HYDRA_FULL_ERROR=1 prints the stack trace."
+    if not config_name:
+        trace = "The stack trace is in the run's log; HYDRA_FULL_ERROR=1 prints it."
+    return f"error: {type(error).__name__}: {_first_line(error)}{where}\n{trace}"
 
 
 def _first_line(error: BaseException) -> str:
@@ -84,7 +86,11 @@ def _explain_composition(error: ConfigCompositionException, config_name: str) ->
         return f"{key}: {_first_line(error.__cause__)}"
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(config_name)
-    return f"{key}: no such key; {_nearest(key, _all_keys(cfg))}" + f" (+{key}=... adds a new one)"
+    groups = [path.name for path in CONF.iterdir() if path.is_dir()]  # those that are off have no key
+    keys = [*_all_keys(cfg), *groups]
+    if key in keys:
+        return f"{key}: cannot be deleted; {key}=null may do"
+    return f"{key}: no such key; {_nearest(key, keys)}" + f" (+{key}=... adds a new one)"
 
 
 def _all_keys(node: Any, path: str = "") -> list[str]:

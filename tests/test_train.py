@@ -14,7 +14,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src.build import load_checkpoint, restore
+from src.build import load_checkpoint
 from src.config import ROOT
 from src.train import train
 from tests.compose import compose_cfg, run_command
@@ -107,32 +107,6 @@ def test_the_best_checkpoint_has_the_best_validation_accuracy(run_dir: Path) -> 
     accuracies = {event.step: event.value for event in events.Scalars("val/acc")}
     best = load_checkpoint(run_dir / "checkpoints" / "best.ckpt")
     assert accuracies[best["global_step"] - 1] == max(accuracies.values())
-
-
-def test_same_seed_same_weights_other_seed_other_weights(tmp_path: Path, mnist_root: Path) -> None:
-    def weights(name: str, seed: int) -> torch.Tensor:
-        train(
-            compose_cfg(
-                tmp_path / name,
-                f"seed={seed}",
-                f"data.root={mnist_root}",
-                "data.source=files",
-                "data.md5=null",
-                "data.val_size=50",
-                "data.augment=affine",
-                "trainer=cpu",
-                "trainer.max_epochs=2",
-                "trainer.log_every_n_steps=1",
-                "callbacks=minimal",
-                "logger=[]",
-            )
-        )
-        module = restore(tmp_path / name / "checkpoints" / "last.ckpt")
-        return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
-
-    first = weights("a", seed=0)
-    assert torch.equal(first, weights("b", seed=0))
-    assert not torch.equal(first, weights("c", seed=1))
 
 
 @pytest.mark.slow

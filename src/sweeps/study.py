@@ -13,7 +13,6 @@ import numpy as np
 import optuna
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError
@@ -26,6 +25,7 @@ from optuna.trial import Trial, TrialState
 from src.config import ConfigError
 from src.resume import quoted
 from src.sweeps.folder import SweepFolder, job_name
+from src.targets import instantiate
 
 STORAGE = "OPTUNA_STORAGE"  # where a trial's job finds the study: in the environment, since it may hold a password
 OWNER = "sweep"  # attribute of a trial: the folder of the sweep that runs it

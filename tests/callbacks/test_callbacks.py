@@ -40,7 +40,10 @@ class Untraceable(nn.Module):
         return logits
 
 
-def test_a_net_without_a_graph_is_trained_all_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_net_without_a_graph_is_trained_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("src.targets.OWN", ("tests",))
     cfg = compose_cfg(tmp_path, "data=mnist5k", "trainer=cpu", "debug=fast", "callbacks.summary=null")
     cfg.model.net = {"_target_": f"{__name__}.Untraceable"}
     trainer = build_trainer(cfg)

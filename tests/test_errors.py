@@ -1,0 +1,76 @@
+"""An error in a line or two, whatever was raised."""
+
+import pytest
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from src.config import ConfigError, SweepError
+from src.errors import explain
+
+
+class DistNetworkError(RuntimeError):
+    """As torch.distributed has one."""
+
+
+def _raised(error: Exception, cause: Exception | None = None) -> Exception:
+    try:
+        raise error from cause
+    except Exception as caught:
+        return caught
+
+
+def _unresolved() -> Exception:
+    with pytest.raises(OmegaConfBaseException) as caught:
+        OmegaConf.to_container(OmegaConf.create({"a": {"b": "${nope}"}}), resolve=True)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConfigError("lr=-1: expected\n a number"), "error: lr=-1: expected a number"),
+        (SweepError("2 jobs failed:\n  a\n  b"), "error: 2 jobs failed:\n  a\n  b"),
+        (HydraException("one\ntwo"), "error: one two"),
+        (FileNotFoundError("no weights"), "error: no weights"),
+        (
+            PermissionError(13, "Permission denied", "/root/x"),
+            "error: /root/x: Permission denied; mend that or choose another folder with hydra.run.dir=<folder>",
+        ),
+        (
+            _raised(InstantiationException("Error in call\nfull_key: optimizer"), TypeError("no such argument\nmore")),
+            "error: optimizer: no such argument",
+        ),
+        (
+            _raised(InstantiationException("Error in call\nfull_key: data"), ConfigError("val_size=0: expected 1")),
+            "error: val_size=0: expected 1",
+        ),
+        (_raised(InstantiationException("Error:\nthe reason\nmore")), "error: config: Error: the reason"),
+        (_unresolved(), "error: a.b: Interpolation key 'nope' not found"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(error: Exception, said: str) -> None:
+    assert explain(error) == said
+
+
+def test_what_the_other_processes_cause_is_said() -> None:
+    said = explain(DistNetworkError("[/pytorch/gloo/transport/tcp/pair.cc:1] Connection closed by peer. This is bad"))
+    assert said.startswith("error: another process of this run has ended or does not answer: Connection closed by peer")
+    assert "GLOO_SOCKET_IFNAME" in explain(RuntimeError("gloo/x.cc] connectFullMesh failed in /gloo/rendezvous"))
+
+
+def test_a_bug_is_said_with_its_place_and_where_the_stack_trace_is() -> None:
+    first, second = explain(_raised(ZeroDivisionError("division by zero\nand more"))).splitlines()
+    assert first.startswith("error: ZeroDivisionError: division by zero (test_errors.py, line ")
+    assert second == "The stack trace is in the run's log; HYDRA_FULL_ERROR=1 prints it."
+    assert (
+        explain(_raised(ZeroDivisionError()), "train").splitlines()[1] == "HYDRA_FULL_ERROR=1 prints the stack trace."
+    )
+
+
+def test_an_endless_value_is_cut() -> None:
+    said = explain(ConfigError(f"mode={'x' * 5000}: expected one of min, max"))
+    assert said.endswith("xxx... expected one of min, max")
+    assert len(said) < 200
+    path = "/".join(["folder"] * 40)
+    assert explain(ConfigError(f"root={path}: no such folder")) == f"error: root={path}: no such folder"
