@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
@@ -20,6 +20,7 @@ from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from src.config import ROOT, ConfigError, check
 from src.errors import explain
 from src.processes import (
+    GRACE,
     SWEEP_PARENT,
     end_with_parent,
     exit_on_signals,
@@ -75,7 +76,14 @@ def run(main: Callable[[], Any], config_name: str) -> None:
     except Exception as error:
         if _asked_full_error == "1":
             raise
-        sys.exit(explain(error, config_name))
+        _leave(explain(error, config_name))
+
+
+def _leave(message: str) -> NoReturn:
+    """End with 1; the message, which is the same for all processes of a run, comes from the first one of a host."""
+    if not is_first_of_host():
+        time.sleep(GRACE)  # torchrun ends all with the first that goes, and the one that speaks shall get to it
+    sys.exit(message if is_first_of_host() else 1)
 
 
 def user_environment() -> dict[str, str]:
@@ -159,7 +167,7 @@ class Preflight(Callback):
         except Exception as error:  # Hydra turns an Exception in a callback into a warning
             if os.environ.get(FULL_ERROR) == "1":
                 traceback.print_exc()
-            sys.exit(explain(error) if is_first_of_host() else 1)  # the same for all of them
+            _leave(explain(error))
 
 
 def _require_own_process(cfg: DictConfig) -> None:

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src.config import CONF, SweepError
 
+EXTRAS = {"hydra/launcher/submitit_slurm": "slurm", "hydra/launcher/ray": "ray"}
 MAX_OPTIONS = 20  # more are not listed
 
 
@@ -25,6 +26,9 @@ def explain(error: BaseException, config_name: str = "") -> str:
 def _explain(error: BaseException, config_name: str) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
+        if error.missing_cfg_file in EXTRAS:
+            extra = EXTRAS[error.missing_cfg_file]
+            return f"error: {group}={option}: not installed; pip install -e '.[{extra}]' does it"
         return f"error: {group}={option}: no such file in conf/{group}/; {_nearest(option, error.options or ())}"
     if isinstance(error, ConfigCompositionException):
         return f"error: {_explain_composition(error, config_name)}"

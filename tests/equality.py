@@ -48,7 +48,7 @@ def content(path: Path) -> dict[str, Any]:
     checkpoint = load_checkpoint(path)
     del checkpoint["hyper_parameters"]
     checkpoint["metrics"].pop("train/images_per_second", None)
-    checkpoint["callbacks"].pop("Speed")
+    checkpoint["callbacks"].pop("Speed", None)
     for state in checkpoint["callbacks"].values():
         for key in [key for key in state if "path" in key or key in ("dirpath", "best_k_models", "current_score")]:
             del state[key]  # the last is what Lightning shows of the last save, and does not restore

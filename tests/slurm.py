@@ -40,7 +40,7 @@ SlurmdParameters=config_overrides
 KillWait=5
 MpiDefault=none
 NodeName={host} NodeAddr=127.0.0.1 CPUs=8
-PartitionName=test Nodes=ALL Default=YES MaxTime=10
+PartitionName=test Nodes=ALL Default=YES MaxTime=60
 """
 
 

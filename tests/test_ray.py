@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.compose import run_command
+from src.config import ROOT
 from tests.conftest import free_port
+from tests.readme import words_of
 
 pytestmark = [
     pytest.mark.ray,
@@ -64,12 +65,12 @@ def address() -> Iterator[str]:
 
 
 def test_a_sweeps_jobs_run_on_both_nodes_and_fail_alone(address: str, tmp_path: Path) -> None:
-    result = run_command(
-        "train", "-m", "hydra/launcher=ray", f"hydra.launcher.ray.init.address={address}",
-        "+hydra.launcher.ray.init.object_store_memory=null", "optimizer.lr=0.001,0.01,-1", "data=mnist5k",
+    command = [
+        *words_of("Ray, a sweep", address=address), "optimizer.lr=0.001,0.01,-1", "data=mnist5k",
         "trainer.max_epochs=1", "trainer.limit_train_batches=20", "+node=${oc.env:RAY_RAYLET_PID,none}",
-        PROJECT_ROOT=str(tmp_path), **ENV,
-    )  # fmt: skip
+    ]  # fmt: skip
+    env = {**os.environ, **ENV, "PROJECT_ROOT": str(tmp_path)}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert "1 of 3 jobs failed" in result.stderr
     (sweep,) = (tmp_path / "logs" / "multirun").iterdir()
     with (sweep / "sweep.csv").open() as file:

@@ -11,14 +11,25 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 
 from src.config import CONF, ROOT
 from tests.conftest import free_port
+from tests.readme import read_table, words_of
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 # A tenth of a second each; a command's own settings stay, as later ones win.
 SHORT = ["data.source=package", "trainer.max_epochs=1", "trainer.limit_train_batches=3", "trainer.log_every_n_steps=1"]
+# The table "From laptop to cluster": who runs the rows that are not among the commands above.
+HERE = {"what there is": [], "two processes on the CPU": [], "a sweep of such runs": ["test=false"]}
+ON_GPU = ("one GPU", "a Mac's GPU", "all GPUs of a machine", "the same, the model divided among them")
+TORCHRUN = "two machines, on each"
+ELSEWHERE = {
+    "Slurm, a run": "test_slurm.py",
+    "Slurm, a sweep as a job array": "test_slurm.py",
+    "Ray, a sweep": "test_ray.py",
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +51,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _run(project: Path, command: str, *more: str) -> subprocess.CompletedProcess[str]:
     words = shlex.split(command)
     assert words[0] == "python"
+    return _run_words(project, [sys.executable, *words[1:]], *more)
+
+
+def _run_words(project: Path, words: list[str], *more: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *words[1:], *more], cwd=project, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        [*words, *more], cwd=project, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **env},
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
 
@@ -126,3 +141,63 @@ def test_the_groups_and_options_are_those_of_conf() -> None:
 def test_the_error_shown_is_the_one_said(project: Path) -> None:
     command, shown = re.findall(r"```\n\$ (python .*)\n(.*)\n```", README)[0]
     assert _run(project, command).stderr.strip() == shown
+
+
+def test_each_row_from_laptop_to_cluster_is_run() -> None:
+    others = {row for row, command in read_table().items() if command not in COMMANDS}
+    assert others - {*ON_GPU, TORCHRUN} == {*HERE, *ELSEWHERE}
+    for row, file in ELSEWHERE.items():
+        assert f'words_of("{row}"' in (ROOT / "tests" / file).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", HERE)
+def test_a_row_for_this_machine_trains(row: str, project: Path) -> None:
+    result = _run_words(project, words_of(row), *SHORT, *HERE[row], OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    assert ("best: optimizer.lr=" if "sweep" in row else "test/acc") in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ON_GPU)
+def test_a_row_for_gpus_says_that_there_is_none(row: str, project: Path) -> None:
+    result = _run_words(project, words_of(row), *SHORT)
+    if sys.platform == "darwin" and result.returncode == 0:
+        pytest.skip("a Mac with a GPU")
+    assert result.returncode == 1
+    accelerator = "mps" if "Mac" in row else "gpu"
+    (line,) = result.stderr.splitlines()
+    assert re.fullmatch(rf"error: accelerator={accelerator}: .*; use trainer=cpu or .*", line)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("row", [row for row in ON_GPU if "Mac" not in row])
+def test_a_row_for_gpus_trains(row: str, project: Path) -> None:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+    result = _run_words(project, words_of(row), *SHORT, CUDA_VISIBLE_DEVICES=visible)
+    assert result.returncode == 0, result.stderr
+    assert "test/acc" in result.stdout
+
+
+@pytest.mark.slow
+def test_the_row_for_two_machines_trains_one_model_on_loopback(project: Path, tmp_path: Path) -> None:
+    port = free_port()
+    hosts = []
+    for rank in range(2):
+        words = words_of(TORCHRUN, **{"0_or_1": rank, "the_first": "127.0.0.1", "name": "two"})
+        (number,) = [index for index, word in enumerate(words) if word.startswith("--master-port=")]
+        words[number] = f"--master-port={port}"
+        with (tmp_path / f"log{rank}").open("w") as log:
+            env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+            hosts.append(subprocess.Popen([*words, *SHORT], cwd=project, env=env, stdout=log, stderr=log))
+    try:
+        codes = [host.wait(120) for host in hosts]
+    finally:
+        for host in hosts:
+            host.terminate()  # which ends its processes, too
+            host.wait(30)
+    said = [(tmp_path / f"log{rank}").read_text() for rank in range(2)]
+    assert codes == [0, 0], said
+    assert "test/acc" in said[0]
+    assert "test/acc" not in said[1]
+    assert (project / "logs" / "train" / "two" / "metrics.json").is_file()
