@@ -55,7 +55,7 @@ def _explain(error: BaseException, config_name: str) -> str:
             reason += " (is GLOO_SOCKET_IFNAME the interface that leads to the other machines?)"
         return (
             f"error: another process of this run has ended or does not answer: {reason}; "
-            "see what it says itself, then go on with ckpt_path=<run>/checkpoints/last.ckpt"
+            "see what it says itself, then go on with resume=<the run's folder>"
         )
     if isinstance(error, HydraException | OSError) or type(error).__module__.startswith("src."):
         return f"error: {' '.join(str(error).split())}"

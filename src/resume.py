@@ -11,6 +11,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import OverrideParseException
 
 from src.config import CheckpointError, ConfigError, check_checkpoint
+from src.processes import get_name
 from src.status import is_held, read_status
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
             raise ConfigError(f"{override}: resume={value} chooses this itself; leave one of the two out")
     folder = _find_run(str(value)).resolve()
     status = read_status(folder)
-    if is_held(folder):
+    if is_held(folder) and not get_name():  # the first of several processes may be there already
         raise ConfigError(f"resume={value}: process {status['process']} on {status['host']} is at work on it")
     if status["state"] == "finished" and not own:
         raise ConfigError(f"resume={value}: this run has finished; to train longer, add trainer.max_epochs=<more>")

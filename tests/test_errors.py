@@ -1,7 +1,7 @@
 """An error in a line or two, whatever was raised."""
 
 import pytest
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -51,6 +51,12 @@ def _unresolved() -> Exception:
 )
 def test_what_the_user_can_mend_is_one_line(error: Exception, said: str) -> None:
     assert explain(error) == said
+
+
+@pytest.mark.parametrize(("option", "extra"), [("submitit_slurm", "slurm"), ("ray", "ray")])
+def test_an_extra_that_is_not_installed_is_named(option: str, extra: str) -> None:
+    error = MissingConfigException("missing", f"hydra/launcher/{option}", ["basic", "process"])
+    assert explain(error) == f"error: hydra/launcher={option}: not installed; pip install -e '.[{extra}]' does it"
 
 
 def test_what_the_other_processes_cause_is_said() -> None:
