@@ -4,6 +4,8 @@ PYTHON ?= python3
 ARGS ?=
 RUN := .venv/bin/python -m
 INSTALLED := .venv/.installed
+# A file of tests a process, a thread each: threads that outnumber the cores wait for each other in turns.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-all lint tensorboard bench lock clean
@@ -14,11 +16,11 @@ help: ## list the targets
 train: $(INSTALLED) ## train LeNet-5, test it, log it to logs/ (ARGS="trainer=gpu optimizer.lr=3e-4")
 	@$(RUN) src.train $(ARGS)
 
-test: $(INSTALLED) ## the default tests, offline
-	@$(RUN) pytest $(ARGS)
+test: $(INSTALLED) ## the default tests, offline (ARGS="-n 0 tests/test_train.py" for some, in one process)
+	@$(PYTEST) $(ARGS)
 
 test-all: $(INSTALLED) ## also the slow tests, and those on all of MNIST where it is at hand
-	@$(RUN) pytest -m "not gpu" $(ARGS)
+	@$(PYTEST) -m "not gpu" $(ARGS)
 
 lint: $(INSTALLED) ## ruff's linter and formatter, mypy
 	@$(RUN) ruff check .
