@@ -50,7 +50,6 @@ class LastCheckpoint(Checkpoint):
         self._signum = 0  # the signal that has asked to stop
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}  # those that ours stand in for
         self._last_step = -1  # the optimizer steps of the last whole step
-        self._is_in_epoch = True  # what is saved is, but by us at an epoch's end
         self._in_step = False
         self._means: dict[str, list[torch.Tensor]] = {}  # to be added behind the first step
 
@@ -61,7 +60,7 @@ class LastCheckpoint(Checkpoint):
         own = {
             "random_states": _plain(_collect_rng_states()),
             "metrics": collect_metrics(pl_module),
-            "means": collect_means(trainer) if self._is_in_epoch else {},
+            "means": collect_means(trainer),
         }
         processes = [own] * trainer.world_size
         if trainer.world_size > 1:
@@ -128,9 +127,7 @@ class LastCheckpoint(Checkpoint):
 
     def _end_epoch(self, trainer: pl.Trainer) -> None:
         signum = self._agree(trainer)
-        self._is_in_epoch = False
         self._save(trainer)
-        self._is_in_epoch = True
         if signum:
             self._stop(signum)
 
@@ -168,8 +165,12 @@ class LastCheckpoint(Checkpoint):
         loop = trainer.fit_loop
         total: Any = loop.epoch_progress.total
         processes = self._loaded.get("processes", [])
-        if total.processed == total.ready:  # between two epochs: nothing of the last one is left to do
-            if total.completed < total.processed:  # written by a hook of Lightning's, as best.ckpt
+        is_in_epoch = total.processed < total.ready
+        is_lightnings = total.completed < total.processed  # written by a hook at an epoch's end, as best.ckpt
+        if is_in_epoch:  # its end is to be as ever: Lightning would not let ReduceLROnPlateau step
+            loop._restarting = False
+        else:  # nothing of the last epoch is left to do
+            if is_lightnings:
                 total.completed = total.processed
                 metrics = {name: torch.tensor(value) for name, value in self._loaded.get("metrics", {}).items()}
                 trainer._logger_connector._callback_metrics.update(metrics)
@@ -177,14 +178,14 @@ class LastCheckpoint(Checkpoint):
             for each in (loop, loop.epoch_loop):
                 each.restarting = False
                 each.on_iteration_done()
-        else:  # in the midst of one, whose end is the same as ever: Lightning would not let ReduceLROnPlateau step
-            loop._restarting = False
         if self._loaded.get("in_step"):
             _warn(trainer, "an exception had ended the run within a step, which it repeats with other random numbers")
         if len(processes) == trainer.world_size:
             own = processes[trainer.global_rank]
-            restore_metrics(trainer.lightning_module, own["metrics"])
-            self._means = own["means"]
+            if not is_lightnings:  # those of the last epoch, which Lightning was about to reset
+                restore_metrics(trainer.lightning_module, own["metrics"])
+            if is_in_epoch:
+                self._means = own["means"]
             _set_rng_states(_restorable(own["random_states"]))
         else:
             _warn(

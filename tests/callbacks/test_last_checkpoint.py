@@ -102,6 +102,19 @@ def test_a_users_module_goes_on_exactly(kind: str, kill_at: int, every_n_steps: 
 
 
 @pytest.mark.filterwarnings("ignore:(Experiment logs|Checkpoint) directory .* exists and is not empty")
+def test_beside_it_lightnings_own_checkpoint_will_do(tmp_path: Path) -> None:
+    def callbacks(name: str) -> list[Callback]:
+        theirs = ModelCheckpoint(tmp_path / name, filename="theirs", enable_version_counter=False)
+        return [theirs, LastCheckpoint(str(tmp_path / name))]
+
+    whole = fit(tmp_path / "whole", "DataLoader", *callbacks("whole"))
+    fit(tmp_path / "part", "DataLoader", *callbacks("part"), KillAfter(17))
+    rest = fit(tmp_path / "part", "DataLoader", *callbacks("part"), ckpt_path=tmp_path / "part" / "theirs.ckpt")
+    assert torch.equal(whole.pop("weights")["net.0.weight"], rest.pop("weights")["net.0.weight"])
+    assert whole == rest
+
+
+@pytest.mark.filterwarnings("ignore:(Experiment logs|Checkpoint) directory .* exists and is not empty")
 def test_from_lightnings_own_checkpoint_it_would_not(tmp_path: Path) -> None:
     whole = fit(tmp_path / "whole", "DataLoader")
     theirs = ModelCheckpoint(tmp_path / "part", filename="theirs", enable_version_counter=False)
