@@ -114,8 +114,9 @@ class LastCheckpoint(Checkpoint):
         loop = trainer.fit_loop.epoch_loop
         stepped = trainer.global_step > self._last_step
         self._last_step = trainer.global_step
-        restore_means(trainer, self._means)
-        self._means = {}
+        if self._means:
+            restore_means(trainer, self._means)
+            self._means = {}
         signum = self._agree(trainer)
         # With gradients half gathered, or just validated, Lightning would not go on from here exactly.
         if loop.done or not stepped or is_validated:
