@@ -143,11 +143,11 @@ class LastCheckpoint(Checkpoint):
         self._signum = signum
 
     def _agree(self, trainer: pl.Trainer) -> int:
-        """The signal that the first process has been sent, for all of them: they stop behind the same step."""
+        """The signal that any of the processes has been sent, for all of them: they stop behind the same step."""
         if trainer.world_size == 1:
             return self._signum
         signum = torch.tensor(self._signum, device=trainer.strategy.root_device)
-        torch.distributed.broadcast(signum, src=0)
+        torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX)
         return int(signum)
 
     def _stop(self, signum: int) -> None:
