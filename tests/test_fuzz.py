@@ -151,7 +151,8 @@ def bad_overrides(verb: str, num: int, folder: Path) -> list[str]:
     ]  # fmt: skip
     for kind in kinds:
         rng.shuffle(kind)
-    return [kind[i] for i in range(max(map(len, kinds))) for kind in kinds if i < len(kind)][:num]
+    in_turns = [kind[i] for i in range(max(map(len, kinds))) for kind in kinds if i < len(kind)]
+    return list(dict.fromkeys(in_turns))[:num]
 
 
 def _quoted(text: str) -> str:

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from hydra_plugins.process_launcher import _visible_gpus
+from src.build import load_checkpoint
 from src.config import ROOT
+from src.status import read_status
 from tests.compose import run_command
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to look for processes")
@@ -24,7 +26,8 @@ PROCESS = ("hydra/launcher=process", "hydra.launcher.n_jobs=2")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 BAD, QUICK, HELD = "optimizer.lr=-1", "optimizer.lr=0.002", "optimizer.lr=0.004"
 
-# A callback that tells of its job's process, starts another one, and holds the job that $HOLD names at epoch two.
+# A callback that tells of its job's process, starts another one, and holds the job that $HOLD names at epoch two, for
+# good or until a file says otherwise.
 SPY = """
 import json, os, subprocess, sys, time
 from pathlib import Path
@@ -42,7 +45,8 @@ class Spy(Callback):
             (folder / "aside").write_text(json.dumps(told))
             (folder / "aside").rename(folder / "spy.json")
             end = time.time() + 120
-            while folder.name == os.environ.get("HOLD") and time.time() < end:
+            released = Path(os.environ["PROJECT_ROOT"], "released")
+            while folder.name == os.environ.get("HOLD") and time.time() < end and not released.exists():
                 time.sleep(0.05)
 """
 
@@ -98,6 +102,8 @@ def start_sweep(root: Path, data: Path, *arguments: str, **env: str) -> Iterator
     ]  # fmt: skip
     allowed = {"PYTHONPATH": f"{ROOT}:{root}", "ALLOWED_TARGETS": "spy"}
     environment = {**os.environ, **allowed, "PROJECT_ROOT": str(root), **env}
+    if "OMP_NUM_THREADS" not in env:  # `make test` sets it
+        environment.pop("OMP_NUM_THREADS", None)
     with (root / "stdout").open("wb") as stdout, (root / "stderr").open("wb") as stderr:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr)
     try:
@@ -232,9 +238,12 @@ def test_a_signal_ends_a_sweep_in_one_process(signum: signal.Signals, tmp_path: 
     with start_sweep(tmp_path, mnist_root, "optimizer.lr=0.004,0.002", HOLD=HELD) as sweep:
         sweep.wait_until_held()
         sweep.process.send_signal(signum)
-        assert sweep.process.wait(10) == 128 + signum
+        (tmp_path / "released").touch()
+        assert sweep.process.wait(20) == 128 + signum
+    assert [read_status(sweep.path / job)["state"] for job in (HELD, QUICK)] == ["interrupted", "queued"]
+    held_at = load_checkpoint(sweep.path / HELD / "checkpoints" / "last.ckpt")
+    assert held_at["global_step"] == 5  # the second epoch's first step
     assert not (sweep.path / HELD / "error.txt").exists()
-    assert not (sweep.path / QUICK).exists()
     assert "Traceback" not in sweep.stderr
 
 
