@@ -1,5 +1,6 @@
 """Which configs make sense: checked in milliseconds, since the classes that take the values need seconds to import."""
 
+import importlib.util
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -88,8 +89,8 @@ DEVICE = {
     "precision": _one_of("32-true", "16-mixed", "bf16-mixed"),
 }
 
-# By the beginning of a node's `_target_`, or the key of one that has none; "train" and "test" are the tops of the
-# commands' configs. Keys that are not there are not checked, but for those that are needed.
+# By the beginning of a node's `_target_`, or the key of one that has none; the commands' names are the tops of
+# their configs. Keys that are not there are not checked, but for those that are needed.
 RULES: dict[str, dict[str, Rule]] = {
     "train": {
         "seed": _needed(SEED),
@@ -105,6 +106,35 @@ RULES: dict[str, dict[str, Rule]] = {
         "ckpt_path": _needed(_or_null(TEXT)),
         "data": _needed(Rule("root and batch_size", lambda v: isinstance(v, dict))),
         "accelerator": _needed(Rule("accelerator, devices and precision", lambda v: isinstance(v, dict))),
+        "root_dir": _needed(TEXT),
+        "output_dir": _needed(TEXT),
+    },
+    "predict": {
+        "ckpt_path": _needed(_or_null(TEXT)),
+        "inputs": _needed(
+            Rule(
+                "a file, a folder, a pattern as in inputs='digits/*.png', or a list of them",
+                lambda v: TEXT.holds(v) or (isinstance(v, list) and len(v) > 0 and all(map(TEXT.holds, v))),
+            )
+        ),
+        "output": _needed(
+            _or_null(
+                Rule(
+                    "a file that ends in .csv, .json or .parquet",
+                    lambda v: TEXT.holds(v) and Path(v).suffix in (".csv", ".json", ".parquet"),
+                )
+            )
+        ),
+        "batch_size": _needed(_int(1)),
+        "accelerator": _needed(Rule("accelerator, devices and precision", lambda v: isinstance(v, dict))),
+        "root_dir": _needed(TEXT),
+        "output_dir": _needed(TEXT),
+    },
+    "export": {
+        "ckpt_path": _needed(_or_null(TEXT)),
+        "format": _needed(_one_of("onnx", "pt2", "safetensors")),
+        "output": _needed(_or_null(TEXT)),
+        "data": _needed(Rule("root and batch_size", lambda v: isinstance(v, dict))),
         "root_dir": _needed(TEXT),
         "output_dir": _needed(TEXT),
     },
@@ -135,8 +165,10 @@ RULES: dict[str, dict[str, Rule]] = {
         "activation": _one_of("tanh", "relu"),
         "pooling": _one_of("avg", "max"),
     },
+    "src.models.lenet5_1998.": {"j": POSITIVE},
     "src.classifier.": {
         "net": _needed(NODE),
+        "loss": NODE,
         "num_classes": _int(1),
         "input_size": _or_null(
             Rule(
@@ -210,6 +242,8 @@ RULES: dict[str, dict[str, Rule]] = {
 # Each builds one object, where a command trains; those that are _partial_ get the rest of their arguments then.
 REQUIRED_NODES = {"data": False, "model": False, "optimizer": True, "trainer": True}
 NODES_BY_NAME = ("callbacks", "logger")  # each holds named nodes
+MARKS = {"inputs": "predict", "format": "export"}  # a key that only this command has
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",), "parquet": ("pyarrow",)}
 
 
 def check(cfg: DictConfig) -> None:
@@ -241,15 +275,29 @@ def check(cfg: DictConfig) -> None:
             if node is not None:
                 _require_target(f"{name}.{key}", node)
     check_targets(config)
-    _check_node("", config, "train" if is_training else "test")
+    command = "train" if is_training else next((name for key, name in MARKS.items() if key in config), "test")
+    _check_node("", config, command)
     if is_training:
         _check_clipping(config["trainer"], config["optimizer"])
+    if command == "predict":
+        from src.data.images import find_inputs  # here: no other command needs Pillow
+
+        _require_packages("output", config["output"], Path(config["output"] or "").suffix[1:])
+        find_inputs(config["inputs"])
+    if command == "export":
+        _require_packages("format", config["format"], config["format"])
     device = config.get("trainer") or config.get("accelerator") or {}  # a test has no trainer of its own
     _check_accelerator(device.get("accelerator"))
     if config.get("ckpt_path"):
         check_checkpoint(config["ckpt_path"])
     elif not is_training:
         newest_checkpoint(Path(config["root_dir"]) / "logs")
+
+
+def _require_packages(key: str, value: str | None, format_name: str) -> None:
+    missing = [name for name in PACKAGES.get(format_name, ()) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{key}={value}: needs {' and '.join(missing)}: pip install -e '.[export]'")
 
 
 def _require_target(key: str, node: Any, is_partial: bool = False) -> None:

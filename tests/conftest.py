@@ -87,6 +87,18 @@ def full_mnist_root() -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The best checkpoint of LeNet-5 after six epochs on the package's digits; to be read, not changed."""
+    from src.train import train
+    from tests.compose import compose_cfg
+
+    folder = tmp_path_factory.mktemp("trained")
+    common = ("data=mnist5k", "trainer=cpu", "callbacks=minimal", "logger=[]", "test=false")
+    train(compose_cfg(folder, *common, "trainer.max_epochs=6"))
+    return folder / "checkpoints" / "best.ckpt"
+
+
 class Mirror(ThreadingHTTPServer):
     """Serves files by name, and keeps the names that were asked for.
 

@@ -69,7 +69,7 @@ def read_files(folder: Path, md5: Mapping[str, str | None]) -> tuple[Digits, Dig
     try:
         for name in IDX_FILES:
             path = _find(folder, name)
-            parts.append(_parse_idx(_read_verified(path, md5, known, verified), path))
+            parts.append(parse_idx(_read_verified(path, md5, known, verified), path))
     except OSError as error:
         raise DataError(
             f"{error.filename or folder} cannot be read ({error.strerror}); mend that or set data.root"
@@ -156,8 +156,19 @@ def _save_checksums(folder: Path, verified: Mapping[str, list[Any]]) -> None:
             aside.unlink(missing_ok=True)
 
 
-def _parse_idx(content: bytes, path: Path) -> Tensor:
-    """Turn the IDX format (two zero bytes, type, number of dimensions, sizes, data; big-endian) into a tensor."""
+def parse_idx(content: bytes, path: Path) -> Tensor:
+    """Turn the IDX format (two zero bytes, type, number of dimensions, sizes, data; big-endian) into a tensor.
+
+    Args:
+        content: The bytes of the file.
+        path: Its name says whether it is gzipped (``.gz``), and images (``idx3``) or labels.
+
+    Returns:
+        uint8 images (N, 28, 28) or labels (N,).
+
+    Raises:
+        DataError: If the file is damaged or another.
+    """
     if path.suffix == ".gz":
         try:
             content = gzip.decompress(content)

@@ -1,0 +1,219 @@
+"""Pictures of every kind become what MNIST's digits are."""
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from src.config import ConfigError
+from src.data.images import find_inputs, read_digits, read_like
+from src.data.sources import read_package
+from tests.conftest import write_idx
+
+Pixels = NDArray[np.uint8]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Pixels:
+    """Five real digits of each class, light on dark, (50, 28, 28)."""
+    return read_package().images[::100].numpy()
+
+
+def redraw(digit: Pixels, scale: int, size: tuple[int, int], place: tuple[int, int]) -> Image.Image:
+    """A digit's ink, larger, somewhere in a larger picture: 255 where there is ink."""
+    image = Image.fromarray(digit)
+    image = image.crop(image.getbbox())
+    ink = Image.new("L", size)
+    ink.paste(image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC), place)
+    return ink
+
+
+def paint(ink: Image.Image, colour: tuple[int, ...], paper: tuple[int, ...]) -> Image.Image:
+    """The ink in a colour on paper; with an opacity if these have one."""
+    mode = "RGBA" if len(colour) == 4 else "RGB"
+    return Image.composite(Image.new(mode, ink.size, colour), Image.new(mode, ink.size, paper), ink)
+
+
+def similarity(one: Pixels, other: Pixels) -> float:
+    """The correlation coefficient of two pictures' pixels, the one moved by up to a pixel: places are rounded."""
+    moves = [(rows, columns) for rows in (-1, 0, 1) for columns in (-1, 0, 1)]
+    moved = [np.roll(one, move, axis=(0, 1)).ravel() for move in moves]
+    return float(np.corrcoef([other.ravel(), *moved])[0, 1:].max())
+
+
+def test_28x28_pictures_keep_their_pixels(digits: Pixels, tmp_path: Path) -> None:
+    for digit in digits:
+        grey = Image.fromarray(digit)
+        inverted = Image.fromarray(255 - digit)
+        ink_alone = Image.merge("LA", [Image.new("L", (28, 28)), grey])
+        for image in (grey, inverted, grey.convert("RGB"), inverted.convert("P"), ink_alone):
+            image.save(tmp_path / "digit.png")
+            np.testing.assert_array_equal(read_digits(tmp_path / "digit.png"), digit[np.newaxis])
+
+
+def test_redrawn_digits_come_back_as_mnist_has_them(digits: Pixels, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    similarities = []
+    for digit in digits:
+        place = (int(rng.integers(0, 200)), int(rng.integers(0, 400)))
+        paint(redraw(digit, 10, (400, 600), place), (0, 0, 0), (255, 255, 255)).save(tmp_path / "digit.png")
+        (found,) = read_digits(tmp_path / "digit.png")
+        rows, columns = np.nonzero(found)
+        assert max(np.ptp(rows), np.ptp(columns)) + 1 <= 20
+        mass = found / found.sum()
+        assert mass.sum(axis=1) @ np.arange(28) == pytest.approx(14, abs=0.51)
+        assert mass.sum(axis=0) @ np.arange(28) == pytest.approx(14, abs=0.51)
+        similarities.append(similarity(found, digit))
+    assert np.median(similarities) > 0.98
+    assert min(similarities) > 0.9
+
+
+KINDS: dict[str, tuple[str, Callable[[Image.Image], Image.Image]]] = {
+    "grey": ("png", lambda ink: ink.point(lambda value: 255 - value)),
+    "light on dark": ("png", lambda ink: ink),
+    "bilevel": ("png", lambda ink: ink.point(lambda value: 255 * (value < 128)).convert("1")),
+    "colours": ("png", lambda ink: paint(ink, (200, 0, 0), (230, 220, 140))),
+    "colours of one lightness": ("png", lambda ink: paint(ink, (200, 0, 0), (0, 102, 0))),
+    "pale": ("png", lambda ink: paint(ink, (150, 150, 150), (220, 220, 220))),
+    "palette": ("png", lambda ink: paint(ink, (20, 20, 90), (255, 255, 200)).quantize(16)),
+    "opaque": ("png", lambda ink: paint(ink, (0, 0, 0, 255), (255, 255, 255, 255))),
+    "dark on transparent": ("png", lambda ink: paint(ink, (0, 0, 0, 255), (0, 0, 0, 0))),
+    "light on transparent": ("png", lambda ink: paint(ink, (255, 255, 255, 255), (0, 0, 0, 0))),
+    "16 bit": ("png", lambda ink: Image.fromarray(65535 - np.asarray(ink).astype(np.uint16) * 200)),
+    "float": ("tiff", lambda ink: Image.fromarray(np.asarray(ink).astype(np.float32) / 255)),
+    "CMYK": ("jpg", lambda ink: paint(ink, (0, 0, 0), (255, 255, 255)).convert("CMYK")),
+    "jpeg": ("jpg", lambda ink: paint(ink, (0, 0, 0), (255, 255, 255))),
+    "webp": ("webp", lambda ink: paint(ink, (0, 0, 0), (255, 255, 255))),
+    "gif": ("gif", lambda ink: paint(ink, (0, 0, 0), (255, 255, 255))),
+    "bmp": ("bmp", lambda ink: paint(ink, (0, 0, 0), (255, 255, 255))),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_picture_shows_the_same_digit(kind: str, digits: Pixels, tmp_path: Path) -> None:
+    suffix, draw = KINDS[kind]
+    path = tmp_path / f"digit.{suffix}"
+    for digit in digits[::10]:
+        draw(redraw(digit, 8, (300, 260), (50, 40))).save(path)
+        assert similarity(read_digits(path)[0], digit) > 0.93
+
+
+def test_a_card_with_transparent_margins_shows_what_is_on_it(digits: Pixels, tmp_path: Path) -> None:
+    card = paint(redraw(digits[22], 8, (300, 260), (50, 40)), (0, 0, 80, 255), (255, 250, 240, 255))
+    image = Image.new("RGBA", (500, 500))
+    image.paste(card, (100, 120))
+    image.save(tmp_path / "card.png")
+    card.save(tmp_path / "alone.png")
+    assert similarity(read_digits(tmp_path / "card.png")[0], read_digits(tmp_path / "alone.png")[0]) > 0.99
+
+
+def test_a_photo_held_sideways_is_turned_upright(digits: Pixels, tmp_path: Path) -> None:
+    upright = paint(redraw(digits[37], 8, (300, 260), (50, 40)), (0, 0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by 90 degrees
+    upright.save(tmp_path / "upright.jpg", quality=95)
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "sideways.jpg", quality=95, exif=exif)
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "lying.jpg", quality=95)
+    found = {name: read_digits(tmp_path / f"{name}.jpg")[0] for name in ("upright", "sideways", "lying")}
+    assert similarity(found["sideways"], found["upright"]) > 0.98
+    assert similarity(found["lying"], found["upright"]) < 0.7
+
+
+def test_size_does_not_matter(digits: Pixels, tmp_path: Path) -> None:
+    digit = digits[13]
+    cases = (("tiny", 1, (40, 60), 0.95), ("huge", 100, (4000, 4000), 0.95), ("lost", 4, (2000, 1000), 0.8))
+    for name, scale, size, expected in cases:
+        path = tmp_path / f"{name}.jpg"
+        paint(redraw(digit, scale, size, (10, 20)), (30, 30, 30), (240, 240, 240)).save(path)
+        assert similarity(read_digits(path)[0], digit) > expected, name
+
+
+def test_a_thin_line_is_not_faint(tmp_path: Path) -> None:
+    page = Image.new("L", (1000, 1000), 255)
+    ImageDraw.Draw(page).line([(200, 800), (500, 100), (800, 800)], fill=0, width=4)
+    page.save(tmp_path / "thin.png")
+    assert read_digits(tmp_path / "thin.png").max() == 255
+
+
+@pytest.mark.parametrize(
+    "blank",
+    [
+        Image.new("RGB", (300, 200), "white"),
+        Image.new("L", (28, 28)),
+        Image.new("RGBA", (60, 60)),
+        Image.new("RGBA", (60, 60), (10, 10, 10, 100)),
+        Image.new("RGB", (1, 1), "red"),
+    ],
+    ids=["white", "28x28", "transparent", "half transparent", "a pixel"],
+)
+def test_a_blank_picture_is_refused(blank: Image.Image, tmp_path: Path) -> None:
+    blank.save(tmp_path / "blank.png")
+    with pytest.raises(ValueError, match="blank"):
+        read_digits(tmp_path / "blank.png")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_truncated_picture_is_refused(suffix: str, digits: Pixels, tmp_path: Path) -> None:
+    path = tmp_path / f"digit.{suffix}"
+    paint(redraw(digits[5], 8, (300, 260), (50, 40)), (0, 0, 0), (255, 255, 255)).save(path)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(OSError, match="truncated"):
+        read_digits(path)
+
+
+def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
+    for name, content in (("a.png", b"hello"), ("b.png", b""), ("c.eps", None)):
+        if content is None:
+            Image.new("L", (50, 50)).save(tmp_path / name)  # which would start Ghostscript
+        else:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match="no image of a kind that can be read"):
+            read_digits(tmp_path / name)
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(Image.DecompressionBombWarning):
+        read_digits(tmp_path / "bomb.png")
+
+
+def test_idx_files_are_read_whole(digits: Pixels, tmp_path: Path) -> None:
+    for name, gzipped in (("x-idx3-ubyte", False), ("x-idx3-ubyte.gz", True)):
+        write_idx(tmp_path / name, digits, gzipped)
+        np.testing.assert_array_equal(read_digits(tmp_path / name), digits)
+        np.testing.assert_array_equal(read_like(tmp_path / name), digits)
+    damaged = tmp_path / "y-idx3-ubyte.gz"
+    damaged.write_bytes(gzip.compress(gzip.decompress((tmp_path / "x-idx3-ubyte.gz").read_bytes())[:-9]))
+    with pytest.raises(ValueError, match=r"^is damaged: its header says .* bytes$"):
+        read_digits(damaged)
+
+
+def test_pictures_of_other_data_sets_are_taken_as_they_are(digits: Pixels, tmp_path: Path) -> None:
+    Image.fromarray(255 - digits[0]).save(tmp_path / "shirt.png")
+    np.testing.assert_array_equal(read_like(tmp_path / "shirt.png")[0], 255 - digits[0])
+    Image.new("L", (28, 29)).save(tmp_path / "shirt.png")
+    with pytest.raises(ValueError, match="not 28x28"):
+        read_like(tmp_path / "shirt.png")
+
+
+def test_inputs_are_files_folders_and_patterns(tmp_path: Path) -> None:
+    pictures = ["a.png", "b.JPG", "sub/c.jpeg", "sub/t10k-images-idx3-ubyte.gz"]
+    for name in [*pictures, "sub/labels-idx1-ubyte", "notes.txt", ".h.png"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def found(*inputs: str) -> list[str]:
+        return [str(path.relative_to(tmp_path)) for path in find_inputs([f"{tmp_path}/{name}" for name in inputs])]
+
+    assert found("") == pictures
+    assert found("sub") == ["sub/c.jpeg", "sub/t10k-images-idx3-ubyte.gz"]
+    assert found("*.png", "a.png", "notes.txt") == ["a.png", "notes.txt"]
+    assert found("**/*.jp*g") == ["sub/c.jpeg"]
+    assert find_inputs(str(tmp_path / "a.png")) == [tmp_path / "a.png"]
+    (tmp_path / "[1].png").touch()
+    assert found("[1].png") == ["[1].png"]  # a file, though it reads like a pattern
+    (tmp_path / "empty").mkdir()
+    for name, reason in (("nothing", "no such file"), ("x*.png", "no such file"), ("empty", "no image or IDX file")):
+        with pytest.raises(ConfigError, match=rf"inputs=.*{name.replace('*', '.')}: {reason}"):
+            found("a.png", name)

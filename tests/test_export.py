@@ -1,0 +1,222 @@
+"""The export command: what it writes computes the same, in processes that have nothing of this project."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from numpy.typing import NDArray
+from omegaconf import OmegaConf
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader, TensorDataset
+
+from src.build import load_checkpoint, restore
+from src.config import ConfigError, check
+from src.data.mnist import preprocess
+from src.data.sources import read_package
+from src.export import export, export_checkpoint
+from src.models.lenet5 import LeNet5
+from src.targets import instantiate
+from tests.compose import compose_cfg, run_command
+
+DIGITS = read_package().images[::50]  # (100, 28, 28)
+
+
+def run_alone(script: str, folder: Path) -> str:
+    """Run a script that finds nothing of this project, in a folder of its own."""
+    env = {**os.environ, "PYTHONPATH": ""}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def compute_logits(checkpoint: Path) -> NDArray[np.float32]:
+    """What the checkpoint says of DIGITS, (100, 10)."""
+    with torch.no_grad():
+        logits: NDArray[np.float32] = restore(checkpoint)(preprocess(DIGITS)).numpy()
+    return logits
+
+
+def check_metadata(metadata: dict[str, Any], checkpoint: Path) -> None:
+    """It says what the file is of, as JSON."""
+    said = {key: json.loads(value) for key, value in metadata.items()}
+    assert said["classes"] == list(range(10))
+    assert said["config"] == load_checkpoint(checkpoint)["hyper_parameters"]
+    assert said["accuracy"]["test/acc"] > 0.9
+    assert said["data"]["source"] == "package"
+    assert said["data"]["num_images"]["test"] == 500
+    assert len(said["data"]["fingerprint"]) == 8
+    assert said["versions"]["torch"] == version("torch")
+
+
+@pytest.mark.slow
+def test_the_command_writes_where_it_is_told_and_says_what(trained: Path, tmp_path: Path) -> None:
+    result = run_command("export", f"ckpt_path={trained}", "output=out/digits.onnx", "hydra.run.dir=run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    path = tmp_path / "out" / "digits.onnx"
+    assert list(path.parent.iterdir()) == [path]
+    for said in ("uint8 (batch, 28, 28)", "same classes on 500 test images", f"{path.stat().st_size:,} bytes", " ms,"):
+        assert said in result.stdout
+
+
+def test_onnx_needs_onnxruntime_alone(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "digits.onnx"
+    export_checkpoint(trained, path, "onnx")
+    np.save(tmp_path / "digits.npy", DIGITS.numpy())
+    printed = run_alone(
+        """
+import json, sys, numpy, onnxruntime
+session = onnxruntime.InferenceSession("digits.onnx")
+digits = numpy.load("digits.npy")
+for number in (100, 7, 1):
+    numpy.save(f"logits{number}.npy", session.run(None, {"images": digits[:number]})[0])
+assert not {"torch", "src", "pytorch_lightning", "hydra"} & set(sys.modules)
+print(json.dumps(session.get_modelmeta().custom_metadata_map))
+""",
+        tmp_path,
+    )
+    expected = compute_logits(trained)
+    for number in (100, 7, 1):
+        np.testing.assert_allclose(np.load(tmp_path / f"logits{number}.npy"), expected[:number], rtol=0, atol=1e-4)
+    check_metadata(json.loads(printed), trained)
+    assert b"src/export.py" not in path.read_bytes()  # where the source lies on this machine
+
+
+def test_pt2_needs_torch_alone(trained: Path, tmp_path: Path) -> None:
+    cfg = compose_cfg(tmp_path, f"ckpt_path={trained}", "format=pt2", config_name="export")
+    check(cfg)
+    result = export(cfg)
+    path = tmp_path / "model.pt2"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.yaml", "model.pt2"]
+    assert result["checked"] == 500
+    assert result["bytes"] == path.stat().st_size < 400_000  # weights of 247 kB, and no images
+    np.save(tmp_path / "digits.npy", DIGITS.numpy())
+    printed = run_alone(
+        """
+import json, sys, numpy, torch
+extra = {key: "" for key in ("classes", "config", "accuracy", "data", "versions")}
+net = torch.export.load("model.pt2", extra_files=extra).module()
+digits = torch.from_numpy(numpy.load("digits.npy"))
+for number in (100, 7, 1):
+    numpy.save(f"logits{number}.npy", net(digits[:number]).detach().numpy())
+assert not {"src", "pytorch_lightning", "hydra", "torchvision"} & set(sys.modules)
+print(json.dumps(extra))
+""",
+        tmp_path,
+    )
+    expected = compute_logits(trained)
+    for number in (100, 7, 1):
+        np.testing.assert_allclose(np.load(tmp_path / f"logits{number}.npy"), expected[:number], rtol=0, atol=1e-4)
+    check_metadata(json.loads(printed), trained)
+
+
+def test_safetensors_holds_the_nets_weights(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a" / "model.safetensors"
+    result = export_checkpoint(trained, path, "safetensors")
+    net = LeNet5(activation="relu")
+    net.load_state_dict(load_file(path))
+    with torch.no_grad():
+        np.testing.assert_allclose(net(preprocess(DIGITS)).numpy(), compute_logits(trained), rtol=0, atol=1e-4)
+    with safe_open(path, "pt") as file:
+        check_metadata(file.metadata(), trained)
+    assert result["input"] == {"dtype": "float32", "shape": ["batch", 1, 32, 32]}
+
+
+class FloatDigits(pl.LightningDataModule):
+    """A user's own data, ready for the net."""
+
+    def test_dataloader(self) -> DataLoader:
+        labels = torch.arange(100) % 10
+        return DataLoader(TensorDataset(preprocess(DIGITS)[:, :, ::4, ::4], labels), 33)
+
+
+def alter(checkpoint: Path, path: Path, **nodes: Any) -> Path:
+    """A checkpoint with other nodes in its config, and weights that are not trained."""
+    content = load_checkpoint(checkpoint)
+    content["hyper_parameters"]["model"].update(nodes.pop("model"))
+    content["hyper_parameters"].update(nodes)
+    content["state_dict"] = instantiate(OmegaConf.create(content["hyper_parameters"]["model"])).state_dict()
+    torch.save(content, path)
+    return path
+
+
+def sequential(*layers: dict[str, Any]) -> dict[str, Any]:
+    return {"_target_": "torch.nn.Sequential", "_args_": list(layers)}
+
+
+FLATTEN = {"_target_": "torch.nn.Flatten"}
+
+
+@pytest.mark.parametrize("file_format", ["onnx", "pt2", "safetensors"])
+def test_a_net_and_data_of_the_users_own_are_exported(
+    file_format: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("src.targets.OWN", ("tests",))
+    norm = {"_target_": "torch.nn.BatchNorm1d", "num_features": 64}
+    linear = {"_target_": "torch.nn.Linear", "in_features": 64, "out_features": 10}
+    model = {"net": sequential(FLATTEN, norm, linear), "input_size": [1, 8, 8]}
+    data = {"_target_": "tests.test_export.FloatDigits"}
+    checkpoint = alter(trained, tmp_path / "own.ckpt", model=model, data=data)
+    result = export_checkpoint(checkpoint, tmp_path / "own.bin", file_format)
+    assert result["input"] == {"dtype": "float32", "shape": ["batch", 1, 8, 8]}
+    assert result["checked"] == 100
+    assert (tmp_path / "own.bin").stat().st_size == result["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("file_format", "message"),
+    [
+        ("onnx", "format=onnx: Sequential cannot be exported: "),
+        ("safetensors", "format=safetensors: the file computes something else than the checkpoint "),
+    ],
+)
+def test_what_cannot_be_exported_leaves_what_was_there(
+    file_format: str, message: str, trained: Path, tmp_path: Path
+) -> None:
+    pool = {"_target_": "torch.nn.FractionalMaxPool2d", "kernel_size": 2, "output_size": 9}  # at random, always
+    linear = {"_target_": "torch.nn.Linear", "in_features": 81, "out_features": 10}
+    checkpoint = alter(trained, tmp_path / "random.ckpt", model={"net": sequential(pool, FLATTEN, linear)})
+    output = tmp_path / "out" / "model.bin"
+    output.parent.mkdir()
+    output.write_text("an older export")
+    with pytest.raises(ConfigError) as caught:
+        export_checkpoint(checkpoint, output, file_format)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(output.parent.iterdir()) == [output]
+    assert output.read_text() == "an older export"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["format=tflite"], "format=tflite: expected one of onnx, pt2, safetensors"),
+        (["ckpt_path=nowhere.ckpt"], "ckpt_path=nowhere.ckpt: no such file"),
+        ([], "train first (python -m src.train)"),
+    ],
+)
+def test_a_bad_setting_is_said_and_nothing_written(arguments: list[str], message: str, tmp_path: Path) -> None:
+    result = run_command("export", *arguments, cwd=tmp_path, PROJECT_ROOT=str(tmp_path))
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("file_format", "package"), [("onnx", "onnxscript"), ("safetensors", "safetensors")])
+def test_a_missing_package_is_said(
+    file_format: str, package: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"format={file_format}: needs {package}: pip install"):
+        check(compose_cfg(tmp_path, f"ckpt_path={trained}", f"format={file_format}", config_name="export"))

@@ -1,0 +1,157 @@
+"""The predict command: pictures redrawn from MNIST's digits are taken for what the digits are taken for."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from torch import Tensor
+
+from src.build import restore
+from src.config import ConfigError, check
+from src.data.images import read_digits, read_like
+from src.data.mnist import MNISTDataModule, preprocess
+from src.data.sources import read_package
+from src.predict import find_reader, predict, predict_files
+from tests.compose import compose_cfg, run_command
+from tests.conftest import write_idx
+
+CPU = {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
+
+
+def classify(checkpoint: Path, images: Tensor) -> tuple[list[int], list[float]]:
+    """Classes and their probabilities, without the code under test; uint8 images (N, 28, 28)."""
+    with torch.no_grad():
+        best = restore(checkpoint)(preprocess(images)).softmax(dim=1).max(dim=1)
+    return best.indices.tolist(), best.values.tolist()
+
+
+def draw_large(digit: Tensor, path: Path) -> None:
+    """Dark on light, 12 times as large, in a corner of a picture that is neither square nor the digit's shape."""
+    large = Image.fromarray(255 - digit.numpy()).resize((336, 336), Image.Resampling.BICUBIC)
+    page = Image.new("L", (700, 450), 255)
+    page.paste(large, (10, 90))
+    page.save(path)
+
+
+def test_large_dark_digits_are_taken_for_what_mnist_has(trained: Path, tmp_path: Path) -> None:
+    digits = read_package()
+    chosen = torch.arange(7, 5000, 50)  # 100, as many of each class
+    files = [tmp_path / f"{index:04}.png" for index in chosen.tolist()]
+    for file, digit in zip(files, digits.images[chosen], strict=True):
+        draw_large(digit, file)
+    rows, failed = predict_files(trained, files, 64, CPU)
+    expected, _ = classify(trained, digits.images[chosen])
+    found = [row["digit"] for row in rows]
+    assert failed == []
+    assert [row["file"] for row in rows] == [str(file) for file in files]
+    assert np.mean(np.array(found) == expected) >= 0.95
+    assert np.mean(np.array(found) == digits.labels[chosen].numpy()) >= 0.95
+
+
+def test_every_digit_of_an_idx_file_gets_a_row(trained: Path, tmp_path: Path) -> None:
+    digits = read_package().images[::50]  # 100
+    path = tmp_path / "mine-idx3-ubyte"
+    write_idx(path, digits.numpy(), gzipped=False)
+    Image.fromarray(digits[3].numpy()).save(tmp_path / "one.png")
+    labels, probabilities = classify(trained, digits)
+    for batch_size in (7, 1000):
+        rows, failed = predict_files(trained, [path, tmp_path / "one.png"], batch_size, CPU)
+        assert failed == []
+        assert [row["file"] for row in rows] == [f"{path}#{index}" for index in range(100)] + [
+            str(tmp_path / "one.png")
+        ]
+        assert [row["digit"] for row in rows] == [*labels, labels[3]]
+        assert [row["probability"] for row in rows] == pytest.approx([*probabilities, probabilities[3]], abs=1e-5)
+        assert all(row["runner_up"] != row["digit"] for row in rows)
+        assert all(0 <= row["runner_up_probability"] <= row["probability"] for row in rows)
+
+
+def test_the_command_skips_and_names_what_it_cannot_read(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "digits"
+    folder.mkdir()
+    for index in range(3):
+        draw_large(read_package().images[500 * index], folder / f"{index}.png")
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:-300])
+    Image.new("L", (50, 50), 255).save(folder / "empty.png")
+    (folder / "note.txt").write_text("not meant")
+    arguments = (f"ckpt_path={trained}", "inputs=digits", "output=out/p.csv", "hydra.run.dir=run", "accelerator=cpu")
+    result = run_command("predict", *arguments, cwd=tmp_path)
+    assert result.returncode == 1
+    lines = result.stderr.splitlines()
+    assert len(lines) == 3, result.stderr
+    assert lines[0].startswith("digits/broken.png: skipped: ")
+    assert lines[1].startswith("digits/empty.png: skipped: blank")
+    assert lines[2] == "error: 2 of 5 files could not be read and were skipped: digits/broken.png, digits/empty.png"
+    with (tmp_path / "out/p.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["file"], row["digit"]) for row in rows] == [(f"digits/{index}.png", str(index)) for index in range(3)]
+    for row in rows:
+        assert f"{float(row['probability']):.4f}" in result.stdout
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["p.csv"]
+
+
+def test_csv_json_and_parquet_say_the_same(trained: Path, tmp_path: Path) -> None:
+    write_idx(tmp_path / "a-idx3-ubyte", read_package().images[::400].numpy(), gzipped=False)
+    overrides = [f"ckpt_path={trained}", f"inputs=[{tmp_path}/a-idx3-ubyte]", "accelerator=cpu"]
+    for suffix in ("csv", "json", "parquet"):
+        cfg = compose_cfg(tmp_path, *overrides, f"output={tmp_path}/rows.{suffix}", config_name="predict")
+        check(cfg)
+        rows = predict(cfg)
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+    assert pyarrow.parquet.read_table(tmp_path / "rows.parquet").to_pylist() == rows
+    with (tmp_path / "rows.csv").open() as file:
+        assert list(csv.DictReader(file)) == [{key: str(value) for key, value in row.items()} for row in rows]
+
+
+class Photos(pl.LightningDataModule):
+    """A user's own."""
+
+    def read_images(self, path: Path) -> Tensor:
+        return torch.full((1, 3, 8, 8), float(path.stem))
+
+
+def test_other_data_are_read_as_their_data_module_says(tmp_path: Path) -> None:
+    photos = Photos()
+    assert find_reader(photos)(Path("7.jpg")).unique().item() == 7
+    assert find_reader(MNISTDataModule(str(tmp_path))) is read_digits
+    assert find_reader(MNISTDataModule(str(tmp_path), name="FashionMNIST")) is read_like
+    with pytest.raises(ConfigError, match=r"LightningDataModule.* method read_images"):
+        find_reader(pl.LightningDataModule())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "inputs=None: expected a file, a folder, a pattern"),
+        (["inputs=[]"], "inputs=[]: expected a file, a folder, a pattern"),
+        (["inputs=nothing/*.png"], "inputs=nothing/*.png: no such file"),
+        (["inputs=.", "output=rows.xlsx"], "output=rows.xlsx: expected a file that ends in .csv, .json or .parquet"),
+        (["inputs=.", "batch_size=0"], "batch_size=0: expected a whole number of 1 or more"),
+    ],
+)
+def test_a_bad_setting_is_said_and_nothing_written(arguments: list[str], message: str, tmp_path: Path) -> None:
+    result = run_command("predict", *arguments, cwd=tmp_path, PROJECT_ROOT=str(tmp_path))
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_and_several_devices_are_said(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("L", (9, 9)).save(tmp_path / "a.png")
+    overrides: list[Any] = [f"ckpt_path={trained}", f"inputs={tmp_path}/a.png", "output=a.parquet"]
+    with pytest.raises(ConfigError, match=r"accelerator.devices=2: expected 1"):
+        predict(compose_cfg(tmp_path, *overrides, "accelerator=cpu", "accelerator.devices=2", config_name="predict"))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"output=a.parquet: needs pyarrow: pip install -e '.\[export\]'"):
+        check(compose_cfg(tmp_path, *overrides, config_name="predict"))
