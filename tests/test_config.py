@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from src.config import RULES, ConfigError, check
+from src.config import ConfigError, check
+from src.rules import RULES
 from tests.compose import compose_cfg
 
 

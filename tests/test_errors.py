@@ -34,8 +34,8 @@ def _unresolved() -> Exception:
         (HydraException("one\ntwo"), "error: one two"),
         (FileNotFoundError("no weights"), "error: no weights"),
         (
-            PermissionError(13, "Permission denied", "/root/x"),
-            "error: /root/x: Permission denied; mend that or choose another folder with hydra.run.dir=<folder>",
+            PermissionError(13, "Permission denied", "/data/x"),
+            "error: /data/x: Permission denied; mend that or choose another folder with hydra.run.dir=<folder>",
         ),
         (
             _raised(InstantiationException("Error in call\nfull_key: optimizer"), TypeError("no such argument\nmore")),
