@@ -1,5 +1,6 @@
 """The processes of a run or a sweep: which of them this is, when they end, and how they find each other."""
 
+import atexit
 import os
 import select
 import signal
@@ -139,6 +140,15 @@ def prepare_trainer(trainer: Any) -> None:
         if trainer.num_nodes > 1:
             choose_interface(trainer.strategy.cluster_environment.main_address)
         insist_on_signals()
+        atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    """End gloo's threads, which Lightning leaves running: the interpreter's end aborts over them now and then."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _watch(parent: int, kill: Callable[[int, int], None], target: int) -> None:

@@ -195,7 +195,11 @@ def test_the_row_for_two_machines_trains_one_model_on_loopback(project: Path, tm
     finally:
         for host in hosts:
             host.terminate()  # which ends its processes, too
-            host.wait(30)
+            try:
+                host.wait(30)
+            except subprocess.TimeoutExpired:
+                host.kill()
+                host.wait()
     said = [(tmp_path / f"log{rank}").read_text() for rank in range(2)]
     assert codes == [0, 0], said
     assert "test/acc" in said[0]
