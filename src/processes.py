@@ -132,7 +132,8 @@ def prepare_trainer(trainer: Any) -> None:
         handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
         register()
         for signum, handler in handlers.items():
-            signal.signal(signum, handler)
+            if handler is not None:  # one that is not Python's cannot be set by Python
+                signal.signal(signum, handler)
 
     if threading.current_thread() is threading.main_thread():
         connector.register_signal_handlers = register_signal_handlers

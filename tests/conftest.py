@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import os
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -97,6 +98,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     common = ("data=mnist5k", "trainer=cpu", "callbacks=minimal", "logger=[]", "test=false")
     train(compose_cfg(folder, *common, "trainer.max_epochs=6"))
     return folder / "checkpoints" / "best.ckpt"
+
+
+@pytest.fixture
+def mount_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mount a file system of its own, as small as ``mount_disk("300k")`` says."""
+    disk = tmp_path / "disk"
+    with ExitStack() as stack:
+
+        def mount(size: str) -> Path:
+            disk.mkdir()
+            command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+            if subprocess.run(command, check=False, capture_output=True).returncode:
+                pytest.skip("only root can mount the small file system that this needs")
+            stack.callback(lambda: subprocess.run(["umount", disk], check=True))
+            return disk
+
+        yield mount
 
 
 class Mirror(ThreadingHTTPServer):

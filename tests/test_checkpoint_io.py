@@ -2,7 +2,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,25 +34,14 @@ def test_a_save_replaces_the_previous_checkpoint(tmp_path: Path) -> None:
     assert torch.load(path, weights_only=True) == {"step": 2}
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("only root can mount the small file system that this needs")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
-def test_a_full_disk_leaves_the_previous_checkpoint(small_disk: Path) -> None:
-    io, path = AtomicCheckpointIO(), small_disk / "last.ckpt"
+def test_a_full_disk_leaves_the_previous_checkpoint(mount_disk: Callable[[str], Path]) -> None:
+    disk = mount_disk("2m")
+    io, path = AtomicCheckpointIO(), disk / "last.ckpt"
     io.save_checkpoint({"step": 1, "weights": torch.zeros(300_000)}, path)  # 1.2 MB: two have no room
     with pytest.raises(OSError, match=r"last\.ckpt: cannot be written \(No space left on device\); free some space"):
         io.save_checkpoint({"step": 2, "weights": torch.zeros(300_000)}, path)
     assert torch.load(path, weights_only=True)["step"] == 1
-    assert list(small_disk.iterdir()) == [path]
+    assert list(disk.iterdir()) == [path]
 
 
 SAVING = """

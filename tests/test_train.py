@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -136,25 +137,13 @@ def test_works_from_any_directory(tmp_path: Path) -> None:
     assert (tmp_path / "here" / "metrics.json").is_file()
 
 
-def test_a_full_disk_is_said(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], check=False, capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("only root can mount the small file system that this needs")
-    try:
-        result = run_command(
-            "train", "data=mnist5k", "trainer.max_epochs=1", "trainer=cpu", f"hydra.run.dir={disk}/run"
-        )
-        names = [path.name for path in disk.glob("run/checkpoints/*")]
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_a_full_disk_is_said(mount_disk: Callable[[str], Path]) -> None:
+    disk = mount_disk("300k")
+    result = run_command("train", "data=mnist5k", "trainer.max_epochs=1", "trainer=cpu", f"hydra.run.dir={disk}/run")
     assert result.returncode == 1
     assert "No space left on device" in result.stderr
     assert "Traceback" not in result.stderr
-    assert names == []
+    assert list(disk.glob("run/checkpoints/*")) == []
 
 
 @pytest.mark.gpu
