@@ -67,7 +67,7 @@ class LastCheckpoint(Checkpoint):
             torch.distributed.all_gather_object(processes, own)
         checkpoint["processes"] = processes
         checkpoint["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        checkpoint["should_stop"] = trainer.should_stop
+        checkpoint["should_stop"] = bool(trainer.should_stop)  # a callback may have set NumPy's
         checkpoint["in_step"] = self._in_step
 
     def on_load_checkpoint(

@@ -35,7 +35,7 @@ class Pruning(pl.Callback):
                 self._trial = open_trial(self.study, self.number)
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # an epoch that a kill has undone
                 self._trial.report(float(trainer.callback_metrics[self.monitor]), step=trainer.current_epoch)
-            prune = self._trial.should_prune()
+            prune = bool(self._trial.should_prune())  # NumPy's may be what a pruner says; a checkpoint holds none
         is_last = trainer.current_epoch + 1 == trainer.max_epochs
         self.pruned = trainer.strategy.broadcast(prune) and not is_last
         trainer.should_stop = trainer.should_stop or self.pruned
