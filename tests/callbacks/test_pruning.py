@@ -18,7 +18,7 @@ EPOCHS = 3
 SAMPLER = {"_target_": "optuna.samplers.RandomSampler"}
 NEVER = {"_target_": "optuna.pruners.ThresholdPruner", "lower": 0.0}
 AT_TWO = {"_target_": "optuna.pruners.ThresholdPruner", "lower": 1.1, "n_warmup_steps": 1}
-BELOW_MEDIAN = {"_target_": "optuna.pruners.MedianPruner", "n_startup_trials": 1}  # it answers with NumPy's bool
+MEDIAN = {"_target_": "optuna.pruners.MedianPruner", "n_startup_trials": 1}  # it answers with NumPy's bool
 AT_LAST = {"_target_": "optuna.pruners.ThresholdPruner", "lower": 1.1, "n_warmup_steps": EPOCHS - 1}
 
 
@@ -68,10 +68,10 @@ def test_a_trial_ends_when_the_studys_pruner_says_so_but_for_its_last_epoch(
     assert study.trials[other.number].intermediate_values == {}
 
 
-def test_checkpoints_of_a_pruned_trial_can_be_read(tmp_path: Path, mnist_root: Path) -> None:
-    study = make_study(tmp_path, BELOW_MEDIAN)
-    study.add_trial(optuna.create_trial(value=1.0, intermediate_values=dict.fromkeys(range(EPOCHS), 1.0)))
-    assert run_trial(tmp_path / "job", mnist_root, study.ask(), "seed=1")["pruned"]
+def test_checkpoints_of_a_trial_that_a_pruner_has_compared_can_be_read(tmp_path: Path, mnist_root: Path) -> None:
+    study = make_study(tmp_path, MEDIAN)
+    study.add_trial(optuna.create_trial(value=0.0, intermediate_values=dict.fromkeys(range(EPOCHS), 0.0)))
+    assert not run_trial(tmp_path / "job", mnist_root, study.ask())["pruned"]
     for name in ("best", "last"):
         assert restore(tmp_path / "job" / "checkpoints" / f"{name}.ckpt").net
 
