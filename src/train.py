@@ -9,7 +9,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from src.command import continue_if_requeued, in_sweep, run, short_errors
+from src.command import continue_if_requeued, in_sweep, load_libraries, run, short_errors
 from src.processes import get_name, prepare_trainer
 from src.resume import check_difference
 from src.status import describe_start, tracked
@@ -33,6 +33,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     from src import build, report
     from src.callbacks.speed import Speed
+    from src.sweeps.vectorized import MEMBER
 
     start = time.perf_counter()
     output_dir = Path(cfg.output_dir)
@@ -47,8 +48,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
         check_difference(checkpoint["hyper_parameters"], dict(module.hparams))
         if not get_name():
             log.info(f"going on from {report.shown(cfg.ckpt_path)}, step {first_step}")
-    trainer = build.build_trainer(cfg, first_step)
+    member = MEMBER.get()  # of a vectorised sweep
+    trainer = build.build_trainer(cfg, first_step, **({"inference_mode": False} if member else {}))
     prepare_trainer(trainer)
+    if member:
+        member.join(module, datamodule, trainer)
     if trainer.is_global_zero:
         OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
 
@@ -86,6 +90,7 @@ def main(cfg: DictConfig) -> None:
         continue_if_requeued(cfg)
         if in_sweep() and OmegaConf.select(cfg, "callbacks.summary"):
             cfg.callbacks.summary = None  # the same for each job
+        load_libraries()
         train(cfg)
         if not get_name() and not in_sweep():
             _show(cfg)
