@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import LearningRateMonitor
+from pytorch_lightning.callbacks import DeviceStatsMonitor, LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger
 
 from src.classifier import ImageClassifier
@@ -50,8 +50,9 @@ def build_trainer(cfg: DictConfig, first_step: int | None = None, **overrides: A
     """
     loggers = [_build_logger(node, first_step) for node in (cfg.get("logger") or {}).values() if node is not None]
     callbacks = _build_named(cfg.get("callbacks"))
-    if not loggers:  # this one refuses to run without; so that logger=[] works alone
-        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+    if not loggers:  # these refuse to run without; so that logger=[] works alone
+        alone = (LearningRateMonitor, DeviceStatsMonitor)
+        callbacks = [callback for callback in callbacks if not isinstance(callback, alone)]
     trainer: pl.Trainer = instantiate(cfg.trainer)(
         callbacks=callbacks,
         logger=loggers,

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.rules import NODE, RULES
+from src.rules import METRICS, NODE, RULES
 from src.targets import check_targets
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,8 +30,15 @@ class SweepError(Exception):
 # Each builds one object, where a command trains; those that are _partial_ get the rest of their arguments then.
 REQUIRED_NODES = {"data": False, "model": False, "optimizer": True, "trainer": True}
 NODES_BY_NAME = ("callbacks", "logger")  # each holds named nodes
-MARKS = {"inputs": "predict", "format": "export"}  # a key that only this command has
-PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",), "parquet": ("pyarrow",)}
+MARKS = {"inputs": "predict", "format": "export", "port": "demo"}  # a key that only this command has
+# By a format, or a logger's class: what it needs, and the extra of pyproject.toml that has it.
+PACKAGES = {
+    "onnx": (("onnx", "onnxscript", "onnxruntime"), "export"),
+    "safetensors": (("safetensors",), "export"),
+    "parquet": (("pyarrow",), "export"),
+    "WandbLogger": (("wandb",), "trackers"),
+    "MLFlowLogger": (("mlflow",), "trackers"),
+}
 
 
 def check(cfg: DictConfig) -> None:
@@ -63,10 +70,13 @@ def check(cfg: DictConfig) -> None:
             if node is not None:
                 _require_target(f"{name}.{key}", node)
     check_targets(config)
+    for key, node in (config.get("logger") or {}).items():
+        _require_packages("logger", key, str((node or {}).get("_target_")).rpartition(".")[2])
     command = "train" if is_training else next((name for key, name in MARKS.items() if key in config), "test")
     _check_node("", config, command)
     if is_training:
         _check_clipping(config["trainer"], config["optimizer"])
+        _check_monitors(config)
     if command == "predict":
         from src.data.images import find_inputs  # here: no other command needs Pillow
 
@@ -82,10 +92,11 @@ def check(cfg: DictConfig) -> None:
         newest_checkpoint(Path(config["root_dir"]) / "logs")
 
 
-def _require_packages(key: str, value: str | None, format_name: str) -> None:
-    missing = [name for name in PACKAGES.get(format_name, ()) if importlib.util.find_spec(name) is None]
+def _require_packages(key: str, value: str | None, what: str) -> None:
+    packages, extra = PACKAGES.get(what, ((), ""))
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"{key}={value}: needs {' and '.join(missing)}: pip install -e '.[export]'")
+        raise ConfigError(f"{key}={value}: needs {' and '.join(missing)}: pip install -e '.[{extra}]'")
 
 
 def _require_target(key: str, node: Any, is_partial: bool = False) -> None:
@@ -124,6 +135,22 @@ def _check_clipping(trainer: dict[str, Any], optimizer: dict[str, Any]) -> None:
             f"trainer.gradient_clip_val={clip}: a fused optimizer unscales {precision} gradients by itself, behind the "
             "clipping; set optimizer.fused=false"
         )
+
+
+def _check_monitors(config: dict[Any, Any]) -> None:
+    """Where it is known what is logged: a metric that never comes would else be missed behind the first epoch."""
+    callbacks = {name: node for name, node in (config.get("callbacks") or {}).items() if node}
+    targets = [config["model"]["_target_"], *(node["_target_"] for node in callbacks.values())]
+    if targets[0] not in METRICS or not all(target.startswith(("src.", "pytorch_lightning.")) for target in targets):
+        return
+    known = sorted({metric for target in targets for metric in METRICS.get(target, ())})
+    nodes = {"": config, "scheduler.": config.get("scheduler") or {}}
+    for path, node in (nodes | {f"callbacks.{name}.": node for name, node in callbacks.items()}).items():
+        if node.get("monitor") not in (None, *known):
+            raise ConfigError(
+                f"{path}monitor={node['monitor']}: no metric of that name; expected one of {', '.join(known)} "
+                "(those of your own belong into METRICS in src/rules.py)"
+            )
 
 
 def check_checkpoint(path: str | Path) -> None:

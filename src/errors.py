@@ -29,7 +29,8 @@ def _explain(error: BaseException, config_name: str) -> str:
         if error.missing_cfg_file in EXTRAS:
             extra = EXTRAS[error.missing_cfg_file]
             return f"error: {group}={option}: not installed; pip install -e '.[{extra}]' does it"
-        return f"error: {group}={option}: no such file in conf/{group}/; {_nearest(option, error.options or ())}"
+        options = error.options or sorted(path.stem for path in (CONF / group).glob("*.yaml"))  # a list has none
+        return f"error: {group}={option}: no such file in conf/{group}/; {_nearest(option, options)}"
     if isinstance(error, ConfigCompositionException):
         return f"error: {_explain_composition(error, config_name)}"
     if isinstance(error, OmegaConfBaseException):
@@ -44,6 +45,8 @@ def _explain(error: BaseException, config_name: str) -> str:
         return f"error: {key.group(1) if key else 'config'}: {said}"
     if isinstance(error, OverrideParseException):
         return f"error: {error.override}: expected key=value, with quotes as in 'key=\"a, b\"' or 'key=[a,b]'"
+    if isinstance(error, IndexError) and (label := re.fullmatch(r"Target (\d+) is out of bounds\.", str(error))):
+        return f"error: model.num_classes: the data have a class {label[1]}; expected {int(label[1]) + 1} or more"
     if isinstance(error, OSError) and error.strerror:
         where = f" {error.filename}" if error.filename else ""
         return f"error:{where}: {error.strerror}; mend that or choose another folder with hydra.run.dir=<folder>"

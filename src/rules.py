@@ -67,6 +67,13 @@ DEVICE = {
     "precision": _one_of("32-true", "16-mixed", "bf16-mixed"),
 }
 
+# What a `monitor` may name: the metrics that a task, or a callback of src, logs ahead of a validation's end. Of a task
+# that is not here, anything.
+METRICS = {
+    "src.classifier.ImageClassifier": ("train/acc", "train/loss", "val/acc", "val/loss"),
+    "src.callbacks.speed.Speed": ("train/images_per_second",),
+}
+
 # By the beginning of a node's `_target_`, or the key of one that has none; the commands' names are the tops of
 # their configs. Keys that are not there are not checked, but for those that are needed.
 RULES: dict[str, dict[str, Rule]] = {
@@ -113,6 +120,12 @@ RULES: dict[str, dict[str, Rule]] = {
         "format": _needed(_one_of("onnx", "pt2", "safetensors")),
         "output": _needed(_or_null(TEXT)),
         "data": _needed(Rule("root and batch_size", lambda v: isinstance(v, dict))),
+        "root_dir": _needed(TEXT),
+        "output_dir": _needed(TEXT),
+    },
+    "demo": {
+        "ckpt_path": _needed(_or_null(TEXT)),
+        "port": _needed(Rule("a whole number from 0 to 65535", lambda v: _is_int(v) and 0 <= v <= 65535)),
         "root_dir": _needed(TEXT),
         "output_dir": _needed(TEXT),
     },
@@ -204,11 +217,29 @@ RULES: dict[str, dict[str, Rule]] = {
         "filename": _or_null(TEXT),
         "monitor": _or_null(TEXT),
         "mode": _one_of("min", "max"),
+        "patience": _int(0),
+        "min_delta": NOT_NEGATIVE,
         "save_top_k": _int(-1),
         "enable_version_counter": FLAG,
         "max_depth": _int(-1),
     },
-    "src.callbacks.": {"dirpath": TEXT, "every_n_steps": _or_null(_int(1)), "refresh_rate": _int(0)},
+    "src.callbacks.lr_finder.": {"min_lr": POSITIVE, "max_lr": POSITIVE, "num_training_steps": _int(13)},
+    "src.callbacks.weight_averaging.": {"decay": _between(0, 1), "update_every_n_steps": _int(1)},
+    "src.callbacks.": {
+        "dirpath": TEXT,
+        "every_n_steps": _or_null(_int(1)),
+        "refresh_rate": _int(0),
+        "num_images": _int(1),
+    },
+    "src.loggers.": {
+        "save_dir": TEXT,
+        "project": TEXT,
+        "offline": FLAG,
+        "has_test": FLAG,
+        "tracking_uri": TEXT,
+        "artifact_location": _or_null(TEXT),
+        "experiment_name": TEXT,
+    },
     "pytorch_lightning.loggers.": {
         "save_dir": TEXT,
         "name": NAME,

@@ -155,7 +155,9 @@ def test_one_process_speaks_for_both(together: Run) -> None:
 
 def test_one_process_writes_for_both(together: Run) -> None:
     names = {path.name for path in together.path.iterdir() if not path.name.startswith("events.out")}
-    assert names == {"config.yaml", "hparams.yaml", "metrics.json", "status.json", "train.log", "checkpoints"}
+    projector = {"projector_config.pbtxt", "00008"}
+    own = {"config.yaml", "hparams.yaml", "metrics.json", "status.json", "train.log", "checkpoints"}
+    assert names == own | projector
     assert {path.name for path in (together.path / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     events = EventAccumulator(str(together.path))
     events.Reload()

@@ -17,7 +17,8 @@ CHARTS = {
     "train and val": {
         "loss": ["Multiline", ["train/loss", "val/loss"]],
         "acc": ["Multiline", ["train/acc", "val/acc"]],
-    }
+    },
+    "classes": {"acc of each": ["Multiline", [r"val_class_acc/.*"]]},
 }
 
 

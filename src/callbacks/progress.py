@@ -1,6 +1,7 @@
 """What a run shows while it goes on."""
 
 import logging
+import os
 import sys
 import time
 
@@ -11,12 +12,12 @@ log = logging.getLogger(__name__)
 
 
 def make_progress(refresh_rate: int = 50) -> ProgressBar:
-    """A Rich progress bar on a terminal, else one plain line an epoch.
+    """A Rich progress bar on a terminal, else, and under CI, one plain line an epoch.
 
     Args:
         refresh_rate: Batches between two updates of the bar; an update costs a third of a millisecond.
     """
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and not os.environ.get("CI"):
         return RichProgressBar(refresh_rate=refresh_rate, leave=True)
     return EpochLines()
 

@@ -1,0 +1,75 @@
+"""Which classes are taken for which."""
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from numpy.typing import NDArray
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from src.callbacks.writers import find_writers, get_step
+from src.report import class_accuracies
+
+CELL = 29  # pixels: ten and the margins are 350 wide, as TensorBoard shows a picture
+MARGIN = 30
+MAX_NUMBERED = 30  # more classes are coloured alone
+RIGHT, WRONG = (9, 105, 218), (207, 34, 46)  # the colours of a whole row on and off the diagonal
+
+
+class Confusion(Callback):
+    """Draws the confusion matrix of each validation, and logs the accuracy of each class, to TensorBoard.
+
+    For modules that have it in ``confusion``, (num_classes, num_classes), as ``ImageClassifier`` does.
+    """
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw and log."""
+        confusion = getattr(pl_module, "confusion", None)
+        if not isinstance(confusion, Tensor):
+            return
+        for writer in find_writers(trainer):
+            step = get_step(trainer)
+            writer.add_image("val/confusion", draw_confusion(confusion), step, dataformats="HWC")
+            for label, accuracy in enumerate(class_accuracies(confusion.tolist())):
+                if accuracy is not None:
+                    writer.add_scalar(f"val_class_acc/{label}", accuracy, step)
+
+
+def draw_confusion(confusion: Tensor) -> NDArray[np.uint8]:
+    """A confusion matrix as a picture: the stronger a cell's colour, the larger its share of its row.
+
+    Args:
+        confusion: Images of class i that were taken for class j, (num_classes, num_classes).
+
+    Returns:
+        (H, W, 3).
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    counts = confusion.cpu()
+    num_classes = len(counts)
+    cell = CELL if num_classes <= MAX_NUMBERED else max(1, CELL * MAX_NUMBERED // num_classes)
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    strength = shares.sqrt().unsqueeze(2)  # the root: few errors shall be seen, too
+    is_right = torch.eye(num_classes, dtype=torch.bool).unsqueeze(2)
+    full = torch.where(is_right, torch.tensor(RIGHT), torch.tensor(WRONG))
+    cells = (255 - strength * (255 - full)).byte().numpy().repeat(cell, axis=0).repeat(cell, axis=1)
+    left, top = 2 * MARGIN, MARGIN
+    page = Image.new("RGB", (left + cells.shape[1], top + cells.shape[0] + MARGIN), "white")
+    page.paste(Image.fromarray(cells), (left, top))
+    draw = ImageDraw.Draw(page)
+    font, small = ImageFont.load_default(13), ImageFont.load_default(10)
+    draw.text((left + cells.shape[1] // 2, page.height - 8), "taken for", "black", anchor="ms", font=font)
+    draw.text((MARGIN // 2, top + cells.shape[0] // 2), "is", "black", anchor="mm", font=font)
+    if num_classes > MAX_NUMBERED:
+        return np.asarray(page)
+    for row in range(num_classes):
+        x, y = (start + row * cell + cell // 2 for start in (left, top))
+        draw.text((left - 8, y), str(row), "black", anchor="rm", font=font)
+        draw.text((x, top - 8), str(row), "black", anchor="ms", font=font)
+        for column, count in enumerate(counts[row].tolist()):
+            if count:
+                place = left + column * cell + cell // 2, y
+                color = "white" if shares[row, column] > 0.3 else "black"
+                draw.text(place, str(count), color, anchor="mm", font=font if count < 1000 else small)
+    return np.asarray(page)

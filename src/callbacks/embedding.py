@@ -1,0 +1,81 @@
+"""Where the last hidden layer puts the images."""
+
+from collections import deque
+from contextlib import ExitStack
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+
+from src.callbacks.writers import find_writers, get_step
+from src.layers import Layer, recording, to_pixels
+
+SPRITE = 32  # pixels of an image in the projector
+
+
+class Embedding(Callback):
+    """Puts what the last hidden layer (LeNet-5's F6) makes of validation images into TensorBoard's projector.
+
+    With the images, their labels and the classes that they were taken for, as of the last validation. For modules with
+    the net in ``net``, whose ``validation_step`` returns logits, (B, num_classes), of batches (images, labels).
+
+    Args:
+        num_images: How many, the first ones of the validation, 1 or more.
+    """
+
+    def __init__(self, num_images: int = 500) -> None:
+        self.num_images = num_images
+        self._writers: list[SummaryWriter] = []
+        self._layers: deque[Layer] = deque(maxlen=2)  # the last ones of the net
+        self._hooks = ExitStack()
+        self._parts: list[tuple[Tensor, ...]] = []  # of each batch: vectors, images, labels, predictions
+        self._missing = 0  # images
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start anew."""
+        self._writers = find_writers(trainer) if isinstance(getattr(pl_module, "net", None), nn.Module) else []
+        self._parts, self._missing = [], self.num_images
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Listen to the net."""
+        if self._writers and self._missing > 0:
+            self._layers.clear()
+            self._hooks.enter_context(recording(pl_module.net, self._layers))  # type: ignore[arg-type]
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep what it said."""
+        self._hooks.close()
+        if len(self._layers) == 2 and isinstance(outputs, Tensor):
+            images, labels = batch
+            parts = (self._layers[0].values.flatten(1), images, labels, outputs.argmax(dim=1))
+            self._parts.append(tuple(part[: self._missing].cpu() for part in parts))
+            self._missing -= len(labels)
+        self._layers.clear()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write what the last validation has left, once: it takes a tenth of a second."""
+        if not self._parts:
+            return
+        vectors, images, labels, predictions = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
+        self._parts = []
+        sprites = F.interpolate(images.float(), (SPRITE, SPRITE), mode="bilinear", antialias=True)
+        sprites = torch.from_numpy(to_pixels(sprites)).permute(0, 3, 1, 2) / 255
+        names = torch.stack([labels, predictions], dim=1).tolist()
+        for writer in self._writers:
+            writer.add_embedding(
+                vectors.float(), names, sprites, get_step(trainer), "last_hidden_layer", ["label", "taken for"]
+            )

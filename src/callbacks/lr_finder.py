@@ -1,0 +1,77 @@
+"""A learning rate from a range test, ahead of the training."""
+
+import io
+import logging
+import sys
+from contextlib import nullcontext, redirect_stderr
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning import callbacks
+
+from src.callbacks.writers import find_writers
+from src.config import ConfigError
+
+log = logging.getLogger(__name__)
+
+SKIPPED = 10  # steps at the beginning that do not count, as in Lightning's suggestion
+
+
+class LearningRateFinder(callbacks.LearningRateFinder):
+    """Lightning's range test (Smith, 2015), whose rate goes where ``optimizer.lr`` would have gone.
+
+    That is into the optimizer and, where the schedule's ``max_lr`` is the same, its peak: the run then equals, to the
+    bit, one that was given the rate. Lightning's own would set the rate and leave the schedule as it is, which
+    overwrites it in the first step. A run that goes on keeps its rate. TensorBoard shows the loss by rate.
+
+    Args:
+        min_lr: The lowest rate, above 0.
+        max_lr: The highest rate; the test ends ahead of it where the loss is four times the lowest one.
+        num_training_steps: Steps between them, 13 or more, at most those of the run.
+    """
+
+    def __init__(self, min_lr: float = 1e-6, max_lr: float = 1.0, num_training_steps: int = 100) -> None:
+        super().__init__(min_lr, max_lr, num_training_steps, update_attr=False)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Test, and set the rate.
+
+        Raises:
+            ConfigError: If the module has no rate to set, the run is too short, or the loss never fell.
+        """
+        if trainer.ckpt_path:
+            return
+        optimizer = getattr(getattr(pl_module, "optimizer", None), "keywords", {})
+        if "lr" not in optimizer:
+            raise ConfigError("callbacks.lr_find: needs a module with an optimizer whose lr is set, as ImageClassifier")
+        if trainer.estimated_stepping_batches < self._num_training_steps:
+            raise ConfigError(
+                f"callbacks.lr_find.num_training_steps={self._num_training_steps}: expected at most the steps of the "
+                f"run, {trainer.estimated_stepping_batches}"
+            )
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):  # a progress bar of its own
+            self.lr_find(trainer, pl_module)
+        if trainer.progress_bar_callback and not trainer.is_global_zero:
+            trainer.progress_bar_callback.disable()  # Lightning has just enabled that of each process
+        rate = self.optimal_lr.suggestion() if self.optimal_lr else None
+        if not self.optimal_lr or rate is None:
+            raise ConfigError("callbacks.lr_find: found no rate; try a lower callbacks.lr_find.min_lr, or do without")
+        if trainer.is_global_zero:
+            log.info(f"optimizer.lr={rate:.4g}, found by callbacks.lr_find, in place of {optimizer['lr']:.4g}")
+        scheduler: Any = getattr(pl_module, "scheduler", None)
+        schedule = scheduler["scheduler"].keywords if scheduler else {}
+        if schedule.get("max_lr") == optimizer["lr"]:
+            schedule["max_lr"] = rate
+        optimizer["lr"] = rate
+        trainer.strategy.setup_optimizers(trainer)
+        for logger in trainer.loggers:
+            logger.log_metrics({"lr_find/suggestion": rate}, step=0)
+        for writer in find_writers(trainer):
+            from matplotlib.figure import Figure
+
+            figure = Figure(layout="constrained")
+            axes = figure.add_subplot()
+            axes.plot(*(self.optimal_lr.results[name][SKIPPED:] for name in ("lr", "loss")))
+            axes.axvline(rate, color="black", linestyle=":")
+            axes.set(xscale="log", xlabel="optimizer.lr", ylabel="loss, smoothed", title=f"suggestion: {rate:.3g}")
+            writer.add_figure("lr_find", figure, 0)

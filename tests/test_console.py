@@ -1,0 +1,46 @@
+"""What the commands print: plain text into files and pipes, colours on terminals unless NO_COLOR is set."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from src.config import ROOT
+from tests.compose import run_command
+
+ARGUMENTS = ("data=mnist5k", "debug=fast", "trainer=cpu", "logger=[]")
+COLOUR = re.compile(rb"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9\d|10\d)[;m]")
+
+
+def shown_on_terminal(root: Path, **env: str) -> bytes:
+    """What a run prints on a terminal of 120 columns."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "PROJECT_ROOT": str(root), "TERM": "xterm-256color", "COLUMNS": "120", **env}
+    command = [sys.executable, "-m", "src.train", *ARGUMENTS]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        try:
+            while chunk := os.read(ours, 65536):
+                shown += chunk
+        except OSError:  # Linux's way to say that the other side has closed it
+            pass
+    os.close(ours)
+    assert process.returncode == 0, shown.decode()
+    return shown
+
+
+def test_no_colour_where_it_is_not_wanted(tmp_path: Path) -> None:
+    assert COLOUR.search(shown_on_terminal(tmp_path / "colours"))
+    assert not COLOUR.search(shown_on_terminal(tmp_path / "plain", NO_COLOR="1"))
+
+
+def test_a_pipe_gets_plain_lines_with_the_models_shapes(tmp_path: Path) -> None:
+    result = run_command("train", *ARGUMENTS, PROJECT_ROOT=str(tmp_path))
+    assert "\x1b" not in result.stdout + result.stderr
+    assert "\r" not in result.stdout + result.stderr
+    assert re.search(r"net\.c3 .*Conv2d .* 2\.4 K ", result.stdout)
+    assert re.search(r"net\.f6 .*Linear .* 10\.2 K .* \[1, 84\] ", result.stdout)
+    assert "Total params: 61.7 K" in result.stdout
