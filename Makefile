@@ -30,8 +30,8 @@ lint: $(INSTALLED) ## ruff's linter and formatter, mypy
 tensorboard: $(INSTALLED) ## show the curves of all runs in a browser
 	@$(RUN) tensorboard.main --logdir logs $(ARGS)
 
-bench: $(INSTALLED) ## time training against a bare PyTorch loop
-	@$(RUN) tests.benchmarks.epoch $(ARGS)
+bench: $(INSTALLED) ## time everything beside hand-written peers, ten minutes (ARGS="--parts epoch start --turns 5")
+	@$(RUN) tests.benchmarks $(ARGS)
 
 lock: $(INSTALLED) ## renew requirements*.txt from the ranges in pyproject.toml
 	@$(RUN) uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

@@ -62,6 +62,16 @@ class ImageClassifier(pl.LightningModule):
         # (num_classes, num_classes): images of class i that were taken for class j. Accuracy is read off it.
         self.eval_confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Take a short way where Lightning notes which hook is running, some 40 times a step.
+
+        nn.Module looks whether a value is a parameter, a module or a buffer, which takes a microsecond.
+        """
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, C, H, W)."""
         logits: Tensor = self.net(images)
@@ -119,9 +129,9 @@ class ImageClassifier(pl.LightningModule):
             # The same in all processes; Lightning would weight them by their shares of the batch, and wrongly.
             self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count the batch."""
-        self._count(batch)
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Count the batch; its logits, (B, num_classes), are for callbacks."""
+        return self._count(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
@@ -135,11 +145,12 @@ class ImageClassifier(pl.LightningModule):
         """Log the test metrics; the confusion matrix stays in ``confusion``."""
         self._log_counts("test")
 
-    def _count(self, batch: Batch) -> None:
+    def _count(self, batch: Batch) -> Tensor:
         images, labels = batch
-        logits = self.net(images)
+        logits: Tensor = self.net(images)
         self.eval_loss.update(self.loss(logits, labels), weight=len(labels))
         self.eval_confusion.update(logits.argmax(dim=1), labels)
+        return logits
 
     def _log_counts(self, split: str) -> None:
         self.confusion: Tensor = self.eval_confusion.compute()

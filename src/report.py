@@ -8,10 +8,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra-core", "tensorboard")
 
@@ -63,6 +63,8 @@ def shown(path: str | Path) -> str:
 
 def print_table(title: str, rows: Mapping[str, Any]) -> None:
     """A table of two columns."""
+    from rich.table import Table  # here: a config that is rejected needs no tables
+
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column()
     table.add_column(overflow="fold")  # a path is to be copied whole
@@ -73,6 +75,8 @@ def print_table(title: str, rows: Mapping[str, Any]) -> None:
 
 def print_confusion(confusion: Sequence[Sequence[int]]) -> None:
     """Accuracy per class and the confusion matrix, (num_classes, num_classes), a row a true class."""
+    from rich.table import Table
+
     num_classes = len(confusion)
     table = Table(title="confusion matrix (row: true class, column: predicted)", title_justify="left")
     table.add_column("class")
@@ -90,8 +94,10 @@ def class_accuracies(confusion: Sequence[Sequence[int]]) -> list[float | None]:
     return [row[label] / sum(row) if sum(row) else None for label, row in enumerate(confusion)]
 
 
-def make_console() -> Console:
+def make_console() -> "Console":
     """Wide enough for paths where the output is no terminal, which has no width."""
+    from rich.console import Console
+
     return Console(width=None if sys.stdout.isatty() else 120, soft_wrap=False)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from src.command import run, short_errors
+from src.command import load_libraries, run, short_errors
 from src.config import newest_checkpoint
 from src.processes import get_name
 
@@ -79,6 +79,7 @@ def test(cfg: DictConfig) -> dict[str, Any]:
 def main(cfg: DictConfig) -> None:
     """Test as the command line says."""
     with short_errors(cfg):
+        load_libraries()
         test(cfg)
 
 

@@ -1,5 +1,7 @@
 """What can go wrong in a step of training, as callbacks for the tests."""
 
+import os
+import signal
 import time
 
 import pytorch_lightning as pl
@@ -15,6 +17,17 @@ class FailAt(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, idx: int) -> None:
         if trainer.global_step == self.step:
             raise RuntimeError(f"step {self.step} fails")
+
+
+class KillAt(Callback):
+    """Kills its process ahead of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, idx: int) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class SlowAt(Callback):

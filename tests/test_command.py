@@ -1,5 +1,7 @@
 """Bad input, from the command line: one or two lines, a non-zero exit, nothing left behind."""
 
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +44,7 @@ REJECTED_BEFORE_TORCH = {
     "optimizer": "optimizer: expected key=value",
     "~ckpt_path": "ckpt_path: cannot be deleted; ckpt_path=null may do",
     "debuug=fast": "debuug: no such key; did you mean debug?",
+    "callbacks=[default,early_stop]": "callbacks=early_stop: no such file in conf/callbacks/; did you mean early",
     "+optimizer/mine=adam": "optimizer/mine: no such group in conf/",
     "output_dir=here": "output_dir: follows hydra.run.dir; set hydra.run.dir=<folder> instead",
     "callbacks.lr._target_=os.system": "callbacks.lr._target_=os.system: not among what a config may build",
@@ -143,3 +146,35 @@ def test_no_network_is_said_where_a_download_was_asked_for(tmp_path: Path) -> No
     assert "http://127.0.0.1:9/mnist: " in result.stderr
     assert "Connection refused" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+COUNT_PAGE_FAULTS = """
+import gc, os, resource, sys
+from src.command import load_libraries
+if sys.argv[1] == "prepared":
+    load_libraries()
+import torch
+for turn in range(60):
+    if turn == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    kept = [torch.zeros(2_000_000).add_(1) for _ in range(4)]  # 8 MB each, as the layers of a batch
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, gc.isenabled(), torch.cuda.is_available())
+print(repr(os.environ.get("CUDA_VISIBLE_DEVICES")))
+"""
+
+
+def _count_page_faults(how: str) -> list[str]:
+    command = [sys.executable, "-c", COUNT_PAGE_FAULTS, how]
+    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert result.stderr == ""  # at the process's end, too
+    return result.stdout.split()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_a_commands_steps_find_the_memory_of_the_step_before() -> None:
+    faults, gc_enabled, has_gpu, visible = _count_page_faults("prepared")
+
+    assert int(faults) < 1000 < int(_count_page_faults("plain")[0])
+    assert gc_enabled == "True"
+    assert visible == ("None" if has_gpu == "True" else "''")

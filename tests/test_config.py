@@ -49,7 +49,7 @@ def test_a_bad_value_is_said_with_its_key_and_what_was_expected(override: str, s
         ["model.input_size=null"],
         ["optimizer.lr=1", "optimizer.fused=null"],
         ["trainer.devices=[0]", "trainer.limit_train_batches=0.5", "trainer.limit_val_batches=3"],
-        ["+trainer.strategy=auto", "+trainer.profiler=simple"],
+        ["+trainer.strategy=auto", "trainer.profiler=simple"],
         ["logger.tensorboard.version=3", "logger.tensorboard.name=null"],
         ["callbacks=[]", "logger=[]", "scheduler=[]"],
         ["callbacks.summary=null", "~callbacks.lr"],
@@ -82,6 +82,18 @@ def test_clipping_mixed_gradients_of_a_fused_optimizer_is_said(tmp_path: Path) -
         check(compose_cfg(tmp_path, *overrides))
     for fewer in (overrides[:2], [overrides[0], overrides[2]], [*overrides, "optimizer.fused=false"]):
         check(compose_cfg(tmp_path, *fewer))
+
+
+@pytest.mark.parametrize("key", ["monitor", "callbacks.checkpoint.monitor", "callbacks.early_stopping.monitor"])
+def test_a_metric_that_nobody_logs_is_said_ahead_of_the_first_epoch(key: str, tmp_path: Path) -> None:
+    overrides = ["trainer=cpu", "callbacks=[default,early_stopping]"]
+    for wrong in ("val/accuracy", "acc", "test/acc"):
+        with pytest.raises(
+            ConfigError, match=rf"^{key}={wrong}: no metric of that name; expected one of train/acc, .*"
+        ):
+            check(compose_cfg(tmp_path, *overrides, f"{key}={wrong}"))
+    check(compose_cfg(tmp_path, *overrides, f"{key}=train/images_per_second"))
+    check(compose_cfg(tmp_path, *overrides, f"{key}=val/f1", "model._target_=torch.nn.Identity"))
 
 
 def test_a_model_of_another_kind_needs_no_rules(tmp_path: Path) -> None:

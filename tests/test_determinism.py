@@ -45,7 +45,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Tensor:
         ["trainer.num_sanity_val_steps=2", "data.eval_batch_size=7"],
         ["trainer.limit_val_batches=0.5", "data.eval_batch_size=10"],
         ["callbacks.last.every_n_steps=3"],
-        ["+trainer.profiler=simple", "trainer.enable_model_summary=true"],
+        ["trainer.profiler=simple", "trainer.enable_model_summary=true"],
         ["test=true"],
         ["trainer.deterministic=true"],
     ],
@@ -62,6 +62,15 @@ def test_another_seed_gives_other_weights(plain: Tensor, mnist_root: Path, tmp_p
     # The order of the batches alone follows data.seed, weights and augmentation the seed: both count.
     assert not torch.equal(plain, weights(tmp_path / "order", mnist_root, "seed=0", "data.seed=1"))
     assert not torch.equal(plain, weights(tmp_path / "rest", mnist_root, "seed=1", "data.seed=0"))
+
+
+def test_a_command_comes_to_the_weights_of_a_call(tmp_path: Path) -> None:
+    common = ("data=mnist5k", "trainer=cpu", "trainer.max_epochs=1", "callbacks=minimal", "logger=[]", "test=false")
+    train(compose_cfg(tmp_path / "call", *common))
+    result = run_command("train", *common, f"hydra.run.dir={tmp_path / 'command'}")
+    assert result.returncode == 0, result.stderr
+    found = [flat(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("call", "command")]
+    assert torch.equal(*found)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """An error in a line or two, whatever was raised."""
 
 import pytest
+import torch
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -63,6 +64,12 @@ def test_what_the_other_processes_cause_is_said() -> None:
     said = explain(DistNetworkError("[/pytorch/gloo/transport/tcp/pair.cc:1] Connection closed by peer. This is bad"))
     assert said.startswith("error: another process of this run has ended or does not answer: Connection closed by peer")
     assert "GLOO_SOCKET_IFNAME" in explain(RuntimeError("gloo/x.cc] connectFullMesh failed in /gloo/rendezvous"))
+
+
+def test_a_label_that_the_model_has_no_class_for_is_said() -> None:
+    with pytest.raises(IndexError) as caught:
+        torch.nn.functional.cross_entropy(torch.zeros(2, 5), torch.tensor([1, 9]))
+    assert explain(caught.value) == "error: model.num_classes: the data have a class 9; expected 10 or more"
 
 
 def test_a_bug_is_said_with_its_place_and_where_the_stack_trace_is() -> None:

@@ -44,7 +44,7 @@ OVERRIDES = st.tuples(
     st.floats(0, 0.1).map("optimizer.weight_decay={}".format),
     _options("optimizer.fused", "true", "false", "null"),
     _options("scheduler", "onecycle", "cosine", "step", "plateau", "[]"),
-    _options("callbacks", "default", "minimal"),
+    _options("callbacks", "default", "minimal", "[minimal,weight_averaging]", "[default,early_stopping,device_stats]"),
     _options("logger", "[]", "tensorboard", "csv", "[tensorboard,csv]"),
     _options("trainer.precision", "32-true", "bf16-mixed"),
     _options("trainer.max_epochs", 1, 2),

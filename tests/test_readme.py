@@ -22,7 +22,12 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL
 # A tenth of a second each; a command's own settings stay, as later ones win.
 SHORT = ["data.source=package", "trainer.max_epochs=1", "trainer.limit_train_batches=3", "trainer.log_every_n_steps=1"]
 # The table "From laptop to cluster": who runs the rows that are not among the commands above.
-HERE = {"what there is": [], "two processes on the CPU": [], "a sweep of such runs": ["test=false"]}
+HERE = {
+    "what there is": [],
+    "two processes on the CPU": [],
+    "a sweep of such runs": ["test=false"],
+    "a sweep, the jobs side by side in one process": ["test=false"],
+}
 ON_GPU = ("one GPU", "a Mac's GPU", "all GPUs of a machine", "the same, the model divided among them")
 TORCHRUN = "two machines, on each"
 ELSEWHERE = {

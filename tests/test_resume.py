@@ -37,7 +37,7 @@ net:
     - {_target_: torch.nn.Dropout, p: 0.3}
     - {_target_: torch.nn.Linear, in_features: 32, out_features: 10}
 """
-AVERAGING = "+callbacks.averaging={_target_: pytorch_lightning.callbacks.EMAWeightAveraging, decay: 0.9}"
+AVERAGING = "+callbacks.averaging={_target_: src.callbacks.weight_averaging.EMAWeightAveraging, decay: 0.9}"
 STEPS = 50  # an epoch: 250 images in batches of 5
 
 

@@ -84,9 +84,11 @@ class BatchLoader:
             start = index * self.batch_size
             size = (len(self.images) if index + 1 == len(self) else start + self.batch_size) - start
             mine = slice(*(start + size * rank // self.world_size for rank in (self.rank, self.rank + 1)))
-            chosen = mine if order is None else order[mine]
             self.position = index + 1
-            yield self.images[chosen], self.labels[chosen]
+            if order is None:
+                yield self.images[mine], self.labels[mine]
+            else:  # index_select copies whole images: several times as fast as images[order[mine]]
+                yield self.images.index_select(0, order[mine]), self.labels.index_select(0, order[mine])
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch and number of batches handed out in it."""

@@ -171,8 +171,8 @@ def parse_idx(content: bytes, path: Path) -> Tensor:
     """
     if path.suffix == ".gz":
         try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
+            content = _unzip(content)
+        except zlib.error as error:
             raise DataError(f"{path} is damaged: {error}; {FETCH}") from error
     num_dims = 3 if "idx3" in path.name else 1
     header = 4 + 4 * num_dims
@@ -187,6 +187,19 @@ def parse_idx(content: bytes, path: Path) -> Tensor:
         raise DataError(f"{path} holds images of {shape[1]}x{shape[2]} pixels: expected 28x28; choose other files")
     # A bytearray, since tensors over read-only memory make torch warn.
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(shape)
+
+
+def _unzip(content: bytes) -> bytes:
+    """What a gzip file holds. Told the size, which its last four bytes say, zlib needs half of gzip's memory.
+
+    Raises:
+        zlib.error: If it is damaged.
+    """
+    size = int.from_bytes(content[-4:], "little")
+    unzipped = zlib.decompress(content, wbits=31, bufsize=min(size, 1032 * len(content)) or 1)  # zip's best is 1:1032
+    if len(unzipped) != size:
+        raise zlib.error(f"it says that it holds {size} bytes, it holds {len(unzipped)}")
+    return unzipped
 
 
 def download(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str | None], timeout: float) -> bool:

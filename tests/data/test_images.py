@@ -102,6 +102,28 @@ def test_every_kind_of_picture_shows_the_same_digit(kind: str, digits: Pixels, t
         assert similarity(read_digits(path)[0], digit) > 0.93
 
 
+def _shade(height: int, width: int) -> dict[str, NDArray[np.float64]]:
+    """What is added to paper of 235, (height, width): grain, light from the left, light in the middle, both."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    noise = rng.normal(0, 20, (height, width))
+    slope = -40 * (columns + 1)
+    return {"noise": noise, "slope": slope, "lamp": -30 * (rows**2 + columns**2), "both": slope / 2 + noise / 2}
+
+
+@pytest.mark.parametrize("kind", ["noise", "slope", "lamp", "both"])
+def test_grain_and_uneven_light_are_not_the_digit(kind: str, digits: Pixels, tmp_path: Path) -> None:
+    similarities = []
+    for digit in digits:
+        share = np.asarray(redraw(digit, 8, (300, 260), (50, 40)), np.float64) / 255
+        paper = 235 + _shade(*share.shape)[kind]
+        page = (paper * (1 - share) + 40 * share).clip(0, 255).astype(np.uint8)
+        Image.fromarray(page).save(tmp_path / "page.png")
+        similarities.append(similarity(read_digits(tmp_path / "page.png")[0], digit))
+    assert np.median(similarities) > 0.98
+    assert min(similarities) > 0.9
+
+
 def test_a_card_with_transparent_margins_shows_what_is_on_it(digits: Pixels, tmp_path: Path) -> None:
     card = paint(redraw(digits[22], 8, (300, 260), (50, 40)), (0, 0, 80, 255), (255, 250, 240, 255))
     image = Image.new("RGBA", (500, 500))
