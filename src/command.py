@@ -102,7 +102,7 @@ def load_libraries() -> None:
     gc.freeze()  # nor need later collections look through them
     atexit.register(gc.unfreeze)  # else bindings that are freed too late complain on the console
     if not torch.cuda.is_available():
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else every optimizer step looks for the driver: 0.1 ms
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # else every optimizer step looks for the driver: 0.1 ms
     if sys.platform == "linux":
         _keep_freed_memory()
 

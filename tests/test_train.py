@@ -71,7 +71,7 @@ def test_says_one_line_an_epoch_where_the_output_is_no_terminal(run_dir: Path) -
 def test_shows_a_progress_bar_on_a_terminal(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "src.train", "data=mnist5k", "trainer.max_epochs=1", "trainer=cpu"]
-    environment = {**os.environ, "PROJECT_ROOT": str(tmp_path), "TERM": "xterm", "COLUMNS": "120"}
+    environment = {**os.environ, "PROJECT_ROOT": str(tmp_path), "TERM": "xterm", "COLUMNS": "120", "CI": ""}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
         shown = b""

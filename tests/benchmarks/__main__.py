@@ -345,7 +345,10 @@ def main() -> None:
     start, load = time.time(), os.getloadavg()
     with tempfile.TemporaryDirectory() as folder:
         data = find_data(Path(folder))
-        figures = [figure for part in arguments.parts for figure in PARTS[part](data, arguments.turns, arguments.quick)]
+        figures = []
+        for part in arguments.parts:
+            figures += PARTS[part](data, arguments.turns, arguments.quick)
+            print(make_table(figures), file=sys.stderr)  # so that what ends the next part loses none of it
     machine = {
         "cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "pytorch-lightning", "hydra-core")},

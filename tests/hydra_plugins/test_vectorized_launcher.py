@@ -94,6 +94,7 @@ def test_a_job_that_diverges_fails_and_the_others_do_not(sweep: tuple[Path, subp
     assert "Traceback" not in result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_a_jobs_checkpoint_can_be_tested_and_gone_on_from(
     sweep: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
@@ -165,6 +166,7 @@ def test_a_signal_saves_all_jobs_and_the_sweep_goes_on_to_the_same_weights(signu
             assert torch.equal(weights, other["state_dict"][name]), name
 
 
+@pytest.mark.slow
 def test_a_search_tries_several_trials_at_once(tmp_path: Path) -> None:
     arguments = (
         "sweep=optuna", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2", "trainer.max_epochs=1", "test=false",
@@ -175,6 +177,7 @@ def test_a_search_tries_several_trials_at_once(tmp_path: Path) -> None:
     assert [row["status"] for row in read_rows(tmp_path / "sweep").values()] == ["finished"] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "said"),
     [

@@ -39,6 +39,7 @@ def execute(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> NotebookN
     return notebook
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_and_draws(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = [cell for cell in execute(name, root, monkeypatch).cells if cell.cell_type == "code"]
