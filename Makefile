@@ -30,7 +30,7 @@ lint: $(INSTALLED) ## ruff's linter and formatter, mypy
 tensorboard: $(INSTALLED) ## show the curves of all runs in a browser
 	@$(RUN) tensorboard.main --logdir logs $(ARGS)
 
-bench: $(INSTALLED) ## time everything beside hand-written peers, ten minutes (ARGS="--parts epoch start --turns 5")
+bench: $(INSTALLED) ## time everything beside hand-written peers, twenty minutes (ARGS="--parts epoch start --turns 5")
 	@$(RUN) tests.benchmarks $(ARGS)
 
 lock: $(INSTALLED) ## renew requirements*.txt from the ranges in pyproject.toml

@@ -1,6 +1,7 @@
 """Two machines train one model: two network namespaces with addresses of their own, joined by a cable."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -189,7 +190,8 @@ def test_a_host_that_is_cut_off_ends_the_run_which_can_be_continued(
     hosts.plug("up")
     for rank in range(2):
         (error,) = [line for line in said(tmp_path, rank) if not line.startswith("epoch")]
-        assert "another process of this run has ended or does not answer: Timed out" in error
+        # One times out, and closes what the other may be waiting at.
+        assert re.search(r"another process .* does not answer: (Timed out|Connection closed by peer)", error)
 
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     epochs = load_checkpoint(last)["global_step"] // 4  # steps an epoch

@@ -94,7 +94,7 @@ def test_a_valid_config_trains_and_tests(
 @pytest.mark.slow
 @settings(COMMON, max_examples=100)
 @given(chosen=OVERRIDES)
-def test_two_hundred_valid_configs_train_and_test(
+def test_a_hundred_valid_configs_train_and_test(
     chosen: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory, mnist_root: Path
 ) -> None:
     _assert_trains(chosen, tmp_path_factory.mktemp("run"), mnist_root)

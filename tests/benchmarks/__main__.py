@@ -1,4 +1,4 @@
-"""``make bench``: how fast the template is, beside peers written from the common recipe; about ten minutes.
+"""``make bench``: how fast the template is, beside peers written from the common recipe; about twenty minutes.
 
     make bench ARGS="--parts epoch start --turns 5 --output logs/bench"
 
@@ -83,7 +83,7 @@ def run(*arguments: str, stamps: Path | None = None, status: int = 0, env: Mappi
     primary, terminal = pty.openpty()
     start = time.time()
     process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL,
+        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, "CI": "", **(env or {})}, stdin=subprocess.DEVNULL,
         stdout=terminal, stderr=terminal,
     )  # fmt: skip
     os.close(terminal)
@@ -93,7 +93,8 @@ def run(*arguments: str, stamps: Path | None = None, status: int = 0, env: Mappi
     if process.returncode != status:
         raise RuntimeError(f"{' '.join(arguments)} ended with {process.returncode}:\n{output}")
     lines = (stamps.read_text() if stamps else output).splitlines()
-    at = [float(line.split()[1]) for line in lines if line.startswith(("step ", "epoch "))]
+    stamped = [line.split()[1] for line in lines if line.startswith(("step ", "epoch "))]
+    at = [float(text) for text in stamped if "/" not in text]  # not "epoch 1/3", which a run may say
     epochs = [after - before for before, after in pairwise(at)]
     peak = next((float(line.split()[1]) for line in lines if line.startswith("peak ")), 0.0)
     return Run(seconds, at[0] - start if at else 0.0, epochs, peak, output)
