@@ -61,6 +61,8 @@ DEVICES = Rule(
 )
 SEED = Rule("a whole number from 0 to 4294967295", lambda v: _is_int(v) and 0 <= v < 2**32)
 
+TEST = Rule("true, false, or all", lambda v: isinstance(v, bool) or v == "all")
+
 DEVICE = {
     "accelerator": _one_of("auto", "cpu", "gpu", "mps", "cuda", "tpu"),
     "devices": DEVICES,
@@ -81,7 +83,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "seed": _needed(SEED),
         "monitor": _needed(TEXT),
         "mode": _needed(_one_of("min", "max")),
-        "test": _needed(FLAG),
+        "test": _needed(TEST),
         "resume": _needed(_or_null(TEXT)),
         "ckpt_path": _needed(_or_null(TEXT)),
         "root_dir": _needed(TEXT),
@@ -145,10 +147,11 @@ RULES: dict[str, dict[str, Rule]] = {
         "timeout": POSITIVE,
         "batch_size": _int(1),
         "eval_batch_size": _int(1),
+        "train_size": _or_null(_int(1)),
         "val_size": Rule("a whole number from 1 to 59999", lambda v: _is_int(v) and 1 <= v <= 59999),
         "split_seed": SEED,
         "seed": SEED,
-        "augment": _one_of("none", "affine"),
+        "augment": _one_of("none", "affine", "elastic"),
     },
     "src.models.lenet5.": {
         "num_classes": _int(1),
@@ -235,7 +238,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "save_dir": TEXT,
         "project": TEXT,
         "offline": FLAG,
-        "has_test": FLAG,
+        "has_test": TEST,
         "tracking_uri": TEXT,
         "artifact_location": _or_null(TEXT),
         "experiment_name": TEXT,

@@ -25,7 +25,7 @@ from tests.compose import compose_cfg
         ("+model._partial_=true", "model._partial_=True: expected false"),
         ("~model.net", "model.net: is missing; expected a node with a _target_, the class to build"),
         ("~data.root", "data.root: is missing; expected text"),
-        ("~test", "test: is missing; expected true or false"),
+        ("~test", "test: is missing; expected true, false, or all"),
         ("~trainer", "trainer: expected a node with a _target_, the class to build; found None"),
         ("accelerator.precision=32", "accelerator.precision=32: expected one of 32-true, 16-mixed, bf16-mixed"),
         ("trainer.plugins=5", "trainer.plugins=5: expected a list of nodes with a _target_"),

@@ -32,7 +32,8 @@ OVERRIDES = st.tuples(
     st.integers(0, 2**32 - 1).map("seed={}".format),
     _options("monitor", "val/acc mode=max", "val/loss mode=min"),
     _options("test", "true", "false"),
-    _options("data.augment", "none", "affine"),
+    _options("data.augment", "none", "affine", "elastic"),
+    _options("data.train_size", "null", "50"),
     st.integers(1, 125).map("data.batch_size={}".format),  # two batches of it are there
     st.integers(1, 30).map("data.eval_batch_size={}".format),  # half of the test batches are one or more
     st.integers(1, 50).map("data.val_size={}".format),

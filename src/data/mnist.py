@@ -13,14 +13,14 @@ from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn import functional as F
 
-from src.data.augment import random_affine
+from src.data.augment import random_affine, random_elastic
 from src.data.loader import BatchLoader
 from src.data.sources import NUM_CLASSES, DataError, Digits, MissingFileError, download, read_files, read_package
 
 log = logging.getLogger(__name__)
 
 SOURCES = ("auto", "files", "download", "package")
-AUGMENTATIONS = ("none", "affine")
+AUGMENTATIONS = {"affine": random_affine, "elastic": random_elastic}
 
 # Mean and standard deviation of the 60,000 training images' pixels, in 0..1.
 MEAN, STD = 0.1307, 0.3081
@@ -58,9 +58,10 @@ class MNISTDataModule(pl.LightningDataModule):
         batch_size: Images a training batch, 1 or more, over all processes, among which it is divided.
         eval_batch_size: The same of validation and test; of influence on speed and memory alone.
         val_size: Images cut off the training files for validation, 1 or more.
+        train_size: Images of the remaining ones to train on, 1 or more, drawn by ``split_seed``; None for all.
         split_seed: Seed of the split, 0 or more.
         seed: Seed of the batches' order, 0 or more.
-        augment: ``none`` or ``affine``.
+        augment: ``none``, ``affine``, or ``elastic``, which is affine and bends the strokes, too.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -78,6 +79,7 @@ class MNISTDataModule(pl.LightningDataModule):
         batch_size: int = 64,
         eval_batch_size: int = 500,
         val_size: int = 5000,
+        train_size: int | None = None,
         split_seed: int = 0,
         seed: int = 0,
         augment: str = "none",
@@ -85,8 +87,8 @@ class MNISTDataModule(pl.LightningDataModule):
         super().__init__()
         if source not in SOURCES:
             raise ValueError(f"source={source}: expected one of {', '.join(SOURCES)}")
-        if augment not in AUGMENTATIONS:
-            raise ValueError(f"augment={augment}: expected one of {', '.join(AUGMENTATIONS)}")
+        if augment not in ("none", *AUGMENTATIONS):
+            raise ValueError(f"augment={augment}: expected one of none, {', '.join(AUGMENTATIONS)}")
         self.folder = Path(root) / name / "raw"
         self.name = name
         self.source = source
@@ -96,6 +98,7 @@ class MNISTDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.val_size = val_size
+        self.train_size = train_size
         self.split_seed = split_seed
         self.seed = seed
         self.augment = augment
@@ -139,11 +142,17 @@ class MNISTDataModule(pl.LightningDataModule):
         if self.splits:
             return
         self._read_splits()
+        if self.train_size is not None:
+            train = self.splits["train"]
+            if self.train_size > len(train.labels):
+                raise DataError(f"train_size={self.train_size}: expected 1 to {len(train.labels)}, or null for all")
+            order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(self.split_seed))
+            self.splits["train"] = _take(train, order[: self.train_size])
         self.fingerprint = _get_fingerprint(self.splits)
 
     def share(self, other: "MNISTDataModule") -> bool:
         """Take over the images of another one with the same, read already; whether that can be."""
-        names = ("folder", "name", "source", "val_size", "split_seed")
+        names = ("folder", "name", "source", "val_size", "train_size", "split_seed")
         if not other.splits or any(getattr(self, name) != getattr(other, name) for name in names):
             return False
         self.splits, self.used_source, self.fingerprint = other.splits, other.used_source, other.fingerprint
@@ -237,8 +246,8 @@ class MNISTDataModule(pl.LightningDataModule):
             return batch
         images, labels = batch
         images = preprocess(images)
-        if self.augment == "affine" and self.trainer is not None and self.trainer.training:
-            images = random_affine(images, BACKGROUND)
+        if self.augment != "none" and self.trainer is not None and self.trainer.training:
+            images = AUGMENTATIONS[self.augment](images, BACKGROUND)
         return images, labels
 
     def state_dict(self) -> dict[str, Any]:

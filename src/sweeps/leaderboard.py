@@ -43,6 +43,11 @@ class Setting(NamedTuple):
         """Sample standard deviation of the scores; NaN below two."""
         return statistics.stdev(self.scores) if len(self.scores) > 1 else math.nan
 
+    @property
+    def tests(self) -> list[float]:
+        """Test accuracies, of the jobs that were tested."""
+        return [job.metrics["test/acc"] for job in self.jobs if "test/acc" in job.metrics]
+
 
 class Leaderboard:
     """A sweep's settings, best first.
@@ -121,14 +126,17 @@ class Leaderboard:
         """A header and a row a setting, as text."""
         keys = [key for key in self.keys if key != SEED]
         seeds = SEED in self.keys
-        header = ["rank", *keys, *(["n"] if seeds else []), f"best {self.monitor}", "status"]
+        tested = [setting for setting in self.settings if setting.tests]
+        tests = ["test/acc"] if len(tested) > 1 else []  # the winner's alone stand in the summary
+        header = ["rank", *keys, *(["n"] if seeds else []), f"best {self.monitor}", *tests, "status"]
         rows = []
         for rank, setting in enumerate(self.settings, 1):
             pruned = [job.score for job in setting.jobs if job.status == "pruned" and job.score is not None]
             score = shown_mean(setting.scores or pruned)
             status = _count(job.status for job in setting.jobs) if seeds else setting.jobs[0].status
             values = [_shown(setting.values.get(key, "")) for key in keys]
-            rows.append([str(rank), *values, *([str(len(setting.scores))] if seeds else []), score, status])
+            count = [str(len(setting.scores))] if seeds else []
+            rows.append([str(rank), *values, *count, score, *(shown_mean(setting.tests) for _ in tests), status])
         return [header, *rows]
 
     def summary(self) -> list[str]:
@@ -138,7 +146,7 @@ class Leaderboard:
         if job and self.winner:
             lines.append(f"best: {job.name}, {self.monitor} {job.score:.4f}")
             lines.append(f"checkpoint: {report.shown(job.checkpoint) if job.checkpoint else 'none was asked for'}")
-            tests = [job.metrics["test/acc"] for job in self.winner.jobs if "test/acc" in job.metrics]
+            tests = self.winner.tests
             if tests:
                 lines.append(f"test/acc: {shown_mean(tests)}" + (f" (n={len(tests)})" if len(tests) > 1 else ""))
         lines += [

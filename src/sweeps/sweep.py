@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,13 +12,15 @@ from src import report
 from src.command import claim
 from src.config import SweepError
 from src.resume import quoted
-from src.sweeps.folder import SweepFolder
-from src.sweeps.leaderboard import Leaderboard, renew, show
+from src.sweeps.folder import Job, SweepFolder
+from src.sweeps.leaderboard import renew, show
 
 
 @contextmanager
 def running(config: DictConfig, space: Mapping[str, str]) -> Iterator[SweepFolder]:
     """A sweep's folder to run jobs in; behind them, the winner is tested and the leaderboard shown.
+
+    With ``test=all`` each job is tested.
 
     Args:
         config: The sweep's config with Hydra's node, of which jobs are to be composed.
@@ -42,18 +44,17 @@ def running(config: DictConfig, space: Mapping[str, str]) -> Iterator[SweepFolde
             raise
         board = renew(folder)
         if config.test and board.winner:
-            _test(folder, board, shared)
+            _test(folder, board.jobs if config.test == "all" else board.winner.jobs, shared)
             board = renew(folder)
     show(board, f"sweep {report.shown(path)}")
     _raise_failures(folder)
 
 
-def _test(folder: SweepFolder, board: Leaderboard, config: DictConfig) -> None:
-    """Test the winner: all its seeds, each once."""
+def _test(folder: SweepFolder, jobs: Iterable[Job], config: DictConfig) -> None:
+    """Test finished jobs, each once."""
     from src.test import test_checkpoint
 
-    assert board.winner
-    for job in board.winner.jobs:
+    for job in jobs:
         output_dir = folder.path / job.name / "test"
         if job.status == "finished" and job.checkpoint and not (output_dir / "metrics.json").is_file():
             trainer = {**config.accelerator, "limit_test_batches": config.trainer.get("limit_test_batches")}

@@ -1,14 +1,19 @@
 """src/data/augment.py: measured on a blob, whose centre of mass moves as the image does."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from src.data import augment
-from src.data.augment import random_affine
+from src.data.augment import random_affine, random_elastic
 from src.data.mnist import BACKGROUND
 
 NUM, SIZE = 2000, 32
+
+Change = Callable[[Tensor, float], Tensor]
+both = pytest.mark.parametrize("change", [random_affine, random_elastic])
 
 
 def make_blobs(x: float, y: float) -> Tensor:
@@ -27,7 +32,7 @@ def centres(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def keep_only(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit in {"MAX_DEGREES", "MAX_SHIFT", "MAX_SCALE", "MAX_SHEAR"} - {change}:
+    for limit in {"MAX_DEGREES", "MAX_SHIFT", "MAX_SCALE", "MAX_SHEAR", "BEND"} - {change}:
         monkeypatch.setattr(augment, limit, 0.0)
 
 
@@ -37,46 +42,52 @@ def _seed() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 32, 32), (5, 3, 28, 20)])
-def test_shape_and_dtype_are_kept(shape: tuple[int, ...]) -> None:
-    changed = random_affine(torch.rand(shape), 0.0)
+@both
+def test_shape_and_dtype_are_kept(change: Change, shape: tuple[int, ...]) -> None:
+    changed = change(torch.rand(shape), 0.0)
 
     assert changed.shape == shape
     assert changed.dtype == torch.float32
 
 
-def test_images_given_are_not_changed() -> None:
+@both
+def test_images_given_are_not_changed(change: Change) -> None:
     images = torch.rand(4, 1, 32, 32)
     before = images.clone()
-    random_affine(images, BACKGROUND)
+    change(images, BACKGROUND)
 
     assert torch.equal(images, before)
 
 
-def test_background_stays_background() -> None:
+@both
+def test_background_stays_background(change: Change) -> None:
     images = torch.full((8, 1, 32, 32), BACKGROUND)
 
-    assert torch.equal(random_affine(images, BACKGROUND), images)
+    assert torch.equal(change(images, BACKGROUND), images)
 
 
-def test_each_image_gets_a_change_of_its_own() -> None:
-    changed = random_affine(make_blobs(5, 5), BACKGROUND)
+@both
+def test_each_image_gets_a_change_of_its_own(change: Change) -> None:
+    changed = change(make_blobs(5, 5), BACKGROUND)
 
     assert len({image.numpy().tobytes() for image in changed}) == NUM
 
 
-def test_values_stay_in_their_range() -> None:
+@both
+def test_values_stay_in_their_range(change: Change) -> None:
     images = BACKGROUND + 3 * torch.rand(64, 1, 32, 32)
-    changed = random_affine(images, BACKGROUND)
+    changed = change(images, BACKGROUND)
 
     assert changed.min() >= BACKGROUND - 1e-5
     assert changed.max() <= images.max() + 1e-5
 
 
-def test_without_limits_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+@both
+def test_without_limits_nothing_changes(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
     keep_only("", monkeypatch)
     images = make_blobs(5, 5)
 
-    torch.testing.assert_close(random_affine(images, BACKGROUND), images)
+    torch.testing.assert_close(change(images, BACKGROUND), images)
 
 
 def test_rotation_keeps_the_radius_and_stays_below_10_degrees(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +129,19 @@ def test_all_changes_together_stay_small() -> None:
 
     # Both shifts at their limit, enlarged by scale and shear.
     assert torch.hypot(x, y).max() <= 2 * 2**0.5 * 1.1 * 1.05 + 0.05
+
+
+def test_bending_moves_pixels_by_one_on_average_and_neighbours_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_only("BEND", monkeypatch)
+    moves = []  # by the same fields, of dots at three places
+    for x in (0, 1, 12):
+        torch.manual_seed(1)
+        moves.append(torch.stack(centres(random_elastic(make_blobs(x, 0), BACKGROUND))) - torch.tensor([[x], [0.0]]))
+    near, next_to_it, far = moves
+    assert near.mean().abs() < 0.1
+    assert 0.85 < near.std() < 1.15
+    assert torch.stack([near.flatten(), next_to_it.flatten()]).corrcoef()[0, 1] > 0.9
+    assert torch.stack([near.flatten(), far.flatten()]).corrcoef()[0, 1].abs() < 0.2
 
 
 def assert_fills(values: Tensor, low: float, high: float) -> None:

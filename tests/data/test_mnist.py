@@ -90,6 +90,27 @@ def test_package_is_split_with_as_many_of_each_class(tmp_path: Path) -> None:
     assert images_of(*datamodule.splits.values()) == images_of(read_package())
 
 
+@pytest.mark.parametrize("source", ["files", "package"])
+def test_train_size_takes_a_part_of_all_classes_and_leaves_the_other_splits(source: str, mnist_root: Path) -> None:
+    whole, part = ready(mnist_root, source=source), ready(mnist_root, source=source, train_size=100)
+
+    assert part.num_images["train"] == 100
+    assert images_of(part.splits["train"]) <= images_of(whole.splits["train"])
+    assert part.splits["train"].labels.bincount(minlength=10).min() > 0
+    for split in ("val", "test"):
+        assert torch.equal(part.splits[split].images, whole.splits[split].images)
+    again = ready(mnist_root, source=source, train_size=100, seed=7)  # the run's seed does not choose them
+    assert torch.equal(again.splits["train"].images, part.splits["train"].images)
+    other = ready(mnist_root, source=source, train_size=100, split_seed=1)
+    assert not torch.equal(other.splits["train"].images, part.splits["train"].images)
+
+
+def test_train_size_must_not_exceed_what_there_is(mnist_root: Path) -> None:
+    assert ready(mnist_root, train_size=240).num_images["train"] == 240
+    with pytest.raises(DataError, match="train_size=241: expected 1 to 240, or null for all"):
+        ready(mnist_root, train_size=241)
+
+
 @pytest.mark.parametrize("val_size", [0, NUM_TRAIN, NUM_TRAIN + 1])
 def test_val_size_must_leave_images_to_both(val_size: int, mnist_root: Path) -> None:
     with pytest.raises(ValueError, match=f"val_size={val_size}: expected 1 to 299"):
@@ -247,7 +268,7 @@ no_gpu_needed = pytest.mark.filterwarnings("ignore:GPU available but not used")
 
 
 @no_gpu_needed
-@pytest.mark.parametrize("augment", ["none", "affine"])
+@pytest.mark.parametrize("augment", ["none", "affine", "elastic"])
 def test_augmentation_changes_training_images_alone(augment: str, mnist_root: Path) -> None:
     datamodule = ready(mnist_root, augment=augment)
     module = Recorder()
@@ -265,7 +286,7 @@ def test_augmentation_changes_training_images_alone(augment: str, mnist_root: Pa
         for (images, labels), (original, true_labels) in zip(module.batches[split], batches, strict=True):
             assert torch.equal(labels, true_labels)
             same = (images == preprocess(original)).all(dim=(1, 2, 3))
-            assert not same.any() if (split, augment) == ("train", "affine") else same.all()
+            assert not same.any() if split == "train" and augment != "none" else same.all()
 
 
 @no_gpu_needed
@@ -387,7 +408,7 @@ def test_fingerprint_tells_images_in_another_order(raw: Path) -> None:
 
 
 def test_fingerprint_tells_another_split(mnist_root: Path) -> None:
-    splits: list[dict[str, Any]] = [{}, {"split_seed": 1}, {"val_size": 59}, {"source": "package"}]
+    splits: list[dict[str, Any]] = [{}, {"split_seed": 1}, {"val_size": 59}, {"train_size": 239}, {"source": "package"}]
 
     assert len({ready(mnist_root, **split).fingerprint for split in splits}) == len(splits)
 

@@ -144,6 +144,18 @@ def test_the_winners_seeds_alone_are_tested(rates: Sweep) -> None:
     assert f"test/acc: {statistics.mean(tests):.4f} ± {statistics.stdev(tests):.4f} (n=5)" in rates.result.stdout
 
 
+def test_all_jobs_are_tested_where_that_is_asked_for(tmp_path: Path) -> None:
+    sweep = run_sweep(tmp_path, "test=all", "optimizer.lr=0.0005,8e-3")
+    assert sweep.result.returncode == 0
+    assert sweep.tested() == {"optimizer.lr=0.0005", "optimizer.lr=0.008"}
+    table = (sweep.path / "sweep.md").read_text()
+    for row in sweep.rows():
+        record = sweep.record(f"{row['job']}/test")
+        assert float(row["test/acc"]) == record["metrics"]["test/acc"]
+        score = sweep.record(row["job"])["best"]["score"]
+        assert f"| {score:.4f} | {record['metrics']['test/acc']:.4f} | finished |" in table
+
+
 def test_tensorboard_shows_the_figure(rates: Sweep) -> None:
     (image,) = EventAccumulator(str(rates.path)).Reload().Images("sweep")
     assert image.encoded_image_string == (rates.path / "sweep.png").read_bytes()
