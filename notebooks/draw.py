@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -14,12 +15,13 @@ from matplotlib.patches import Rectangle
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
+from notebooks.results import Sweep, read_results, select
 from src.models.lenet5 import LeNet5
 
 FIGURES = Path(__file__).parent / "figures"
 INK, GREY = "#1f2328", "#59636e"
 FILLS = {"input": "#e6e8eb", "conv": "#a9cdf0", "pool": "#f7cf9a", "linear": "#b4dfb4"}
-TRAIN, VAL = "#0969da", "#bc4c00"
+TRAIN, VAL, DISTORTED = "#0969da", "#bc4c00", "#1a7f37"
 
 # The architecture is drawn in pixels of the feature maps: the input is 32 wide.
 STACK_DEPTH = 9.0  # how far a stack's front map lies from its rearmost, in x and in y, for 16 maps
@@ -209,6 +211,63 @@ def draw_curves(log_dir: Path, path: Path) -> None:
         _save(figure, path)
 
 
+def draw_paper(results: dict[str, Sweep], path: Path) -> None:
+    """Draw the paper's figures 5 and 6 from our runs: error against passes, and against the number of training images.
+
+    The paper read its test error after each pass; we read validation there, and test once. Its numbers are those of its
+    text (section III-B).
+
+    Args:
+        results: What results.json holds; needs ``paper1998``, ``paper1998_distorted`` and ``paper1998_train_size``.
+        path: The SVG file to write.
+    """
+    plain, distorted = results["paper1998"]["runs"], results["paper1998_distorted"]["runs"]
+    runs_of = {size: select(results["paper1998_train_size"], data__train_size=size) for size in (15_000, 30_000)}
+    num_all = results["paper1998"]["data"]["num_images"]["train"]
+    runs_of[num_all] = plain
+    with rc_context({"svg.hashsalt": "paper", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
+        figure = Figure(figsize=(11, 3.8), facecolor="white", layout="constrained")
+        passes, images = figure.subplots(1, 2)
+        for runs, name, color, label in (
+            (plain, "train/acc", TRAIN, "training"),
+            (plain, "val/acc", VAL, "validation"),
+            (distorted, "val/acc", DISTORTED, "validation, with distortions"),
+        ):
+            errors = 100 - 100 * np.array([run[name] for run in runs])  # (n, passes)
+            mean, std = errors.mean(axis=0), errors.std(axis=0, ddof=1)
+            x = np.arange(1, len(mean) + 1)
+            passes.plot(x, mean, color=color, lw=1.6, label=label)
+            passes.fill_between(x, mean - std, mean + std, color=color, alpha=0.2, lw=0)
+        passes.axhline(0.95, color=GREY, ls="--", lw=1, label="paper, test: 0.95 %")
+        passes.axhline(0.35, color=GREY, ls=":", lw=1, label="paper, training: 0.35 %")
+        passes.set_ylim(0, 3)
+        passes.set_xticks(range(0, 21, 4))
+        passes.set_xlabel("passes over the training images", color=INK)
+
+        for runs_by_size, color, label in (
+            (runs_of, VAL, "test"),
+            ({num_all: distorted}, DISTORTED, "test, with distortions"),
+        ):
+            tests = [[100 - 100 * run["test/acc"] for run in runs] for runs in runs_by_size.values()]
+            mean, std = np.mean(tests, axis=1), np.std(tests, axis=1, ddof=1)
+            images.errorbar(list(runs_by_size), mean, std, color=color, marker="o", capsize=3, lw=1.6, label=label)
+        for error, marker, label in ((0.95, "s", "paper: 0.95 %"), (0.8, "D", "paper, with distortions: 0.8 %")):
+            images.plot([60_000], [error], color=GREY, marker=marker, ls="none", label=label)
+        images.set_ylim(0, None)
+        images.set_xlim(10_000, 65_000)
+        images.set_xticks(list(runs_of))
+        images.xaxis.set_major_formatter("{x:,.0f}")
+        images.set_xlabel("training images", color=INK)
+
+        for axes in (passes, images):
+            axes.set_ylabel("error, %", color=INK)
+            axes.tick_params(colors=INK)
+            axes.grid(color="#d1d9e0", lw=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False, labelcolor=INK)
+        _save(figure, path)
+
+
 def _save(figure: Figure, path: Path) -> None:
     """Write an SVG that is the same, byte for byte, each time."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,11 +275,12 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def main() -> None:
-    """Draw the architecture, and the curves of a run where one is given."""
+    """Draw the architecture, the results beside the paper's, and the curves of a run where one is given."""
     parser = argparse.ArgumentParser(prog="python -m notebooks.draw", description=main.__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="a run's folder, with its TensorBoard event files")
     args = parser.parse_args()
     draw_architecture(FIGURES / "lenet5.svg")
+    draw_paper(read_results(), FIGURES / "paper.svg")
     if args.run:
         try:
             draw_curves(args.run, FIGURES / "curves.svg")
