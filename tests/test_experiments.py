@@ -43,7 +43,7 @@ def test_the_fashion_recipe_trains_on_files_of_its_own(tmp_path: Path, mnist_roo
     metrics = train(
         compose_cfg(
             tmp_path, "experiment=baseline_fashion", f"data.root={tmp_path}/data", "data.source=files", "data.md5=null",
-            "data.val_size=60", "trainer=cpu", "callbacks=minimal",
+            "data.val_size=60", "trainer=cpu", "callbacks=minimal", "trainer.log_every_n_steps=1",
         )
     )  # fmt: skip
     assert metrics["test/acc"] > 0.9

@@ -22,8 +22,8 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("results")
     result = run_command(
         "train", "-m", "data=mnist5k", "trainer=cpu", "trainer.max_epochs=2", "trainer.limit_train_batches=6",
-        "callbacks=minimal", "test=all", "optimizer.lr=0.001,0.01", "seed=range(2)", "hydra.sweep.dir=rates",
-        cwd=ROOT, PROJECT_ROOT=str(root), OMP_NUM_THREADS="1",
+        "callbacks=minimal", "test=all", "optimizer.lr=0.001,0.01", "seed=range(2)", f"hydra.sweep.dir={root}/rates",
+        PROJECT_ROOT=str(root), OMP_NUM_THREADS="1",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return root / "rates"
@@ -40,7 +40,7 @@ def test_a_sweep_is_summarised_run_by_run(sweep: Path, tmp_path: Path, monkeypat
         {"optimizer.lr": rate, "seed": seed} for rate in (0.001, 0.01) for seed in (0, 1)
     ]
     for run in runs:
-        folder = sweep / "optimizer.lr={optimizer.lr},seed={seed}".format(**run["values"])
+        folder = sweep / ",".join(f"{key}={value}" for key, value in run["values"].items())
         tested = json.loads((folder / "test" / "metrics.json").read_text())
         assert run["test/acc"] == tested["metrics"]["test/acc"]
         events = EventAccumulator(str(folder)).Reload()
@@ -51,7 +51,7 @@ def test_a_sweep_is_summarised_run_by_run(sweep: Path, tmp_path: Path, monkeypat
 
 def test_a_sweep_takes_the_place_of_an_older_one(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results.json")
-    results.write_results({"rates": {"runs": []}, "other": {"runs": []}})
+    results.write_results({"rates": {"data": {}, "runs": []}, "other": {"data": {}, "runs": []}})
     kept = results.read_results() | {"rates": results.read_sweep(sweep)}
     results.write_results(kept)
     assert results.read_results() == kept

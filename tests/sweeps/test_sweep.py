@@ -83,7 +83,7 @@ def rates(logs: Path) -> Sweep:
 @pytest.fixture(scope="module")
 def recipes(logs: Path, rates: Sweep) -> Sweep:
     """Five learning rates for the recipes that fit a pattern; beside the other sweep."""
-    return run_sweep(logs, "sweep=lr", "experiment=glob(lenet5*)")
+    return run_sweep(logs, "sweep=lr", "experiment=glob(paper1998)")
 
 
 def test_folders_and_tensorboards_runs_are_named_by_the_swept_values_alone(rates: Sweep, recipes: Sweep) -> None:
@@ -93,7 +93,7 @@ def test_folders_and_tensorboards_runs_are_named_by_the_swept_values_alone(rates
     runs = EventMultiplexer().AddRunsFromDirectory(str(rates.path)).Reload().Runs()
     assert set(runs) == names | {"."}
     assert {path.name for path in recipes.path.iterdir() if path.is_dir()} == {
-        f"optimizer.lr={rate},experiment=lenet5_tanh" for rate in ("0.0005", "0.001", "0.002", "0.004", "0.008")
+        f"optimizer.lr={rate},experiment=paper1998" for rate in ("0.0005", "0.001", "0.002", "0.004", "0.008")
     }
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", rates.path.name)
 
