@@ -151,7 +151,7 @@ def short_errors(cfg: DictConfig) -> Iterator[None]:
         log.log(logging.ERROR if _asked_full_error == "1" else logging.DEBUG, "stack trace:", exc_info=error)
         message = explain(error)
         if is_child():  # of what has befallen its parent too, that one tells, and takes this process along
-            time.sleep(5)
+            time.sleep(GRACE)
         log.error(f"[{get_name()}] {message}" if get_name() else message)
     if message and in_sweep():
         with (Path(cfg.output_dir) / "error.txt").open("a") as file:  # the first process to tell has the cause
