@@ -13,6 +13,7 @@ from src.config import check
 from src.test import test_checkpoint as run_test_checkpoint  # pytest would collect it by its own name
 from src.train import train
 from tests.compose import compose_cfg
+from tests.conftest import NUM_TRAIN
 
 NUM_PARAMETERS = 61_706  # of LeNet-5, by hand: 156 + 2,416 + 48,120 + 10,164 + 850
 STEPS = 2
@@ -34,7 +35,7 @@ OVERRIDES = st.tuples(
     _options("test", "true", "false"),
     _options("data.augment", "none", "affine", "elastic"),
     _options("data.train_size", "null", "50"),
-    st.integers(1, 125).map("data.batch_size={}".format),  # two batches of it are there
+    st.integers(1, 125).map("data.batch_size={}".format),
     st.integers(1, 30).map("data.eval_batch_size={}".format),  # half of the test batches are one or more
     st.integers(1, 50).map("data.val_size={}".format),
     st.integers(0, 2**32 - 1).map("data.split_seed={}".format),
@@ -72,7 +73,9 @@ def _assert_trains(chosen: tuple[str, ...], folder: Path, data: Path) -> None:
     for name in ("best", "last"):
         checkpoint = folder / "checkpoints" / f"{name}.ckpt"
         assert sum(parameter.numel() for parameter in restore(checkpoint).parameters()) == NUM_PARAMETERS
-    steps = STEPS // cfg.trainer.accumulate_grad_batches * cfg.trainer.max_epochs
+    num_images = cfg.data.train_size or NUM_TRAIN - cfg.data.val_size
+    batches = min(STEPS, math.ceil(num_images / cfg.data.batch_size))
+    steps = math.ceil(batches / cfg.trainer.accumulate_grad_batches) * cfg.trainer.max_epochs
     assert load_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] == steps
     if cfg.test and cfg.trainer.limit_test_batches is None and cfg.trainer.precision == "32-true":
         device = {"accelerator": "cpu", "devices": 1}
