@@ -29,6 +29,7 @@ from src.processes import (
     get_name,
     is_child,
     is_first_of_host,
+    is_requeued,
     is_started_from_outside,
 )
 from src.resume import expand, find_checkpoint
@@ -38,6 +39,7 @@ from src.targets import guard_hydra
 log = logging.getLogger(__name__)
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+SLURM_LAUNCHER = "hydra_plugins.slurm_launcher.SlurmLauncher"  # as its option in Hydra's config has it
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _asked_full_error = ""  # what the user has set it to
 
@@ -164,7 +166,7 @@ def short_errors(cfg: DictConfig) -> Iterator[None]:
 
 def continue_if_requeued(cfg: DictConfig) -> None:
     """Where Slurm has started this job once more, go on from the last checkpoint in its folder."""
-    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+    if not is_requeued():
         return
     folder = Path(cfg.output_dir)
     for path in [folder / "error.txt", *folder.glob("events.*.hparams")]:  # a rank may have seen the others go
@@ -204,15 +206,21 @@ class Preflight(Callback):
 
 
 def _require_own_process(cfg: DictConfig) -> None:
-    """A job that starts processes would, within the sweep's process, have them start the whole sweep again."""
+    """A job that starts processes has them repeat the command of its own, which must be that of a run.
+
+    Within the sweep's process it would be the whole sweep's; with Ray and the like, their worker's. On Slurm it is srun
+    that starts the processes.
+    """
     hydra = HydraConfig.get()
-    in_process = hydra.mode == RunMode.MULTIRUN and hydra.launcher._target_.endswith(
-        ("BasicLauncher", "VectorizedLauncher")
-    )
-    devices = OmegaConf.select(cfg, "trainer.devices", default=1)
-    is_single = devices == 1 or (isinstance(devices, ListConfig) and len(devices) == 1)
-    if in_process and not (is_single and OmegaConf.select(cfg, "trainer.num_nodes", default=1) == 1):
-        raise ConfigError(f"trainer.devices={devices}: in a sweep this needs hydra/launcher=one_process")
+    if hydra.mode == RunMode.RUN or hydra.launcher._target_ == SLURM_LAUNCHER:
+        return
+    num_nodes = OmegaConf.select(cfg, "trainer.num_nodes", default=1)
+    if num_nodes != 1:
+        raise ConfigError(f"trainer.num_nodes={num_nodes}: in a sweep this needs hydra/launcher=submitit_slurm")
+    key = "trainer.devices" if "trainer" in cfg else "accelerator.devices"
+    devices = OmegaConf.select(cfg, key, default=1)
+    if devices != 1 and not (isinstance(devices, ListConfig) and len(devices) == 1):
+        raise ConfigError(f"{key}={devices}: in a sweep this needs hydra/launcher=one_process")
 
 
 def _refuse_sweep(config: DictConfig) -> None:

@@ -1,6 +1,7 @@
 """The processes of a run or a sweep: which of them this is, when they end, and how they find each other."""
 
 import atexit
+import ctypes
 import os
 import select
 import signal
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -45,6 +47,11 @@ def is_shared_step() -> bool:
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
+def is_requeued() -> bool:
+    """Whether Slurm has started this job once more."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+
+
 def is_started_from_outside() -> bool:
     """Whether torchrun, srun or a person has started several processes of this run, on several machines perhaps.
 
@@ -68,26 +75,53 @@ def exit_on_signals() -> None:
     def leave(signum: int, frame: FrameType | None) -> None:
         if is_child():
             return
-        is_out_of_time = signum not in (signal.SIGINT, signal.SIGTERM) and "SLURM_JOB_ID" in os.environ
-        if is_out_of_time and not get_name():
-            with suppress(OSError):  # Slurm's programs may not be at hand
-                subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
+        if signum not in (signal.SIGINT, signal.SIGTERM):
+            _requeue()
         sys.exit(128 + signum)
 
     for signum in STOP_SIGNALS:
         signal.signal(signum, leave)
 
 
+@cache  # once, though a second signal comes
+def _requeue() -> None:
+    """Have Slurm queue this process's job again; the run's first process does it for all."""
+    if "SLURM_JOB_ID" in os.environ and not get_name():
+        with suppress(OSError):  # Slurm's programs may not be at hand
+            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
+
+
 def insist_on_signals() -> None:
-    """See to it that a signal ends even a process that waits for another one: it gets to no handler."""
+    """See to it that a signal ends even a process that waits for another one: it gets to no handler.
+
+    A process that is at work gets as long as it needs to save: through a validation, say. It waits where its main
+    thread stays within one call of C for the time of grace. The first process is to see that; the others are patient,
+    since it may be the first one's save that they wait for.
+    """
     told, tell = os.pipe()
     os.set_blocking(tell, False)
     signal.set_wakeup_fd(tell)
+    last_seen = 0.0  # when the main thread got to a handler
+
+    @ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+    def note(_: int | None) -> int:
+        nonlocal last_seen
+        last_seen = time.monotonic()
+        return 0
 
     def insist() -> None:
         while (signum := os.read(told, 1)[0]) not in STOP_SIGNALS:
             pass
-        select.select([told], [], [], 2 * GRACE if is_child() else GRACE)  # a second signal ends it at once
+        patience = 6 * GRACE if get_name() else GRACE
+        asked = -1.0
+        while not select.select([told], [], [], 0.1)[0]:  # a second signal ends it at once
+            if last_seen >= asked:
+                asked = time.monotonic()
+                ctypes.pythonapi.Py_AddPendingCall(note, None)  # by the main thread, as it calls handlers
+            elif time.monotonic() > asked + patience:
+                break
+        if signum not in (signal.SIGINT, signal.SIGTERM):
+            _requeue()
         os._exit(128 + signum)
 
     threading.Thread(target=insist, name="insist-on-signals", daemon=True).start()

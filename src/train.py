@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from src.command import continue_if_requeued, in_sweep, load_libraries, run, short_errors
-from src.processes import get_name, prepare_trainer
+from src.processes import get_name, is_requeued, prepare_trainer
 from src.resume import check_difference
 from src.status import describe_start, tracked
 
@@ -42,7 +42,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     checkpoint = build.load_checkpoint(cfg.ckpt_path) if cfg.ckpt_path else {}
     datamodule = build.build_datamodule(cfg)
     module = build.build_module(cfg)
-    first_step = 0 if cfg.resume else None
+    first_step = 0 if cfg.resume or is_requeued() else None  # without a checkpoint, too
     if checkpoint:
         first_step = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
         check_difference(checkpoint["hyper_parameters"], dict(module.hparams))

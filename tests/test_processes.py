@@ -19,7 +19,6 @@ VARIABLES = (
     "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "RANK", "LOCAL_RANK", "NODE_RANK", RUN_PARENT,
     SWEEP_PARENT, "GLOO_SOCKET_IFNAME",
 )  # fmt: skip
-
 # A process that starts another one like itself, with what stands behind its own number in its environment.
 FAMILY = """
 import os, subprocess, sys, time
@@ -31,18 +30,25 @@ if sys.argv[2] == "parent":
                      start_new_session=sys.argv[4] == "SWEEP_PARENT")
 time.sleep(600)
 """
-# One that waits in Python, or in C, as for another process's gradients, where no handler is called.
+# One that waits in Python, or in C, as for another process's gradients, where no handler is called; or it works.
 WAITING = """
-import atexit, ctypes, sys, time
+import atexit, ctypes, signal, sys, time
 from src import processes
 processes.GRACE = 0.5
 processes.exit_on_signals()
 processes.insist_on_signals()
 atexit.register(print, "left by itself")
 mutex = ctypes.create_string_buffer(64)
+told = []
+if sys.argv[1] == "work":
+    signal.signal(signal.SIGTERM, lambda *_: told.append(time.monotonic()))
 print("ready", flush=True)
 while sys.argv[1] == "Python":
     time.sleep(600)
+while sys.argv[1] == "work":
+    time.sleep(0.1)
+    if told and time.monotonic() > told[0] + 2:  # four times the grace
+        sys.exit(3)
 for _ in range(2):
     ctypes.CDLL(None).pthread_mutex_lock(mutex)
 """
@@ -56,6 +62,11 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
         monkeypatch.setenv(name, "")  # so that it is as before when the test has ended
         monkeypatch.delenv(name)
+
+
+def state(pid: int) -> str:
+    """What Linux calls a process's state, as in S for one that sleeps."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 @contextmanager
@@ -118,10 +129,10 @@ def test_a_child_is_what_lightning_has_started(
 )
 def test_what_a_killed_process_has_started_ends_with_it(name: str, value: str, ends: bool, tmp_path: Path) -> None:
     with started(FAMILY, str(tmp_path), "parent", FAMILY, name, value) as parent:
-        wait_until(lambda: len(living(str(tmp_path))) == 2, seconds=10)
+        wait_until(lambda: len(living(str(tmp_path))) == 2, seconds=60)
         (child,) = living(str(tmp_path)) - {parent.pid}
     if ends:
-        wait_until(lambda: not living(str(tmp_path)), seconds=5)
+        wait_until(lambda: not living(str(tmp_path)), seconds=60)
     else:
         time.sleep(1.5)
         assert living(str(tmp_path)) == {child}
@@ -142,16 +153,44 @@ def test_a_signal_ends_a_process_wherever_it_waits(
     with started(WAITING, where, **env) as process:
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
-        time.sleep(0.5)  # it is about to wait
+        wait_until(lambda: state(process.pid) == "S", seconds=60)  # it was about to wait
         process.send_signal(signum)
-        assert process.wait(10) == 128 + signum
+        assert process.wait(60) == 128 + signum
         assert process.stdout.read() == last_words
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the state in /proc")
+def test_a_process_that_is_at_work_gets_the_time_to_save() -> None:
+    with started(WAITING, "work") as process:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        wait_until(lambda: state(process.pid) == "S", seconds=60)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 3
+        assert process.stdout.read() == "left by itself\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="waits in Linux's C library")
+@pytest.mark.parametrize(("where", "as_rank"), [("Python", "0"), ("C", "0"), ("C", "1")])
+def test_a_process_out_of_time_is_queued_again_once_wherever_it_waits(where: str, as_rank: str, tmp_path: Path) -> None:
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "RANK": as_rank}
+    with started(WAITING, where, **env) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        wait_until(lambda: state(process.pid) == "S", seconds=60)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == 128 + signal.SIGUSR1
+    asked = tmp_path / "asked"
+    assert (asked.read_text() if asked.exists() else "") == ("" if as_rank == "1" else "requeue 7\n")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
 def test_the_interface_is_the_one_that_leads_to_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    choose_interface("127.0.0.1")
-    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    for loopback in ("127.0.0.1", "localhost"):
+        choose_interface(loopback)
+        assert os.environ.pop("GLOO_SOCKET_IFNAME") == "lo"
 
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
     choose_interface("127.0.0.1")
