@@ -43,8 +43,8 @@ def is_first_of_host() -> bool:
 
 
 def is_shared_step() -> bool:
-    """Whether srun has started several processes of this run."""
-    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+    """Whether srun has started several processes of this run, and not several torchruns, which name theirs anew."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def is_requeued() -> bool:

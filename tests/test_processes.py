@@ -17,8 +17,10 @@ from tests.processes import living, wait_until
 
 VARIABLES = (
     "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "RANK", "LOCAL_RANK", "NODE_RANK", RUN_PARENT,
-    SWEEP_PARENT, "GLOO_SOCKET_IFNAME",
+    SWEEP_PARENT, "GLOO_SOCKET_IFNAME", "TORCHELASTIC_RUN_ID",
 )  # fmt: skip
+BY_BOTH = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "TORCHELASTIC_RUN_ID": "none"}
+
 # A process that starts another one like itself, with what stands behind its own number in its environment.
 FAMILY = """
 import os, subprocess, sys, time
@@ -93,6 +95,10 @@ def started(code: str, *arguments: str, **env: str) -> Iterator[subprocess.Popen
         ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, "", True),
         ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, "rank 3", False),
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, "", True),
+        # Two torchruns by srun, one a machine.
+        ({**BY_BOTH, "SLURM_PROCID": "0", "RANK": "1", "LOCAL_RANK": "1"}, "rank 1", False),
+        ({**BY_BOTH, "SLURM_PROCID": "1", "RANK": "2", "LOCAL_RANK": "0"}, "rank 2", True),
+        ({**BY_BOTH, "SLURM_PROCID": "0", "RANK": "0", "LOCAL_RANK": "0"}, "", True),
     ],
 )
 def test_a_process_is_named_by_what_has_started_it(
