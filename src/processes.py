@@ -24,6 +24,7 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SI
 SIGNALS = (*STOP_SIGNALS, *(getattr(signal, name) for name in ("SIGUSR2",) if hasattr(signal, name)))  # submitit's, too
 SIOCGIFADDR = 0x8915  # Linux's question for an interface's address
 GRACE = 10.0  # seconds from a signal to the end of a process that waits for another one
+ELSEWHERE = "192.0.2.1"  # an address that no machine has: the way there is the way to the other machines
 
 
 def get_name() -> str:
@@ -140,14 +141,17 @@ def end_with_parent() -> None:
 def choose_interface(address: str) -> None:
     """Have gloo use the interface that leads to an address; by itself it takes that of the host's name, loopback often.
 
-    On Linux with IPv4, unless the user has set ``GLOO_SOCKET_IFNAME``.
+    On Linux with IPv4, unless the user has set ``GLOO_SOCKET_IFNAME``. The address may be a name, which the machine
+    that has it takes for loopback: Debian does.
     """
     if sys.platform != "linux" or "GLOO_SOCKET_IFNAME" in os.environ:
         return
     import fcntl
 
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 1))  # sends nothing
+        resolved = socket.gethostbyname(address)
+        is_name = address not in (resolved, "localhost")
+        probe.connect((ELSEWHERE if is_name and resolved.startswith("127.") else address, 1))  # sends nothing
         mine = socket.inet_aton(probe.getsockname()[0])
         for _, name in socket.if_nameindex():
             with suppress(OSError):  # it has no address

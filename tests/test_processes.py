@@ -203,6 +203,14 @@ def test_the_interface_is_the_one_that_leads_to_the_address(monkeypatch: pytest.
     assert os.environ["GLOO_SOCKET_IFNAME"] == "mine"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_a_name_that_its_own_machine_takes_for_loopback_does_not_choose_loopback() -> None:
+    choose_interface("127.1")  # to the resolver a name like any other, which leads to 127.0.0.1
+    routes = [line.split() for line in Path("/proc/net/route").read_text().splitlines()[1:]]
+    defaults = [interface for interface, destination, *_ in routes if int(destination, 16) == 0]
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == (defaults[0] if defaults else None)
+
+
 def test_no_interface_is_chosen_for_an_address_that_nothing_leads_to() -> None:
     choose_interface("nowhere.invalid")
     assert "GLOO_SOCKET_IFNAME" not in os.environ
