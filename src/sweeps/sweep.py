@@ -58,8 +58,9 @@ def _test(folder: SweepFolder, jobs: Iterable[Job], config: DictConfig) -> None:
         output_dir = folder.path / job.name / "test"
         if job.status == "finished" and job.checkpoint and not (output_dir / "metrics.json").is_file():
             trainer = {**config.accelerator, "limit_test_batches": config.trainer.get("limit_test_batches")}
+            trainer["devices"] = 1  # more would be processes, which would start the sweep again
             if trainer["accelerator"] != "cpu":  # the jobs may have run on another machine
-                trainer |= {"accelerator": "auto", "devices": 1}
+                trainer["accelerator"] = "auto"
             test_checkpoint(Path(job.checkpoint), output_dir, trainer)
 
 
