@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.command import load_libraries, run, short_errors
 from src.config import newest_checkpoint
-from src.processes import get_name
+from src.processes import get_name, prepare_trainer
 
 
 def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
@@ -35,6 +35,7 @@ def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **
         **trainer, logger=False, enable_checkpointing=False, enable_model_summary=False,
         enable_progress_bar=False, default_root_dir=output_dir,
     )  # fmt: skip
+    prepare_trainer(tester)
     (metrics,) = tester.test(module, datamodule, verbose=False)
     confusion = module.confusion.tolist()
     result = {
