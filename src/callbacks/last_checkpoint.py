@@ -187,6 +187,12 @@ class LastCheckpoint(Checkpoint):
                 restore_metrics(trainer.lightning_module, own["metrics"])
             if is_in_epoch:
                 self._means = own["means"]
+            if (num_gpus := len(own["random_states"]["torch.cuda"])) != torch.cuda.device_count():
+                _warn(
+                    trainer,
+                    f"GPUs in sight: the run had {num_gpus}, now {torch.cuda.device_count()}: what draws random numbers "
+                    "on a GPU draws others",
+                )
             _set_rng_states(_restorable(own["random_states"]))
         else:
             _warn(
@@ -242,6 +248,6 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
 def _restorable(state: dict[str, Any]) -> dict[str, Any]:
     name, keys, *rest = state["numpy"]
     state = {**state, "numpy": (name, np.array(keys, np.uint32), *rest)}
-    if len(state.get("cuda", ())) != torch.cuda.device_count():  # another machine's
-        state.pop("cuda", None)
+    if len(state["torch.cuda"]) != torch.cuda.device_count():  # another machine's
+        del state["torch.cuda"]
     return state

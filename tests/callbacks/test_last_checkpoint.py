@@ -128,3 +128,27 @@ def test_without_a_stop_training_is_as_without_it(tmp_path: Path) -> None:
     without = fit(tmp_path / "without", "BatchLoader")
     assert with_it.pop("random") == without.pop("random")
     assert all(torch.equal(with_it["weights"][name], weights) for name, weights in without["weights"].items())
+
+
+@pytest.mark.filterwarnings("ignore:(Experiment logs|Checkpoint) directory .* exists and is not empty")
+def test_a_checkpoint_of_another_machine_goes_on_and_what_differs_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "last.ckpt"
+    fit(tmp_path, "BatchLoader", LastCheckpoint(str(tmp_path)), KillAfter(12))
+    checkpoint = torch.load(path, weights_only=True)
+    (own,) = checkpoint["processes"]
+    now = torch.cuda.device_count()
+    more_gpus = {**own["random_states"], "torch.cuda": [torch.zeros(16, dtype=torch.uint8)] * (now + 2)}
+    for processes, said in (
+        ([own], ""),
+        ([{**own, "random_states": more_gpus}], f"GPUs in sight: the run had {now + 2}, now {now}: "),
+        ([own, own], "trainer.devices, num_nodes: the run had 2 processes, now 1: "),
+        ([], "trainer.devices, num_nodes: the run had an unknown number of processes, now 1: "),
+    ):
+        torch.save({**checkpoint, "processes": processes}, path)
+        caplog.clear()
+        assert fit(tmp_path, "BatchLoader", LastCheckpoint(str(tmp_path)), ckpt_path=path)
+        warned = [record.getMessage() for record in caplog.records if record.name.startswith("src.")]
+        assert len(warned) == bool(said)
+        assert all(message.startswith(f"not an exact continuation: {said}") for message in warned), warned
