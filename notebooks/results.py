@@ -85,7 +85,7 @@ def make_recipes_table(results: dict[str, Sweep]) -> list[str]:
 
 def make_ablation_table(results: dict[str, Sweep]) -> list[str]:
     """Rows of activation and pooling, columns of augmentation and weight averaging, in Markdown."""
-    augments, decays = ("none", "elastic"), (0, 0.999)
+    augments, decays = ("none", "elastic"), (0, 0.995)
     heads = [f"{augment}{', averaged' if decay else ''}" for augment in augments for decay in decays]
     lines = [f"| activation | pooling | {' | '.join(heads)} |", f"| --- | --- |{' ---: |' * len(heads)}"]
     for activation in ("tanh", "relu"):
