@@ -1,6 +1,8 @@
 """The task: classify images with any net from (B, C, H, W) to logits."""
 
+import inspect
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -20,6 +22,10 @@ class DivergenceError(ArithmeticError):
     """The loss is no longer finite; the message says since when, and what to try."""
 
 
+class ArgumentError(TypeError):
+    """An optimizer or scheduler that does not take what it is given; the message names both."""
+
+
 class ImageClassifier(pl.LightningModule):
     """Trains a net; logs ``loss`` and ``acc`` of ``train/``, ``val/`` and ``test/`` once an epoch.
 
@@ -35,6 +41,9 @@ class ImageClassifier(pl.LightningModule):
             with the run's number of optimizer steps. None or empty: the learning rate stays.
         input_size: (C, H, W) of an image, for the graph in TensorBoard and the shapes in the model summary.
         loss: Mean loss, a scalar, of logits (B, num_classes) and labels (B,).
+
+    Raises:
+        ArgumentError: If the optimizer or the scheduler takes none of a name that it is to be given.
     """
 
     def __init__(
@@ -47,6 +56,8 @@ class ImageClassifier(pl.LightningModule):
         loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     ) -> None:
         super().__init__()
+        _check_arguments("optimizer", optimizer)
+        _check_arguments("scheduler.scheduler", (scheduler or {}).get("scheduler"))
         # The same numbers in another memory layout: about 1.4x faster on a CPU.
         self.net = net.to(memory_format=torch.channels_last)
         self.optimizer = optimizer
@@ -184,6 +195,17 @@ class ImageClassifier(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {**self.scheduler, "scheduler": make(optimizer, **runtime)},
         }
+
+
+def _check_arguments(name: str, make: Any) -> None:
+    """Look now: a partial is called when the data are there and the run has begun."""
+    if isinstance(make, partial):
+        parameters = inspect.signature(make.func).parameters
+        takes_all = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+        for key in make.keywords:
+            if key not in parameters and not takes_all:
+                target = f"{make.func.__module__}.{make.func.__qualname__}"
+                raise ArgumentError(f"{name}.{key}: {target} takes no such argument")
 
 
 def _fit_names(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:

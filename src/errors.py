@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from src.config import CONF, SweepError
 
 EXTRAS = {"hydra/launcher/submitit_slurm": "slurm", "hydra/launcher/ray": "ray"}
+UNEXPECTED = r"got an unexpected keyword argument '(\w+)'"
 MAX_OPTIONS = 20  # more are not listed
 
 
@@ -24,6 +25,37 @@ def explain(error: BaseException, config_name: str = "") -> str:
 
 
 def _explain(error: BaseException, config_name: str) -> str:
+    if isinstance(error, HydraException | OmegaConfBaseException | MissingConfigException):
+        return " ".join(_explain_config(error, config_name).split())  # a value may have line breaks
+    if isinstance(error, TypeError) and (name := re.match(rf"Trainer\.__init__\(\) {UNEXPECTED}", str(error))):
+        return f"error: trainer.{name[1]}: pytorch_lightning.Trainer takes no such argument"
+    if isinstance(error, IndexError) and (label := re.fullmatch(r"Target (\d+) is out of bounds\.", str(error))):
+        return f"error: model.num_classes: the data have a class {label[1]}; expected {int(label[1]) + 1} or more"
+    if isinstance(error, OSError) and error.strerror:
+        where = f" {error.filename}" if error.filename else ""
+        return f"error:{where}: {error.strerror}; mend that or choose another folder with hydra.run.dir=<folder>"
+    if isinstance(error, SweepError):
+        return f"error: {error}"
+    if "/gloo/" in str(error) or type(error).__name__.startswith("Dist"):  # torch's DistNetworkError and so on
+        reason = re.sub(r".*/gloo/\S+\] ", "", _first_line(error)).split(". This is")[0]
+        if "connectFullMesh" in str(error):
+            reason += " (is GLOO_SOCKET_IFNAME the interface that leads to the other machines?)"
+        return (
+            f"error: another process of this run has ended or does not answer: {reason}; "
+            "see what it says itself, then go on with resume=<the run's folder>"
+        )
+    if isinstance(error, OSError) or type(error).__module__.startswith("src."):
+        return f"error: {' '.join(str(error).split())}"
+    frame = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
+    where = f" ({Path(frame.filename).name}, line {frame.lineno})" if frame else ""
+    trace = "HYDRA_FULL_ERROR=1 prints the stack trace."
+    if not config_name:
+        trace = "The stack trace is in the run's log; HYDRA_FULL_ERROR=1 prints it."
+    return f"error: {type(error).__name__}: {_first_line(error)}{where}\n{trace}"
+
+
+def _explain_config(error: Exception, config_name: str) -> str:
+    """What Hydra and OmegaConf raise."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         if error.missing_cfg_file in EXTRAS:
@@ -40,34 +72,17 @@ def _explain(error: BaseException, config_name: str) -> str:
         if type(error.__cause__).__module__.startswith("src.") and error.__cause__:
             return _explain(error.__cause__, config_name)
         key = re.search(r"full_key: (\S+)", str(error))
-        lines = str(error.__cause__ or error).strip().splitlines()
+        cause = error.__cause__ or error
+        where = key.group(1) if key else "config"
+        if name := re.search(UNEXPECTED, str(cause)):
+            target = re.search(r"target '(\S+)'", str(error))
+            return f"error: {where}.{name[1]}: {target[1] if target else 'its _target_'} takes no such argument"
+        lines = (str(cause).strip() or repr(cause)).splitlines()  # a bare assert says nothing
         said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])  # the reason stands behind the colon
-        return f"error: {key.group(1) if key else 'config'}: {said}"
+        return f"error: {where}: {said}"
     if isinstance(error, OverrideParseException):
         return f"error: {error.override}: expected key=value, with quotes as in 'key=\"a, b\"' or 'key=[a,b]'"
-    if isinstance(error, IndexError) and (label := re.fullmatch(r"Target (\d+) is out of bounds\.", str(error))):
-        return f"error: model.num_classes: the data have a class {label[1]}; expected {int(label[1]) + 1} or more"
-    if isinstance(error, OSError) and error.strerror:
-        where = f" {error.filename}" if error.filename else ""
-        return f"error:{where}: {error.strerror}; mend that or choose another folder with hydra.run.dir=<folder>"
-    if isinstance(error, SweepError):
-        return f"error: {error}"
-    if "/gloo/" in str(error) or type(error).__name__.startswith("Dist"):  # torch's DistNetworkError and so on
-        reason = re.sub(r".*/gloo/\S+\] ", "", _first_line(error)).split(". This is")[0]
-        if "connectFullMesh" in str(error):
-            reason += " (is GLOO_SOCKET_IFNAME the interface that leads to the other machines?)"
-        return (
-            f"error: another process of this run has ended or does not answer: {reason}; "
-            "see what it says itself, then go on with resume=<the run's folder>"
-        )
-    if isinstance(error, HydraException | OSError) or type(error).__module__.startswith("src."):
-        return f"error: {' '.join(str(error).split())}"
-    frame = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
-    where = f" ({Path(frame.filename).name}, line {frame.lineno})" if frame else ""
-    trace = "HYDRA_FULL_ERROR=1 prints the stack trace."
-    if not config_name:
-        trace = "The stack trace is in the run's log; HYDRA_FULL_ERROR=1 prints it."
-    return f"error: {type(error).__name__}: {_first_line(error)}{where}\n{trace}"
+    return f"error: {error}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -5,7 +7,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, log_loss
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from src.classifier import ImageClassifier
+from src.classifier import ArgumentError, ImageClassifier
 
 IMAGES = torch.randn(50, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.randint(0, 3, (50,), generator=torch.Generator().manual_seed(1))
@@ -64,6 +66,30 @@ def test_a_step_is_that_of_plain_pytorch() -> None:
 def test_cannot_be_trained_without_an_optimizer() -> None:
     with pytest.raises(ValueError, match="built without an optimizer"):
         _classifier().configure_optimizers()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"optimizer": partial(torch.optim.Adam, foo=1)}, r"optimizer\.foo: torch\.optim\.adam\.Adam takes no such"),
+        (
+            {"scheduler": {"scheduler": partial(torch.optim.lr_scheduler.StepLR, gama=1)}},
+            r"scheduler\.scheduler\.gama: torch\.optim\.lr_scheduler\.StepLR takes no such argument",
+        ),
+    ],
+)
+def test_an_argument_that_the_optimizer_does_not_take_is_refused_at_once(
+    arguments: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        _classifier(**arguments)
+
+
+def test_an_optimizer_that_takes_any_argument_gets_it() -> None:
+    def make(parameters: object, **rest: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, **rest)  # type: ignore[arg-type]
+
+    assert _classifier(optimizer=partial(make, lr=0.5)).configure_optimizers().defaults["lr"] == 0.5  # type: ignore
 
 
 @pytest.mark.parametrize("is_compiled", [(True, False), (False, True), (True, True)])

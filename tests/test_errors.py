@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config import ConfigError, SweepError
+from src.config import CONF, ConfigError, SweepError
 from src.errors import explain
 
 
@@ -47,6 +48,22 @@ def _unresolved() -> Exception:
             "error: val_size=0: expected 1",
         ),
         (_raised(InstantiationException("Error:\nthe reason\nmore")), "error: config: Error: the reason"),
+        (_raised(InstantiationException("Error\nfull_key: data"), AssertionError()), "error: data: AssertionError()"),
+        (
+            _raised(
+                InstantiationException("Error in call to target 'src.models.lenet5.LeNet5':\nfull_key: model.net"),
+                TypeError("LeNet5.__init__() got an unexpected keyword argument 'foo'"),
+            ),
+            "error: model.net.foo: src.models.lenet5.LeNet5 takes no such argument",
+        ),
+        (
+            TypeError("Trainer.__init__() got an unexpected keyword argument 'foo'"),
+            "error: trainer.foo: pytorch_lightning.Trainer takes no such argument",
+        ),
+        (
+            MissingConfigException("missing", "model/le\nnet", ["lenet5"]),
+            "error: model=le net: no such file in conf/model/; did you mean lenet5?",
+        ),
         (_unresolved(), "error: a.b: Interpolation key 'nope' not found"),
     ],
 )
@@ -79,6 +96,15 @@ def test_a_bug_is_said_with_its_place_and_where_the_stack_trace_is() -> None:
     assert (
         explain(_raised(ZeroDivisionError()), "train").splitlines()[1] == "HYDRA_FULL_ERROR=1 prints the stack trace."
     )
+
+
+@pytest.mark.parametrize("override", ["seed=[1\n\n2", "data.root='a\n\tb", "se\ned=1"])
+def test_line_breaks_in_an_override_are_not_printed(override: str) -> None:
+    with pytest.raises(HydraException) as caught, initialize_config_dir(str(CONF), version_base="1.3"):
+        compose("train", [override])
+    said = explain(caught.value, "train")
+    assert said.startswith(f"error: {' '.join(override.split())}: expected key=value")
+    assert "\n" not in said
 
 
 def test_an_endless_value_is_cut() -> None:
