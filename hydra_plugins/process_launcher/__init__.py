@@ -13,6 +13,7 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
+from omegaconf import ListConfig, OmegaConf
 
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 # What a job's process does not get of the sweep's overrides of Hydra.
@@ -57,6 +58,7 @@ class ProcessLauncher(Launcher):
             Completed or failed, in the order of their ends.
         """
         num_slots = min(self.n_jobs, len(job_overrides)) if isinstance(job_overrides, Sized) else self.n_jobs
+        self.num_slots = num_slots
         free = [_environment(slot, num_slots, gpus) for gpus in [_visible_gpus()] for slot in range(num_slots)]
         waiting = enumerate(job_overrides, initial_job_idx)
         running: list[_Process] = []
@@ -88,7 +90,7 @@ class ProcessLauncher(Launcher):
             *[override for override in job.hydra.overrides.hydra if not override.startswith(OWN)],
             "hydra.mode=RUN", f"hydra.run.dir={quoted(folder)}", f"hydra.job.num={number}",
         ]  # fmt: skip
-        return _Process(command, folder, env)
+        return _Process(command, folder, env, _threads(job, self.num_slots))
 
     def _end(self, process: "_Process") -> JobReturn:
         """Note a failure that the process could not note itself, and tell Hydra's callbacks."""
@@ -108,15 +110,16 @@ class ProcessLauncher(Launcher):
 class _Process:
     """A job's process, the head of a group and session of its own: signals to the sweep's terminal do not reach it."""
 
-    def __init__(self, command: list[str], folder: Path, env: dict[str, str]) -> None:
+    def __init__(self, command: list[str], folder: Path, env: dict[str, str], threads: dict[str, str]) -> None:
         self.command = command
         self.folder = folder
         self.env = env
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "console.log").open("ab") as console:
             self._popen = subprocess.Popen(
-                command, env=env, stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True
-            )
+                command, env={**threads, **env}, stdin=subprocess.DEVNULL, stdout=console, stderr=console,
+                start_new_session=True,
+            )  # fmt: skip
 
     @property
     def returncode(self) -> int | None:
@@ -163,16 +166,26 @@ def _command() -> list[str]:
 
 
 def _environment(slot: int, num_slots: int, gpus: Sequence[str]) -> dict[str, str]:
-    """A slot's environment: its threads, unless the user has set them, and its GPUs."""
+    """A slot's environment: the user's, and its GPUs."""
     from src.command import user_environment
     from src.processes import SWEEP_PARENT
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(1, cores // num_slots))
-    env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **user_environment(), SWEEP_PARENT: str(os.getpid())}
+    env = {**user_environment(), SWEEP_PARENT: str(os.getpid())}
     if gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[slot::num_slots] or [gpus[slot % len(gpus)]])
     return env
+
+
+def _threads(job: Any, num_slots: int) -> dict[str, str]:
+    """The threads of each of a job's processes; one slot has all cores, which Lightning divides by itself."""
+    if num_slots == 1:
+        return {}
+    devices = OmegaConf.select(job, "trainer.devices", default=1)
+    num_processes = len(devices) if isinstance(devices, ListConfig) else devices if isinstance(devices, int) else 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return dict.fromkeys(
+        ("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(max(1, cores // (num_slots * max(1, num_processes))))
+    )
 
 
 def _visible_gpus() -> list[str]:
