@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from src.config import ROOT
 from src.sweeps.study import STORAGE, open_study
 from tests.compose import run_command
+from tests.processes import wait_until
 
 SMALL = (
     "data=mnist5k", "trainer=cpu", "trainer.limit_train_batches=4", "trainer.log_every_n_steps=1",
@@ -161,11 +161,15 @@ def test_a_killed_search_comes_to_its_target_with_the_trials_that_it_was_killed_
     def halfway() -> set[Path]:
         return {path.parents[1] for path in tmp_path.glob("000[23],*/checkpoints/last.ckpt")} - ended().keys()
 
-    while not (ended() and halfway()):
+    def is_in_the_midst() -> bool:
         assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+        return bool(ended() and halfway())
+
+    try:
+        wait_until(is_in_the_midst, seconds=300)
+    finally:
+        process.kill()
+        process.wait()
     time.sleep(1)  # for the jobs to miss it
     before, killed = ended(), halfway()
     assert killed
