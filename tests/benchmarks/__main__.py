@@ -242,6 +242,35 @@ def bench_scale(data: Data, turns: int, quick: bool) -> list[dict[str, Any]]:
     return figures
 
 
+def bench_ddp(data: Data, turns: int, quick: bool) -> list[dict[str, Any]]:
+    """What a second process on the CPU gains: one of one thread beside two, on the same batches."""
+    figures = []
+    for batch_size in (64, 512):
+        overrides = [f"data.batch_size={batch_size}", *(["trainer.limit_train_batches=4"] if quick else [])]
+        found = take_turns(
+            turns,
+            {
+                trainer: lambda o=(f"trainer={trainer}", *overrides): time_epoch(data, *o)  # type: ignore[misc]
+                for trainer in ("ddp_cpu", "cpu")
+            },
+        )
+        what = f"training of an epoch by two processes, batches of {batch_size}"
+        goal = "at least 1.6"
+        figures.append(compare(what, "s", found["ddp_cpu"], "one process", found["cpu"], goal, inverse=True))
+    return figures
+
+
+def time_epoch(data: Data, *overrides: str) -> float:
+    """Seconds that the batches of an epoch take processes of one thread each, as a run's record says."""
+    with tempfile.TemporaryDirectory() as folder:
+        run(
+            "-m", "src.train", f"data.root={data.root}", f"data.source={data.source}", f"hydra.run.dir={folder}/run",
+            "test=false", "trainer.max_epochs=2", *overrides, env={"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        record = json.loads((Path(folder) / "run" / "metrics.json").read_text())
+    return float(record["data"]["num_images"]["train"] / record["images_per_second"])
+
+
 def bench_sweep(data: Data, turns: int, quick: bool) -> list[dict[str, Any]]:
     """An epoch of a vectorised sweep's jobs, all of them, beside that of one job alone; of 200 batches."""
     overrides = (f"trainer.limit_train_batches={4 if quick else 200}", "trainer.max_epochs=3")
@@ -279,7 +308,14 @@ def run_sweep(data: Data, members: int, *overrides: str) -> float:
     return float(statistics.median([after - before for before, after in pairwise(last)]))
 
 
-PARTS = {"epoch": bench_epoch, "start": bench_start, "test": bench_test, "scale": bench_scale, "sweep": bench_sweep}
+PARTS = {
+    "epoch": bench_epoch,
+    "start": bench_start,
+    "test": bench_test,
+    "scale": bench_scale,
+    "ddp": bench_ddp,
+    "sweep": bench_sweep,
+}
 
 
 def make_table(figures: Sequence[Mapping[str, Any]]) -> str:
