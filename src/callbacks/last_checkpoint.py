@@ -51,7 +51,7 @@ class LastCheckpoint(Checkpoint):
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}  # those that ours stand in for
         self._last_step = -1  # the optimizer steps of the last whole step
         self._in_step = False
-        self._means: dict[str, list[torch.Tensor]] = {}  # to be added behind the first step
+        self._means: dict[str, list[torch.Tensor]] = {}  # to be added where each is logged again
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -60,7 +60,7 @@ class LastCheckpoint(Checkpoint):
         own = {
             "random_states": _plain(_collect_rng_states()),
             "metrics": collect_metrics(pl_module),
-            "means": collect_means(trainer),
+            "means": {**collect_means(trainer), **self._means},
         }
         processes = [own] * trainer.world_size
         if trainer.world_size > 1:
@@ -115,8 +115,7 @@ class LastCheckpoint(Checkpoint):
         stepped = trainer.global_step > self._last_step
         self._last_step = trainer.global_step
         if self._means:
-            restore_means(trainer, self._means)
-            self._means = {}
+            self._means = restore_means(trainer, self._means)
         signum = self._agree(trainer)
         # With gradients half gathered, or just validated, Lightning would not go on from here exactly.
         if loop.done or not stepped or is_validated:
@@ -128,6 +127,9 @@ class LastCheckpoint(Checkpoint):
 
     def _end_epoch(self, trainer: pl.Trainer) -> None:
         signum = self._agree(trainer)
+        if self._means:
+            _warn(trainer, f"{', '.join(self._means)}: not logged since: the epoch's figure is missing")
+            self._means = {}
         self._save(trainer)
         if signum:
             self._stop(signum)
@@ -190,8 +192,8 @@ class LastCheckpoint(Checkpoint):
             if (num_gpus := len(own["random_states"]["torch.cuda"])) != torch.cuda.device_count():
                 _warn(
                     trainer,
-                    f"GPUs in sight: the run had {num_gpus}, now {torch.cuda.device_count()}: what draws random numbers "
-                    "on a GPU draws others",
+                    f"GPUs in sight: the run had {num_gpus}, now {torch.cuda.device_count()}: "
+                    "what draws random numbers on a GPU draws others",
                 )
             _set_rng_states(_restorable(own["random_states"]))
         else:

@@ -35,9 +35,14 @@ def collect_means(trainer: pl.Trainer) -> dict[str, list[Tensor]]:
     }
 
 
-def restore_means(trainer: pl.Trainer, collected: dict[str, list[Tensor]]) -> None:
-    """Add what was collected; to be called behind a step, since the first ``self.log`` makes what it is added to."""
-    for name, result in trainer.fit_loop.epoch_loop._results.items():
+def restore_means(trainer: pl.Trainer, collected: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """Add what was collected; to be called behind a step, since the first ``self.log`` makes what it is added to.
+
+    Returns:
+        What has not been logged yet, for a later step.
+    """
+    results = trainer.fit_loop.epoch_loop._results
+    for name, result in results.items():
         if name in collected:
             value, weight = (tensor.to(result.value.device) for tensor in collected[name])
             if result.meta.is_max_reduction:
@@ -48,6 +53,7 @@ def restore_means(trainer: pl.Trainer, collected: dict[str, list[Tensor]]) -> No
                 result.value = value + result.value
             if result.meta.is_mean_reduction:
                 result.cumulated_batch_size = weight + result.cumulated_batch_size
+    return {name: mean for name, mean in collected.items() if name not in results}
 
 
 def _to(state: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:

@@ -37,6 +37,8 @@ class UsersModule(pl.LightningModule):
         self.log("train/loss", loss, on_step=False, on_epoch=True)
         self.log("train/worst", loss, on_step=False, on_epoch=True, reduce_fx="max")
         self.log("train/acc", self.accuracy, on_step=False, on_epoch=True)
+        if batch_idx in (1, 8):  # not in each step, nor in the first one behind a resume
+            self.log("train/rare", loss, on_step=False, on_epoch=True)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -84,13 +86,14 @@ def fit(folder: Path, kind: str, *callbacks: Callback, ckpt_path: Path | None = 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty")
 @pytest.mark.parametrize(
-    ("kind", "kill_at", "every_n_steps"), [("DataLoader", 17, None), ("BatchLoader", 17, 3), ("BatchLoader", 20, 2)]
+    ("kind", "kill_at", "every_n_steps"),
+    [("DataLoader", 17, None), ("BatchLoader", 17, 3), ("BatchLoader", 20, 2), ("BatchLoader", 27, 5)],
 )
 def test_a_users_module_goes_on_exactly(kind: str, kill_at: int, every_n_steps: int | None, tmp_path: Path) -> None:
     whole = fit(tmp_path / "whole", kind, LastCheckpoint(str(tmp_path / "whole"), every_n_steps))
     path = tmp_path / "part" / "last.ckpt"
     assert fit(tmp_path / "part", kind, LastCheckpoint(str(path.parent), every_n_steps), KillAfter(kill_at)) == {}
-    assert torch.load(path, weights_only=True)["global_step"] == {None: 10, 3: 15, 2: 20}[every_n_steps]
+    assert torch.load(path, weights_only=True)["global_step"] == {None: 10, 3: 15, 2: 20, 5: 25}[every_n_steps]
     rest = fit(tmp_path / "part", kind, LastCheckpoint(str(path.parent), every_n_steps), ckpt_path=path)
 
     assert rest.keys() == whole.keys()
@@ -152,3 +155,18 @@ def test_a_checkpoint_of_another_machine_goes_on_and_what_differs_is_said(
         warned = [record.getMessage() for record in caplog.records if record.name.startswith("src.")]
         assert len(warned) == bool(said)
         assert all(message.startswith(f"not an exact continuation: {said}") for message in warned), warned
+
+
+@pytest.mark.filterwarnings("ignore:(Experiment logs|Checkpoint) directory .* exists and is not empty")
+def test_a_mean_that_is_not_logged_again_in_its_epoch_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "last.ckpt"
+    fit(tmp_path, "BatchLoader", LastCheckpoint(str(tmp_path), every_n_steps=3), KillAfter(19))
+    assert torch.load(path, weights_only=True)["global_step"] == 18
+    checkpoint = torch.load(path, weights_only=True)
+    (own,) = checkpoint["processes"]
+    own["means"]["training_step.gone"] = own["means"]["training_step.train/rare"]
+    torch.save(checkpoint, path)
+    fit(tmp_path, "BatchLoader", LastCheckpoint(str(tmp_path)), ckpt_path=path)
+    assert "training_step.gone: not logged since: the epoch's figure is missing" in caplog.text
+    assert "train/rare" not in caplog.text
+    assert "training_step.gone" not in torch.load(path, weights_only=True)["processes"][0]["means"]
