@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from src.config import ConfigError
@@ -17,15 +18,15 @@ INTERRUPTED = 128  # exit statuses above it are signals
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """What ``status.json`` holds; empty without one.
+    """What ``status.json`` holds; empty without one that can be read.
 
     ``state`` is queued, running, finished, failed or interrupted; ``since`` when; ``process`` and ``host`` whose doing
     it is; ``overrides`` and ``config_dirs`` how the run was started. A run that was killed stays "running": see
     ``is_held``.
     """
-    with suppress(FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-        status: dict[str, Any] = json.loads((folder / "status.json").read_text())
-        return status
+    with suppress(FileNotFoundError, NotADirectoryError, ValueError):  # of bytes that are no text, or no JSON
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        return status if isinstance(status, dict) else {}
     return {}
 
 
@@ -41,12 +42,21 @@ def write_status(folder: Path, state: str, start: Mapping[str, Any] | None = Non
 def describe_start(hydra: Any) -> dict[str, Any]:
     """How Hydra's node says that a run was started: what ``resume`` repeats."""
     overrides = [override for override in hydra.overrides.task if not override.startswith("resume=")]
-    if len(overrides) < len(hydra.overrides.task):  # resumed: its checkpoint is looked up anew
-        overrides = [override for override in overrides if not override.startswith("ckpt_path=")]
+    if len(overrides) < len(hydra.overrides.task):  # resumed: its own checkpoint is looked up anew
+        own = Path(hydra.run.dir).resolve() / "checkpoints"
+        overrides = [override for override in overrides if not _is_checkpoint_in(own, override)]
     sources = OmegaConf.to_container(hydra.runtime.config_sources)
     assert isinstance(sources, list)
     dirs = [source["path"] for source in sources if source["provider"] == "command-line"]
     return {"overrides": overrides, "config_dirs": dirs}
+
+
+def _is_checkpoint_in(folder: Path, override: str) -> bool:
+    """Whether an override is a ``ckpt_path=`` of that folder; one of another run is where this one has begun."""
+    if not override.startswith("ckpt_path="):
+        return False
+    path = OverridesParser.create().parse_override(override).value()
+    return path is not None and Path(str(path)).resolve().parent == folder
 
 
 @contextmanager

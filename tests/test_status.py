@@ -61,17 +61,21 @@ def test_a_status_keeps_how_the_run_was_started(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "status.json").read_text())["overrides"] == ["seed=1"]
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[1"])
-def test_without_a_readable_file_there_is_no_status(content: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[1", b"[1]", b'{"state": "\xff"}', bytes(100)])
+def test_without_a_readable_file_there_is_no_status(content: bytes | None, tmp_path: Path) -> None:
     if content is not None:
-        (tmp_path / "status.json").write_text(content)
+        (tmp_path / "status.json").write_bytes(content)
     assert read_status(tmp_path) == {}
 
 
 def test_a_resumed_run_was_started_as_the_first_time_with_what_was_added() -> None:
     sources = [{"provider": "main", "path": "conf"}, {"provider": "command-line", "path": "mine"}]
     task = ["seed=1", "ckpt_path=first.ckpt", "trainer.max_epochs=5"]
-    hydra = OmegaConf.create({"overrides": {"task": task}, "runtime": {"config_sources": sources}})
+    hydra = OmegaConf.create(
+        {"overrides": {"task": task}, "runtime": {"config_sources": sources}, "run": {"dir": "run"}}
+    )
     assert describe_start(hydra) == {"overrides": task, "config_dirs": ["mine"]}
-    hydra.overrides.task = ["seed=1", "trainer.max_epochs=5", "resume=run", "ckpt_path=run/checkpoints/last.ckpt"]
-    assert describe_start(hydra)["overrides"] == ["seed=1", "trainer.max_epochs=5"]
+    hydra.overrides.task = [*task, "resume=run", "ckpt_path='run/checkpoints/last.ckpt'"]
+    assert describe_start(hydra)["overrides"] == task  # the first checkpoint is where the run has begun
+    hydra.overrides.task = [*task, "ckpt_path=null", "resume=run"]
+    assert describe_start(hydra)["overrides"] == [*task, "ckpt_path=null"]
