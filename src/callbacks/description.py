@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -20,6 +21,9 @@ CHARTS = {
     },
     "classes": {"acc of each": ["Multiline", [r"val_class_acc/.*"]]},
 }
+
+CONTAINERS: tuple[type, ...] = (dict, list, tuple)
+PLAIN: tuple[type, ...] = (type(None), bool, int, float, str)
 
 
 class Description(Callback):
@@ -50,6 +54,15 @@ def _add_graph(writer: SummaryWriter, module: pl.LightningModule, images: torch.
         torch._C._jit_clear_class_registry()  # else traces are never freed (pytorch#35600): 2 MB a job of a sweep
 
 
-def _as_code(content: dict) -> str:
+def _as_code(content: dict[str, Any]) -> str:
     """YAML as a Markdown code block."""
-    return "".join(f"    {line}\n" for line in yaml.safe_dump(content, sort_keys=False).splitlines())
+    return "".join(f"    {line}\n" for line in yaml.safe_dump(_keep_plain(content), sort_keys=False).splitlines())
+
+
+def _keep_plain(value: Any) -> Any:
+    """What YAML has words for; the rest, such as the tensors in the state of a user's data module, is left out."""
+    if isinstance(value, dict):
+        return {str(key): _keep_plain(each) for key, each in value.items() if isinstance(each, CONTAINERS + PLAIN)}
+    if isinstance(value, CONTAINERS):
+        return [_keep_plain(each) for each in value if isinstance(each, CONTAINERS + PLAIN)]
+    return next((kind(value) for kind in PLAIN[1:] if isinstance(value, kind)), None)  # NumPy's float is a subclass
