@@ -1,7 +1,5 @@
 """Where the last hidden layer puts the images."""
 
-from collections import deque
-from contextlib import ExitStack
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 
-from src.callbacks.writers import find_writers, get_step
-from src.layers import Layer, recording, to_pixels
+from src.callbacks.writers import find_predictions, find_writers, get_step, trace_layers
+from src.layers import to_pixels
 
 SPRITE = 32  # pixels of an image in the projector
 
@@ -30,8 +28,6 @@ class Embedding(Callback):
     def __init__(self, num_images: int = 500) -> None:
         self.num_images = num_images
         self._writers: list[SummaryWriter] = []
-        self._layers: deque[Layer] = deque(maxlen=2)  # the last ones of the net
-        self._hooks = ExitStack()
         self._parts: list[tuple[Tensor, ...]] = []  # of each batch: vectors, images, labels, predictions
         self._missing = 0  # images
 
@@ -39,14 +35,6 @@ class Embedding(Callback):
         """Start anew."""
         self._writers = find_writers(trainer) if isinstance(getattr(pl_module, "net", None), nn.Module) else []
         self._parts, self._missing = [], self.num_images
-
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Listen to the net."""
-        if self._writers and self._missing > 0:
-            self._layers.clear()
-            self._hooks.enter_context(recording(pl_module.net, self._layers))  # type: ignore[arg-type]
 
     def on_validation_batch_end(
         self,
@@ -57,14 +45,16 @@ class Embedding(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep what it said."""
-        self._hooks.close()
-        if len(self._layers) == 2 and isinstance(outputs, Tensor):
-            images, labels = batch
-            parts = (self._layers[0].values.flatten(1), images, labels, outputs.argmax(dim=1))
-            self._parts.append(tuple(part[: self._missing].cpu() for part in parts))
-            self._missing -= len(labels)
-        self._layers.clear()
+        """Keep what the layer makes of the batch; the net runs once more, since a compiled one calls no hooks."""
+        if not self._writers or self._missing <= 0 or (said := find_predictions(outputs, batch)) is None:
+            return
+        images, labels, logits = (part[: self._missing] for part in said)
+        layers = trace_layers(pl_module.net, images)  # type: ignore[arg-type]
+        if len(layers) < 2:
+            return
+        parts = (layers[-2].values.flatten(1), images, labels, logits.argmax(dim=1))
+        self._parts.append(tuple(part.cpu() for part in parts))
+        self._missing -= len(labels)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write what the last validation has left, once: it takes a tenth of a second."""

@@ -7,8 +7,8 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from src.callbacks.writers import find_writers, get_step
-from src.layers import Layer, draw_layers, find_filters, trace
+from src.callbacks.writers import find_images, find_writers, get_step, trace_layers
+from src.layers import Layer, draw_layers, find_filters
 
 
 class FeatureMaps(Callback):
@@ -34,15 +34,17 @@ class FeatureMaps(Callback):
     ) -> None:
         """Keep the first image."""
         if self._writers and self._image is None:
-            self._image = batch[0][:1]
+            images = find_images(batch)
+            self._image = None if images is None else images[:1]
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw."""
         if self._image is None:
             return
         net: nn.Module = pl_module.net  # type: ignore[assignment]
-        layers, _ = trace(net, self._image)
-        pictures = {"net/feature_maps": draw_layers([Layer("input", self._image), *layers])}
+        pictures = {}
+        if layers := trace_layers(net, self._image):
+            pictures["net/feature_maps"] = draw_layers([Layer("input", self._image), *layers])
         if (filters := find_filters(net)) is not None:
             pictures["net/filters"] = draw_layers([filters])
         for writer in self._writers:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 
-from src.callbacks.writers import find_writers, get_step
+from src.callbacks.writers import find_predictions, find_writers, get_step
 from src.layers import to_pixels
 
 SIDE = 64  # pixels of an image as it is drawn
@@ -52,10 +52,10 @@ class HardestImages(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the hardest of this batch and those before."""
-        if not self._writers or not isinstance(outputs, Tensor):
+        if not self._writers or (said := find_predictions(outputs, batch)) is None:
             return
-        images, labels = batch
-        logits = outputs.float()
+        images, labels, logits = said
+        logits = logits.float()
         losses = F.cross_entropy(logits, labels, reduction="none")
         order = losses.topk(min(self.num_images, len(losses))).indices
         found = tuple(part[order] for part in (losses, images, labels, logits))

@@ -8,7 +8,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from src.callbacks.writers import find_writers, get_step
+from src.callbacks.writers import find_predictions, find_writers, get_step
 
 MAX_CLASSES = 20  # nobody looks at more
 
@@ -40,9 +40,10 @@ class PrecisionRecall(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the batch's probabilities and labels."""
-        if self._writers and isinstance(outputs, Tensor):
-            self._probabilities.append(outputs.float().softmax(dim=1)[:, :MAX_CLASSES])
-            self._labels.append(batch[1])
+        if self._writers and (said := find_predictions(outputs, batch)) is not None:
+            _, labels, logits = said
+            self._probabilities.append(logits.float().softmax(dim=1)[:, :MAX_CLASSES])
+            self._labels.append(labels)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the curves."""

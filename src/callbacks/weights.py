@@ -14,7 +14,8 @@ NUM_BINS = 64
 class Weights(Callback):
     """Writes a histogram of each parameter after each validation, and the norm of all gradients, to TensorBoard.
 
-    ``train/grad_norm`` is logged every ``trainer.log_every_n_steps`` steps, before clipping.
+    Values that are not finite are left out. ``train/grad_norm`` is logged every ``trainer.log_every_n_steps`` steps,
+    before clipping.
     """
 
     def on_before_optimizer_step(
@@ -35,5 +36,7 @@ class Weights(Callback):
         for writer in find_writers(trainer):
             for name, parameter in pl_module.named_parameters():
                 values = parameter.detach().float().flatten()
-                values = values[:: -(-len(values) // MAX_VALUES)]  # spread over all of them
-                writer.add_histogram(f"weights/{name}", values, get_step(trainer), bins=NUM_BINS)
+                values = values[:: max(1, -(-len(values) // MAX_VALUES))]  # spread over all of them
+                values = values[values.isfinite()]  # a histogram of others raises, and may end no training
+                if len(values):
+                    writer.add_histogram(f"weights/{name}", values, get_step(trainer), bins=NUM_BINS)

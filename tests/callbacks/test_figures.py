@@ -2,6 +2,8 @@
 
 import csv
 import io
+import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +28,7 @@ from src.callbacks.embedding import Embedding
 from src.callbacks.feature_maps import FeatureMaps
 from src.callbacks.hardest import HardestImages
 from src.callbacks.precision_recall import PrecisionRecall
+from src.callbacks.speed import Speed
 from src.callbacks.weights import Weights
 from src.callbacks.writers import find_writers
 from src.classifier import ImageClassifier
@@ -200,10 +203,12 @@ def test_the_projector_has_f6_the_digits_and_what_they_were_taken_for(run: Run) 
 
 
 def figures() -> list[pl.Callback]:
-    return [Confusion(), HardestImages(4), FeatureMaps(), PrecisionRecall(), Weights(), Embedding(10)]
+    return [Confusion(), HardestImages(4), FeatureMaps(), PrecisionRecall(), Weights(), Embedding(10), Speed()]
 
 
-def fit(folder: Path, module: pl.LightningModule, shape: tuple[int, int, int]) -> dict[str, Any]:
+def fit(
+    folder: Path, module: pl.LightningModule, shape: tuple[int, int, int], collate: Callable[..., Any] | None = None
+) -> dict[str, Any]:
     """Train for an epoch on random images; what TensorBoard then has."""
     data = TensorDataset(torch.randn(24, *shape), torch.arange(24) % 3)
     trainer = pl.Trainer(
@@ -211,7 +216,7 @@ def fit(folder: Path, module: pl.LightningModule, shape: tuple[int, int, int]) -
         accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         num_sanity_val_steps=0, log_every_n_steps=1,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(data, 8), DataLoader(data, 7))
+    trainer.fit(module, DataLoader(data, 8, collate_fn=collate), DataLoader(data, 7, collate_fn=collate))
     tags: dict[str, Any] = read(folder).Tags()
     return tags
 
@@ -246,10 +251,13 @@ class Foreign(pl.LightningModule):
         super().__init__()
         self.layer = nn.Linear(64, 3)
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
+    def predict(self, batch: Any) -> tuple[Tensor, Tensor]:
+        return self.layer(batch[0].flatten(1)), batch[1]
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(*self.predict(batch))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
         pass
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -261,7 +269,126 @@ def test_a_module_that_says_nothing_is_left_alone(tmp_path: Path) -> None:
     assert tags["images"] == []
     assert tags["tensors"] == []
     assert set(tags["histograms"]) == {"weights/layer.weight", "weights/layer.bias"}
-    assert "train/grad_norm" in tags["scalars"]
+    assert {"train/grad_norm", "train/images_per_second"} <= set(tags["scalars"])
+
+
+class SaysLoss(Foreign):
+    """With a ``net``, which a callback may run; validation returns the batch's loss."""
+
+    reduction = "mean"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 3))
+
+    def predict(self, batch: Any) -> tuple[Tensor, Tensor]:
+        return self.net(batch[0]), batch[1]
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        return nn.functional.cross_entropy(*self.predict(batch), reduction=self.reduction)
+
+
+class SaysLosses(SaysLoss):
+    """Validation returns the images' losses."""
+
+    reduction = "none"
+
+
+class SaysScores(SaysLoss):
+    """Of one class alone, with labels that are numbers."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        batch[1] = batch[1].float().unsqueeze(1)
+        return self.net(batch[0])[:, :1]
+
+
+class SaysMaps(SaysLoss):
+    """Logits of each pixel."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        return batch[0].expand(-1, 3, -1, -1)
+
+
+class SaysLogits(SaysLoss):
+    """A classifier."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.predict(batch)[0]
+
+
+class OfDictionaries(SaysLogits):
+    """A classifier of batches that are dictionaries."""
+
+    def predict(self, batch: Any) -> tuple[Tensor, Tensor]:
+        return self.net(batch["image"]), batch["label"]
+
+
+class OfTwo(SaysLogits):
+    """A classifier whose net takes more than the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Bilinear(64, 64, 3)  # type: ignore[assignment]
+
+    def predict(self, batch: Any) -> tuple[Tensor, Tensor]:
+        return self.net(batch[0].flatten(1), batch[0].flatten(1)), batch[1]
+
+
+def as_dictionary(items: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    images, labels = zip(*items, strict=True)
+    return {"image": torch.stack(images), "label": torch.stack(labels)}
+
+
+NET, PREDICTIONS = {"net/feature_maps", "net/filters"}, {"val/hardest_images"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "collate", "pictures"),
+    [
+        (SaysLoss, None, NET),
+        (SaysLosses, None, NET),
+        (SaysScores, None, NET),
+        (SaysMaps, None, NET),
+        (SaysLogits, None, NET | PREDICTIONS),
+        (OfDictionaries, as_dictionary, set()),
+        (OfTwo, None, PREDICTIONS),
+    ],
+)
+def test_a_users_own_module_trains_whatever_it_returns(
+    kind: type[SaysLoss], collate: Callable[..., Any] | None, pictures: set[str], tmp_path: Path
+) -> None:
+    tags = fit(tmp_path, kind(), (1, 8, 8), collate)
+    assert set(tags["images"]) == pictures
+    assert set(tags["tensors"]) == ({"pr/0", "pr/1", "pr/2"} if pictures >= PREDICTIONS else set())
+    assert "train/images_per_second" in tags["scalars"]
+    assert len(list(tmp_path.glob("*/last_hidden_layer/tensors.tsv"))) == (kind is SaysLogits)
+
+
+class Broken(Foreign):
+    """With weights that are not finite, none at all, and none but such."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Parameter(torch.tensor([1.0, math.nan, 2.0, math.inf]))
+        self.whole = nn.Parameter(torch.full((3,), math.nan))
+        self.empty = nn.Parameter(torch.empty(0))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_weights_that_are_not_finite_or_none_do_not_end_the_training(tmp_path: Path) -> None:
+    tags = fit(tmp_path, Broken(), (1, 8, 8))
+    assert set(tags["histograms"]) == {"weights/layer.weight", "weights/layer.bias", "weights/part"}
+    histogram = read(tmp_path).Histograms("weights/part")[-1].histogram_value
+    assert (histogram.num, histogram.min, histogram.max) == (2, 1, 2)
+
+
+def test_a_compiled_nets_last_hidden_layer_is_in_the_projector(tmp_path: Path) -> None:
+    torch.compiler.reset()
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 7), nn.Tanh(), nn.Linear(7, 3))
+    compiled: Any = torch.compile(net, backend="eager")
+    fit(tmp_path, ImageClassifier(compiled, num_classes=3, optimizer=partial(torch.optim.SGD, lr=0.1)), (1, 8, 8))
+    (vectors,) = tmp_path.glob("*/last_hidden_layer/tensors.tsv")
+    assert np.loadtxt(vectors).shape == (10, 7)
 
 
 def test_nothing_is_drawn_where_the_first_process_would_wait_or_is_another(
