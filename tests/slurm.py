@@ -37,7 +37,7 @@ JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
-KillWait=5
+KillWait=30
 MpiDefault=none
 NodeName={host} NodeAddr=127.0.0.1 CPUs=8
 PartitionName=test Nodes=ALL Default=YES MaxTime=60
@@ -84,12 +84,18 @@ def serve_slurm(folder: Path) -> Iterator[dict[str, str]]:
         wait_until(lambda: ask(env, "sinfo", "--noheader", "--format=%T") == "idle")
         yield env
     finally:
-        if len(daemons) == len(commands):
-            ask(env, "scancel", "--me")
-            wait_until(lambda: ask(env, "squeue", "--noheader") == "")
-        for daemon in reversed(daemons):
-            daemon.terminate()
-            daemon.wait(20)
+        try:
+            if len(daemons) == len(commands):
+                ask(env, "scancel", "--me")
+                wait_until(lambda: ask(env, "squeue", "--noheader") == "")
+        finally:
+            for daemon in reversed(daemons):
+                daemon.terminate()
+                try:
+                    daemon.wait(60)
+                except subprocess.TimeoutExpired:
+                    daemon.kill()
+                    daemon.wait()
 
 
 def ask(env: dict[str, str], *command: str) -> str:
@@ -98,7 +104,7 @@ def ask(env: dict[str, str], *command: str) -> str:
     return answer.stdout.strip()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     """Poll until it holds."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -56,6 +56,12 @@ class Slow(Callback):
                 file.write(f"{trainer.current_epoch * 20 + batch_idx}\\n")
             if restarts == "0" and trainer.current_epoch == self.epoch:
                 time.sleep(self.seconds)
+
+class Hold(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        while trainer.global_rank == 1 and batch_idx == 15 and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+            Path(trainer.default_root_dir, "held").touch()
+            time.sleep(0.1)
 """
 
 
@@ -129,7 +135,7 @@ def started_sweep(cluster: dict[str, str], path: Path, *arguments: str) -> Itera
 
 
 def ended(path: Path, process: subprocess.Popen[str]) -> Sweep:
-    _, stderr = process.communicate(timeout=300)
+    _, stderr = process.communicate(timeout=500)
     return Sweep(path, process.returncode, stderr)
 
 
@@ -169,7 +175,7 @@ def whole(cluster: dict[str, str], pair: object, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("whole")
     command = [*words_of("Slurm, a run", name=folder.name), f"hydra.run.dir={folder}", *SMALL, *LONG, "test=false"]
     result = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **cluster}, capture_output=True, text=True, timeout=240, check=False,
+        command, cwd=ROOT, env={**os.environ, **cluster}, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert epochs(result.stderr) == ["1", "2", "3"]
@@ -212,7 +218,7 @@ def test_a_job_that_slurm_ends_is_a_failed_one_and_the_others_finish(cluster: di
     with started_sweep(
         cluster, tmp_path, "optimizer.lr=0.01", "trainer.max_epochs=1,100000,2", *two_at_a_time
     ) as process:
-        wait_until((tmp_path / long / "config.yaml").exists, 120)
+        wait_until((tmp_path / long / "config.yaml").exists, 300)
         (array,) = {job.split("_")[0] for job in queue(cluster, "three")}
         ask(cluster, "scancel", f"{array}_1")
         result = ended(tmp_path, process)
@@ -233,7 +239,7 @@ def test_a_sweep_that_is_stopped_cancels_its_jobs(
     one_at_a_time = ("hydra.launcher.name=stopped", "hydra.launcher.array_parallelism=1", "trainer=cpu")
     long = ("trainer.max_epochs=100000", "logger=[]")
     with started_sweep(cluster, tmp_path, "optimizer.lr=0.001,0.01", *one_at_a_time, *long) as process:
-        wait_until((tmp_path / "optimizer.lr=0.001" / "config.yaml").exists, 120)
+        wait_until((tmp_path / "optimizer.lr=0.001" / "config.yaml").exists, 300)
         assert sorted(queue(cluster, "stopped").values()) == ["PENDING", "RUNNING"]
         os.killpg(process.pid, signum)
         result = ended(tmp_path, process)
@@ -247,6 +253,14 @@ def test_a_controller_that_does_not_answer_ends_no_job(monkeypatch: pytest.Monke
     (tmp_path / "slurm.conf").touch()
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
     assert _queued(["1_0", "1_1"]) == {"1_0", "1_1"}
+
+
+def test_submitits_own_processes_refuse_jobs_that_would_start_more(tmp_path: Path) -> None:
+    launcher = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10", "trainer=ddp_cpu")
+    result = run_command("train", "-m", *launcher, *SMALL, "optimizer.lr=0.001,0.01", PROJECT_ROOT=str(tmp_path))
+    assert result.returncode == 1
+    assert "trainer.devices=2: in a sweep this needs hydra/launcher=one_process" in result.stderr
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_a_machine_without_slurm_is_said(tmp_path: Path) -> None:
@@ -277,9 +291,9 @@ def test_srun_starts_the_processes_of_a_run(whole: Path) -> None:
 
 
 def test_processes_by_srun_need_a_folder_that_they_all_know(cluster: dict[str, str], tmp_path: Path) -> None:
-    command = ["srun", "--ntasks-per-node=2", "--time=1", sys.executable, "-m", "src.train", "trainer=ddp_cpu"]
+    command = ["srun", "--ntasks-per-node=2", "--time=5", sys.executable, "-m", "src.train", "trainer=ddp_cpu"]
     env = {**os.environ, **cluster, "PROJECT_ROOT": str(tmp_path)}
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 1
     said = [line for line in result.stderr.splitlines() if not line.startswith("srun: ")]
     assert len(said) == 1
@@ -293,18 +307,39 @@ def test_a_preempted_run_goes_on_as_if_it_had_not_stopped(
 ) -> None:
     run = tmp_path / "run"
     script = tmp_path / "job.sh"
-    script.write_text(f"#!/bin/bash\nsrun {shlex.join(train(run, slow(1, 0.4)))}\n")
-    submit = ["sbatch", "--parsable", "--ntasks-per-node=2", "--time=5", "--requeue", "--signal=USR1@60"]
+    script.write_text(f"#!/bin/bash\nsrun {shlex.join(train(run, slow(1, 1)))}\n")
+    submit = ["sbatch", "--parsable", "--ntasks-per-node=2", "--time=15", "--requeue", "--signal=USR1@60"]
     job = ask(cluster, *submit, "--open-mode=append", f"--output={tmp_path}/log", str(script))
     try:
-        wait_until(lambda: len(steps(run, 0)) > 25, 120)
+        wait_until(lambda: len(steps(run, 0)) > 22, 300)
         ask(cluster, *how.format(job=job).split())
-        wait_until(lambda: ask(cluster, "squeue", "--noheader", "--jobs", job) == "", 180)
+        wait_until(lambda: ask(cluster, "squeue", "--noheader", "--jobs", job) == "", 500)
     finally:
         ask(cluster, "scancel", job)
     assert steps(run, 0)[-1] < 39, "it has not stopped within an epoch"
     assert steps(run, 0) + steps(run, 1) == list(range(60))
     assert epochs((tmp_path / "log").read_text()) == ["1", "2", "3"]
+    assert_same_run(whole, run)
+
+
+@pytest.mark.parametrize("how", ["scontrol requeue {job}", "scancel --signal=USR1 {job}"])
+def test_a_run_that_waits_for_a_process_is_requeued_and_goes_on_from_its_start(
+    how: str, cluster: dict[str, str], whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    script = tmp_path / "job.sh"
+    hold = "+callbacks.hold._target_=slow.Hold"
+    script.write_text(f"#!/bin/bash\nsrun {shlex.join(train(run, slow(9, 0), hold))}\n")
+    submit = ["sbatch", "--parsable", "--ntasks-per-node=2", "--time=15", "--requeue", "--signal=USR1@60"]
+    job = ask(cluster, *submit, "--open-mode=append", f"--output={tmp_path}/log", str(script))
+    try:
+        wait_until((run / "held").exists, 300)
+        assert not list(run.rglob("*.ckpt"))
+        ask(cluster, *how.format(job=job).split())
+        wait_until(lambda: ask(cluster, "squeue", "--noheader", "--jobs", job) == "", 500)
+    finally:
+        ask(cluster, "scancel", job)
+    assert steps(run, 1) == list(range(60))
     assert_same_run(whole, run)
 
 
