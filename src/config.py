@@ -75,6 +75,7 @@ def check(cfg: DictConfig) -> None:
     command = "train" if is_training else next((name for key, name in MARKS.items() if key in config), "test")
     _check_node("", config, command)
     if is_training:
+        _check_resume(config)
         _check_clipping(config["trainer"], config["optimizer"])
         _check_monitors(config)
     if command == "predict":
@@ -126,6 +127,13 @@ def _check_node(path: str, node: Any, prefix: str | None = None) -> None:
             raise ConfigError(f"{full_key}: is missing; expected {rule.expected}")
     for key, value in node.items():
         _check_node(f"{path}.{key}".lstrip("."), value)
+
+
+def _check_resume(config: dict[Any, Any]) -> None:
+    """From a file, ``resume`` would come too late to be replaced by how its run was started."""
+    resume, folder = config["resume"], config["output_dir"]
+    if resume is not None and Path(resume).resolve() != Path(folder).resolve():
+        raise ConfigError(f"resume={resume}: goes on with a run from the command line alone, not from a file")
 
 
 def _check_clipping(trainer: dict[str, Any], optimizer: dict[str, Any]) -> None:

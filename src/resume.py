@@ -21,6 +21,11 @@ LATEST = "latest"
 KEPT = ("model", "optimizer", "scheduler")
 # What says where a run is and what becomes of it, not how it trains.
 BESIDE = ("resume", "ckpt_path", "root_dir", "output_dir", "test")
+# What decides how many steps there are, for which some schedules are made.
+OF_LENGTH = (
+    "trainer.limit_train_batches", "trainer.overfit_batches", "trainer.accumulate_grad_batches", "data.name",
+    "data.source", "data.batch_size", "data.train_size", "data.val_size",
+)  # fmt: skip
 MAX_SHOWN = 10
 
 
@@ -36,24 +41,24 @@ def expand(arguments: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: If there is no such run, it is at work, has finished, or its checkpoints are all damaged.
     """
-    asked = [argument for argument in arguments if argument.startswith("resume=")]
+    asked = [argument for argument in arguments if _key(argument) == "resume"]
     try:
         value = OverridesParser.create().parse_override(asked[-1]).value() if asked else None
     except OverrideParseException:
         value = None  # Hydra will say what is wrong with it
     if value is None:
         return list(arguments)
-    flags = [argument for argument in arguments if argument.startswith("-") or "=" not in argument]
+    flags = [argument for argument in arguments if not _key(argument)]
     own = [argument for argument in arguments if argument not in flags and argument not in asked]
     if {"-m", "--multirun"} & set(flags):
         raise ConfigError(f"resume={value}: goes on with one run; a sweep does by its command and hydra.sweep.dir")
     for override in own:
-        if override.startswith(("ckpt_path=", "hydra.run.dir=")):
+        if _key(override) in ("ckpt_path", "hydra.run.dir"):
             raise ConfigError(f"{override}: resume={value} chooses this itself; leave one of the two out")
     folder = _find_run(str(value)).resolve()
     status = read_status(folder)
     if is_held(folder) and not get_name():  # the first of several processes may be there already
-        raise ConfigError(f"resume={value}: process {status['process']} on {status['host']} is at work on it")
+        raise ConfigError(f"resume={value}: process {status.get('process')} on {status.get('host')} is at work on it")
     if status["state"] == "finished" and not own:
         raise ConfigError(f"resume={value}: this run has finished; to train longer, add trainer.max_epochs=<more>")
     checkpoint = find_checkpoint(folder)
@@ -68,17 +73,28 @@ def expand(arguments: Sequence[str]) -> list[str]:
     ]
 
 
+def _key(argument: str) -> str:
+    """The key that an argument sets, adds or deletes; empty for Hydra's own flags and their values."""
+    if argument.startswith("-") or not ("=" in argument or argument.startswith("~")):
+        return ""
+    return argument.partition("=")[0].lstrip("+~")
+
+
+def _can_go_on(folder: Path) -> bool:
+    return {"state", "overrides", "config_dirs"} <= read_status(folder).keys()
+
+
 def _find_run(value: str) -> Path:
     if value == LATEST:
         logs = Path(os.environ["PROJECT_ROOT"]) / "logs"
-        found = [path.parent for path in logs.glob("**/status.json") if "overrides" in read_status(path.parent)]
+        found = [path.parent for path in logs.glob("**/status.json") if _can_go_on(path.parent)]
         if not found:
             raise ConfigError(f"resume=latest: no run below {logs}: train first (python -m src.train)")
         return max(found, key=lambda folder: (folder / "status.json").stat().st_mtime)
     folder = Path(value)
     if not folder.is_dir():
         raise ConfigError(f"resume={value}: no such folder; expected a run's, logs/train/<date_time>, or latest")
-    if "overrides" not in read_status(folder):
+    if not _can_go_on(folder):
         raise ConfigError(
             f"resume={value}: no run's folder: its status.json does not say how it was started; "
             "ckpt_path=<checkpoint> goes on in a new folder"
@@ -141,6 +157,12 @@ def check_difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> Non
             "start a new run, or one that can be extended with scheduler=step, plateau or []"
         )
     for key, (before, now) in changed.items():
+        if needs_length and key in OF_LENGTH:
+            name = schedule["scheduler"]["_target_"].rpartition(".")[2]
+            raise ConfigError(
+                f"{key}={now}: the run so far has {before}, and its schedule, {name}, is made for the steps that come "
+                "of it; leave it so, or start a new run, or one that can be changed with scheduler=step, plateau or []"
+            )
         if key.partition(".")[0] in KEPT:
             raise ConfigError(
                 f"{key}={now}: the run so far has {before}, which goes on with its checkpoint; leave it so, or start a "

@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from src.command import continue_if_requeued, in_sweep, load_libraries, run, short_errors
+from src.config import CheckpointError
 from src.processes import get_name, is_requeued, prepare_trainer
 from src.resume import check_difference
 from src.status import describe_start, tracked
@@ -44,6 +45,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
     module = build.build_module(cfg)
     first_step = 0 if cfg.resume or is_requeued() else None  # without a checkpoint, too
     if checkpoint:
+        if "loops" not in checkpoint:
+            raise CheckpointError(
+                f"ckpt_path={cfg.ckpt_path}: holds weights alone, nothing to go on from; choose a run's last.ckpt"
+            )
         first_step = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
         check_difference(checkpoint["hyper_parameters"], dict(module.hparams))
         if not get_name():

@@ -17,8 +17,8 @@ _forks.set_forkserver_preload(["src.train", "src.build", "src.report", "src.call
 
 
 def start(verb: str, arguments: Sequence[str], said: Path, env: Mapping[str, str]) -> ForkServerProcess:
-    """Start a command; what it prints is added to the file ``said``."""
-    process = _forks.Process(target=_run, args=(verb, list(arguments), said, dict(env)))
+    """Start a command; what it prints is added to the file ``said``. It does not outlive this process."""
+    process = _forks.Process(target=_run, args=(verb, list(arguments), said, dict(env)), daemon=True)
     process.start()
     return process
 

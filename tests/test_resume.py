@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import time
+from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from src.build import load_checkpoint
-from src.config import CheckpointError
+from src.config import CheckpointError, ConfigError
 from src.resume import expand, find_checkpoint, quoted
 from src.status import write_status
 from tests import forks
@@ -39,6 +40,13 @@ net:
 """
 AVERAGING = "+callbacks.averaging={_target_: src.callbacks.weight_averaging.EMAWeightAveraging, decay: 0.9}"
 STEPS = 50  # an epoch: 250 images in batches of 5
+
+
+KILL = "callbacks.kill"
+
+
+def kill_at(step: int, in_validation: bool = False) -> str:
+    return f"+{KILL}={{_target_: tests.faults.KillAt, step: {step}, in_validation: {in_validation}}}"
 
 
 class Runs:
@@ -69,12 +77,22 @@ class Runs:
         self.end(self.begin(name, *overrides))
         return self.path(name)
 
+    def wait_in_step(self, name: str, process: ForkServerProcess) -> None:
+        """Wait until a run waits in a step."""
+        wait_until(lambda: f"waiting in {self.path(name)}" in self.said() or not process.is_alive(), seconds=300)
+        assert process.is_alive(), self.said()[-3000:]
+
     def resume(self, name: str, *overrides: str) -> None:
         self.end(self.start(f"resume={self.path(name)}", *overrides))
 
     def end(self, process: ForkServerProcess, status: int = 0) -> None:
-        process.join(120)
+        process.join(300)
         assert process.exitcode == status, self.said()[-3000:]
+
+    def kill(self, name: str, step: int, *overrides: str, in_validation: bool = False) -> None:
+        """A run that is killed when some steps are done."""
+        self.end(self.begin(name, *overrides, kill_at(step, in_validation)), status=-signal.SIGKILL)
+        assert self.state(name) == "running"
 
     def path(self, name: str) -> Path:
         return self.root / "logs" / "train" / name
@@ -105,15 +123,22 @@ def whole(runs: Runs) -> Path:
     return runs.whole("whole")
 
 
-@pytest.mark.parametrize("step", [2 * STEPS + 14, STEPS + 7])
-def test_a_killed_run_ends_as_the_uninterrupted_one_to_the_bit(runs: Runs, whole: Path, step: int) -> None:
-    name = f"killed-{step}"
-    process = runs.begin(name)
-    runs.wait_for_step(name, step)
-    process.kill()
-    process.join()
-    assert runs.state(name) == "running"
-    runs.resume(name)
+@pytest.mark.parametrize(
+    ("step", "in_validation", "saved"),
+    [
+        (2 * STEPS + 17, False, 2 * STEPS + 12),
+        (STEPS + 6, False, STEPS + 6),  # just saved
+        (STEPS, True, STEPS - 1),  # the epoch's own save is due next
+        (STEPS, False, STEPS),
+    ],
+)
+def test_a_killed_run_ends_as_the_uninterrupted_one_to_the_bit(
+    runs: Runs, whole: Path, step: int, in_validation: bool, saved: int
+) -> None:
+    name = f"killed-{step}-{in_validation}"
+    runs.kill(name, step, in_validation=in_validation)
+    assert load_checkpoint(runs.last(name))["global_step"] == saved
+    runs.resume(name, f"{KILL}=null")
     assert runs.state(name) == "finished"
     assert_same_run(whole, runs.path(name))
 
@@ -122,19 +147,14 @@ def test_a_killed_run_ends_as_the_uninterrupted_one_to_the_bit(runs: Runs, whole
 def test_twenty_kills_in_a_row_change_nothing(runs: Runs) -> None:
     longer = ("trainer.max_epochs=16", "callbacks.last.every_n_steps=3")
     whole = runs.whole("whole-16", *longer)
-    rng = random.Random(0)
-    steps: list[int] = []
-    process = runs.begin("killed-20", *longer)
-    for _ in range(20):
-        runs.wait_for_step("killed-20", (steps[-1] if steps else 0) + 3)
-        time.sleep(rng.uniform(0, 0.1))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, runs.said()[-3000:]
-        steps.append(load_checkpoint(runs.last("killed-20"))["global_step"])
-        process = runs.start("resume=latest")
-    runs.end(process)
-    assert len(set(steps)) == 20, steps
+    at_random = random.Random(0).sample([step for step in range(4, 16 * STEPS) if step % STEPS], 17)
+    first, *steps = sorted([*at_random, 3 * STEPS, 7 * STEPS, 12 * STEPS])
+    runs.kill("killed-20", first, *longer)
+    for step in steps:
+        runs.end(runs.start("resume=latest", f"{KILL}.step={step}"), status=-signal.SIGKILL)
+        saved = load_checkpoint(runs.last("killed-20"))["global_step"]
+        assert saved == max(step // 3 * 3, step // STEPS * STEPS)
+    runs.end(runs.start("resume=latest", f"{KILL}=null"))
     assert_same_run(whole, runs.path("killed-20"))
 
 
@@ -151,38 +171,35 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_same_with_other_settings(runs: Runs, variant: str) -> None:
     whole = runs.whole(f"whole-{variant}", *VARIANTS[variant])
-    for step in (10, STEPS, STEPS + 10):
+    for step in (12, STEPS, STEPS + 10):
         name = f"{variant}-{step}"
-        process = runs.begin(name, *VARIANTS[variant])
-        runs.wait_for_step(name, step // (3 if variant == "accumulate" else 1))
-        process.kill()
-        process.join()
-        runs.resume(name)
+        runs.kill(name, step // (3 if variant == "accumulate" else 1), *VARIANTS[variant])
+        runs.resume(name, f"{KILL}=null")
         assert_same_run(whole, runs.path(name))
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_the_current_step_and_changes_nothing(runs: Runs, whole: Path, signum: signal.Signals) -> None:
     name = signum.name
-    slow = "+callbacks.slow={_target_: tests.faults.SlowAt, step: 70, seconds: 2}"
-    process = runs.begin(name, "callbacks.last.every_n_steps=null", slow)
-    wait_until(lambda: f"slow step in {runs.path(name)}" in runs.said(), seconds=60)
+    go_on = runs.root / f"{name}-is-sent"
+    wait = f"+callbacks.wait={{_target_: tests.faults.WaitAt, step: 70, path: '{go_on}'}}"
+    process = runs.begin(name, "callbacks.last.every_n_steps=null", wait)
+    runs.wait_in_step(name, process)
     assert process.pid
     os.kill(process.pid, signum)
+    go_on.touch()
     runs.end(process, status=128 + signum)
     assert runs.state(name) == "interrupted"
     assert load_checkpoint(runs.last(name))["global_step"] == 71
-    runs.resume(name, "callbacks.slow=null")
+    runs.resume(name, "callbacks.wait=null")
     assert_same_run(whole, runs.path(name))
 
 
 def test_a_run_killed_ahead_of_its_first_checkpoint_starts_anew(runs: Runs, whole: Path) -> None:
-    process = runs.begin("early")
-    wait_until(lambda: bool(list(runs.path("early").glob("events.*"))), seconds=60)
-    process.kill()
-    process.join()
+    runs.kill("early", 3)
+    assert list(runs.path("early").glob("events.*"))
     assert not runs.last("early").exists()
-    runs.resume("early")
+    runs.resume("early", f"{KILL}=null")
     assert_same_run(whole, runs.path("early"))
 
 
@@ -227,16 +244,36 @@ def test_a_checkpoint_goes_on_in_a_new_folder(runs: Runs) -> None:
     assert_equal(content(runs.last("first"))["progress"]["epochs"], 1)
     assert [step for step, _ in scalars(folder)["val/acc"]] == [2 * STEPS - 1, 3 * STEPS - 1]
 
+    # Killed ahead of a checkpoint of its own, twice, it goes on from the first run's once more.
+    runs.kill("third", STEPS + 3, *steady, f"ckpt_path={runs.last('first')}")
+    runs.end(runs.start(f"resume={runs.path('third')}", f"{KILL}.step={STEPS + 4}"), status=-signal.SIGKILL)
+    assert not runs.last("third").exists()
+    runs.resume("third", f"{KILL}=null")
+    assert_same_run(folder, runs.path("third"))
+
+
+def test_weights_alone_are_nothing_to_go_on_from(runs: Runs, whole: Path) -> None:
+    checkpoint = load_checkpoint(whole / "checkpoints" / "last.ckpt")
+    path = runs.root / "weights.ckpt"
+    torch.save({name: checkpoint[name] for name in ("state_dict", "hyper_parameters")}, path)
+    said = len(runs.said())
+    runs.end(runs.begin("from-weights", f"ckpt_path={path}"), status=1)
+    (line,) = (line for line in runs.said()[said:].splitlines() if "error" in line)
+    assert f"error: ckpt_path={path}: holds weights alone, nothing to go on from; choose a run's last.ckpt" in line
+
 
 @pytest.mark.parametrize(
     ("name", "started", "resumed", "reason"),
     [
         ("one cycle", (), "trainer.max_epochs=9", "trainer.max_epochs=9: .* OneCycleLR, ends with them"),
         ("cosine", ("scheduler=cosine",), "trainer.max_epochs=9", "trainer.max_epochs=9: .* CosineAnnealingLR, ends"),
+        ("batch", (), "data.batch_size=9", "data.batch_size=9: the run so far has 5, and its schedule, OneCycleLR, is"),
+        ("limit", (), "trainer.limit_train_batches=0.5", "trainer.limit_train_batches=0.5: the run so far has .*Cycle"),
         ("rate", (), "optimizer.lr=0.1", "optimizer.lr=0.1: the run so far has 0.004, which goes on with its"),
         ("net", (), "model=lenet5", "model.input_size.*: the run so far has|model.net.* the run so far has"),
         ("ended", (), None, "resume=.*ended.*: this run has finished; to train longer, add trainer.max_epochs=<more>"),
         ("twice", (), "ckpt_path=a.ckpt", "ckpt_path=a.ckpt: resume=.* chooses this itself"),
+        ("added", (), "++ckpt_path=a.ckpt", r"\+\+ckpt_path=a.ckpt: resume=.* chooses this itself"),
     ],
 )  # fmt: skip
 def test_what_would_not_be_a_continuation_is_refused(
@@ -253,9 +290,28 @@ def test_what_would_not_be_a_continuation_is_refused(
     assert runs.last(name).read_bytes() == before
 
 
+def test_a_disk_that_gets_full_leaves_the_checkpoint_to_go_on_from(
+    runs: Runs, whole: Path, mount_disk: Callable[[str], Path]
+) -> None:
+    folder = mount_disk("3m") / "run"
+    fill = f"+callbacks.fill={{_target_: tests.faults.FillDiskAt, step: 60, path: {folder.parent}/zeros}}"
+    quiet = ("logger=[]", f"hydra.run.dir={folder}")
+    runs.end(runs.start(*runs.arguments, *quiet, fill), status=1)
+    assert re.search(r"error: .*last\.ckpt: cannot be written \(No space left on device\)", runs.said())
+    last = folder / "checkpoints" / "last.ckpt"
+    assert load_checkpoint(last)["global_step"] == 56
+    assert not list(last.parent.glob(".*"))
+    (folder.parent / "zeros").unlink()
+    runs.end(runs.start(f"resume={folder}", "callbacks.fill=null"))
+    both = [content(path) for path in (whole / "checkpoints" / "last.ckpt", last)]
+    for checkpoint in both:
+        del checkpoint["metrics"]  # without a logger there is no learning rate among them
+    assert_equal(*both)
+
+
 def test_two_processes_do_not_train_in_one_folder(runs: Runs) -> None:
     process = runs.begin("busy", "trainer.max_epochs=1000")
-    runs.wait_for_step("busy", 3)
+    runs.wait_for_step("busy", 7)
     for arguments in ((f"resume={runs.path('busy')}",), (*runs.arguments, f"hydra.run.dir={runs.path('busy')}")):
         said = len(runs.said())
         runs.end(runs.start(*arguments), status=1)
@@ -265,14 +321,14 @@ def test_two_processes_do_not_train_in_one_folder(runs: Runs) -> None:
 
 
 def test_a_second_signal_ends_the_run_at_once(runs: Runs) -> None:
-    process = runs.begin("impatient", "+callbacks.slow={_target_: tests.faults.SlowAt, step: 5, seconds: 60}")
-    wait_until(lambda: f"slow step in {runs.path('impatient')}" in runs.said(), seconds=60)
+    process = runs.begin("impatient", "+callbacks.wait={_target_: tests.faults.WaitAt, step: 5, path: never}")
+    runs.wait_in_step("impatient", process)
     assert process.pid
     os.kill(process.pid, signal.SIGINT)
     time.sleep(0.5)
     assert process.is_alive()  # it is about to end its step
     os.kill(process.pid, signal.SIGINT)
-    process.join(5)
+    process.join(30)
     assert process.exitcode == 130
     assert runs.state("impatient") == "interrupted"
 
@@ -310,13 +366,12 @@ def test_resuming_nothing_is_said_in_a_line(tmp_path: Path) -> None:
 
 
 def test_the_command_as_a_user_types_it(runs: Runs, whole: Path) -> None:
-    process = runs.begin("typed")
-    runs.wait_for_step("typed", 20)
-    process.kill()
-    process.join()
-    result = run_command("train", "resume=latest", cwd=runs.root, **runs.env)
+    runs.kill("typed", 20)
+    result = run_command("train", "resume=latest", f"{KILL}=null", cwd=runs.root, **runs.env)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.splitlines()[0].startswith("going on from logs/train/typed/checkpoints/last.ckpt, step ")
+    said = result.stderr.splitlines()
+    assert said[0].startswith("not an exact continuation: the config differs: callbacks.kill")
+    assert said[1] == "going on from logs/train/typed/checkpoints/last.ckpt, step 14"
     assert_same_run(whole, runs.path("typed"))
 
 
@@ -340,6 +395,31 @@ def test_resume_stands_for_how_the_run_was_started(name: str, tmp_path: Path) ->
     torch.save({}, last)
     assert values(expand([f"resume={quoted(folder)}", "seed=2"])[1:]) == here | {"ckpt_path": str(last)}
     assert expand(["seed=2", "resume=null"]) == ["seed=2", "resume=null"]
+    for plus in ("+", "++"):  # Hydra's words for a key that may not be there yet
+        assert values(expand([f"{plus}resume={quoted(folder)}", "seed=2"])[1:]) == here | {"ckpt_path": str(last)}
+
+
+def test_what_is_deleted_goes_behind_what_was_added(tmp_path: Path) -> None:
+    write_status(tmp_path, "interrupted", {"overrides": ["+callbacks.x=1"], "config_dirs": []})
+    arguments = expand(["~callbacks.x", "--info", "all", f"resume={quoted(tmp_path)}"])
+    assert arguments[:4] == ["--info", "all", "+callbacks.x=1", "~callbacks.x"]
+
+
+@pytest.mark.parametrize("content", [b"\xff{}", b"{}", b"[]", b'{"overrides": []}', b'{"state": "running"}'])
+def test_a_run_whose_status_is_damaged_is_none(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"its status\.json does not say how it was started"):
+        expand([f"resume={quoted(tmp_path)}"])
+
+
+def test_resume_in_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "again.yaml").write_text("# @package _global_\nresume: latest\n")
+    result = run_command("train", f"--config-dir={tmp_path}", "experiment=again", PROJECT_ROOT=str(tmp_path))
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line == "error: resume=latest: goes on with a run from the command line alone, not from a file"
+    assert not (tmp_path / "logs").exists()
 
 
 def test_the_last_checkpoint_goes_before_a_younger_one(tmp_path: Path) -> None:
