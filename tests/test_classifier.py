@@ -1,4 +1,5 @@
 from functools import partial
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -105,6 +106,34 @@ def test_compiled_and_plain_nets_load_each_others_weights(is_compiled: tuple[boo
     assert ("net._orig_mod.1.weight" in trained.state_dict()) == is_compiled[0]
     fresh.load_state_dict(trained.state_dict())
     assert torch.equal(fresh(IMAGES), trained(IMAGES))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_a_checkpoint_of_a_compiled_net_goes_on_with_a_plain_one_and_the_other_way_round(
+    compiled_first: bool, tmp_path: Path
+) -> None:
+    def fit(max_epochs: int, is_compiled: bool, ckpt_path: Path | None = None) -> pl.Trainer:
+        torch.manual_seed(0 if ckpt_path is None else 1)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+        module = ImageClassifier(
+            torch.compile(net, backend="eager") if is_compiled else net,  # type: ignore[arg-type]
+            num_classes=3,
+            optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        )
+        trainer = pl.Trainer(max_epochs=max_epochs, limit_train_batches=1, log_every_n_steps=1, **QUIET)  # type: ignore
+        trainer.fit(module, LOADER, LOADER, ckpt_path=ckpt_path, weights_only=True)
+        return trainer
+
+    path = tmp_path / "last.ckpt"
+    fit(1, compiled_first).save_checkpoint(path)
+    names = torch.load(path, weights_only=True)["state_dict"].keys()
+    assert ("net._orig_mod.1.weight" in names) == compiled_first
+    rest, whole = (
+        list(trainer.lightning_module.parameters())
+        for trainer in (fit(2, not compiled_first, ckpt_path=path), fit(2, is_compiled=False))
+    )
+    torch.testing.assert_close(rest, whole)
 
 
 def test_names_that_do_not_fit_are_still_refused() -> None:
