@@ -529,7 +529,7 @@ def test_bad_mirror_is_passed_over(
 
     assert download(target, [bad_mirrors[kind], serve(mnist_files).url], mnist_md5, timeout=0.5)
     assert files_below(target.parent) == mnist_files
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize("checksums", [True, False])
