@@ -142,8 +142,9 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table of the first MAX_ROWS rows."""
+    """A table of the first MAX_ROWS rows; brackets in a file's name are no markup."""
     from rich.table import Table
+    from rich.text import Text
 
     from src.report import make_console
 
@@ -154,7 +155,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows[:MAX_ROWS]:
         cells = [row[column] for column in COLUMNS[1:]]
         shown = ["-" if cell is None else f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells]
-        table.add_row(row["file"], *shown)
+        table.add_row(Text(row["file"]), *shown)
     console = make_console()
     console.print(table)
     if len(rows) > MAX_ROWS:

@@ -62,14 +62,15 @@ def shown(path: str | Path) -> str:
 
 
 def print_table(title: str, rows: Mapping[str, Any]) -> None:
-    """A table of two columns."""
+    """A table of two columns; brackets in names and values are text, as in a path, no markup."""
     from rich.table import Table  # here: a config that is rejected needs no tables
+    from rich.text import Text
 
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column()
     table.add_column(overflow="fold")  # a path is to be copied whole
     for name, value in rows.items():
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+        table.add_row(Text(name), Text(f"{value:.4f}" if isinstance(value, float) else str(value)))
     make_console().print(table)
 
 
@@ -109,5 +110,7 @@ def describe_data(data: Mapping[str, Any]) -> str:
 
 def print_next(commands: Mapping[str, str]) -> None:
     """The commands to try next, each with what it does."""
+    from rich.text import Text
+
     for command, purpose in commands.items():
-        make_console().print(f"  {command}  [dim]# {purpose}[/dim]", highlight=False)
+        make_console().print(Text.assemble(f"  {command}  ", (f"# {purpose}", "dim")))

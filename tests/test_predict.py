@@ -19,7 +19,7 @@ from src.config import ConfigError, check
 from src.data.images import read_digits, read_like
 from src.data.mnist import MNISTDataModule, preprocess
 from src.data.sources import read_package
-from src.predict import find_reader, predict, predict_files
+from src.predict import COLUMNS, find_reader, predict, predict_files, print_rows
 from tests.compose import compose_cfg, run_command
 from tests.conftest import write_idx
 
@@ -96,6 +96,14 @@ def test_the_command_skips_and_names_what_it_cannot_read(trained: Path, tmp_path
     for row in rows:
         assert f"{float(row['probability']):.4f}" in result.stdout
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["p.csv"]
+
+
+def test_brackets_in_a_files_name_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("[draft] 7.png", "x[/old].png", "[bold].png")
+    print_rows([dict(zip(COLUMNS, (name, 7, 0.9, 1, 0.1), strict=True)) for name in names])
+    said = capsys.readouterr().out
+    for name in names:
+        assert f" {name} " in said
 
 
 def test_csv_json_and_parquet_say_the_same(trained: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import recall_score
 
-from src.report import class_accuracies, describe_data, shown, write_json
+from src.report import class_accuracies, describe_data, print_next, print_table, shown, write_json
 
 
 def test_class_accuracies_are_sklearns_recalls() -> None:
@@ -39,3 +39,13 @@ def test_data_are_described_in_a_line() -> None:
     assert describe_data({"source": "files", "num_images": {"train": 55000, "val": 5000}}) == (
         "files: 55,000 train, 5,000 val"
     )
+
+
+def test_brackets_in_names_and_paths_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("[draft] 7.png", "x[/old].png", "[bold]", "data\\[1]")
+    print_table("title", {f"the {name}": f"logs/{name}" for name in names})
+    print_next({f"python {name}": f"try {name}" for name in names})
+    said = capsys.readouterr().out
+    for name in names:
+        for text in (f" the {name} ", f" logs/{name} ", f"  python {name}  # try {name}\n"):
+            assert text in said
