@@ -197,6 +197,15 @@ def test_what_cannot_be_exported_leaves_what_was_there(
     assert output.read_text() == "an older export"
 
 
+def test_logits_that_are_not_numbers_are_not_taken_for_the_same(trained: Path, tmp_path: Path) -> None:
+    content = load_checkpoint(trained)
+    content["state_dict"]["net.output.bias"][3] = torch.nan
+    torch.save(content, tmp_path / "nan.ckpt")
+    with pytest.raises(ConfigError, match=r"logits by up to nan"):
+        export_checkpoint(tmp_path / "nan.ckpt", tmp_path / "model.safetensors", "safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["nan.ckpt"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
