@@ -63,6 +63,6 @@ def _keep_plain(value: Any) -> Any:
     """What YAML has words for; the rest, such as the tensors in the state of a user's data module, is left out."""
     if isinstance(value, dict):
         return {str(key): _keep_plain(each) for key, each in value.items() if isinstance(each, CONTAINERS + PLAIN)}
-    if isinstance(value, CONTAINERS):
+    if isinstance(value, list | tuple):
         return [_keep_plain(each) for each in value if isinstance(each, CONTAINERS + PLAIN)]
     return next((kind(value) for kind in PLAIN[1:] if isinstance(value, kind)), None)  # NumPy's float is a subclass

@@ -37,10 +37,17 @@ def test_speed_counts_each_epochs_images_by_the_time_of_its_batches(tmp_path: Pa
 
 
 class SlowValidation(pl.Callback):
-    """Makes each validation a fifth of a second longer, and stops the training with the last of some."""
+    """Makes each validation a fifth of a second longer, stops the training with the last of some, and times it."""
 
     def __init__(self, num: int) -> None:
         self.missing = num
+        self.seconds = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seconds -= time.perf_counter()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seconds += time.perf_counter()
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         time.sleep(0.2)
@@ -58,14 +65,13 @@ def test_validation_in_an_epoch_is_not_in_its_speed(num_validations: int, images
         "callbacks.summary=null",
     )  # fmt: skip
     trainer = build_trainer(cfg)
-    trainer.callbacks.insert(0, SlowValidation(num_validations))  # type: ignore[attr-defined]
+    slow = SlowValidation(num_validations)
+    trainer.callbacks.insert(0, slow)  # type: ignore[attr-defined]
     (speed,) = (callback for callback in trainer.callbacks if isinstance(callback, Speed))  # type: ignore[attr-defined]
-    start = time.perf_counter()
     trainer.fit(build_module(cfg), build_datamodule(cfg))
-    seconds = time.perf_counter() - start
     assert trainer.global_step == images / 64
     (rate,) = speed.rates
-    assert 0 < images / rate < seconds - 0.2 * num_validations
+    assert 0 < images / rate < slow.seconds - 0.2 * num_validations
     assert trainer.callback_metrics["train/images_per_second"].item() == pytest.approx(rate)
 
 
