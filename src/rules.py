@@ -159,6 +159,9 @@ RULES: dict[str, dict[str, Rule]] = {
         "activation": _one_of("tanh", "relu"),
         "pooling": _one_of("avg", "max"),
     },
+    "src.callbacks.compile.": {
+        "mode": _one_of("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    },
     "src.models.lenet5_1998.": {"j": POSITIVE},
     "src.classifier.": {
         "net": _needed(NODE),

@@ -10,6 +10,8 @@ from hydra.core.utils import JobReturn, configure_log, run_job
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+COMPILE = "src.callbacks.compile.Compile"
+
 
 class VectorizedLauncher(Launcher):
     """Trains jobs in lockstep that share net, data and trainer; they may differ in all else.
@@ -69,6 +71,11 @@ class VectorizedLauncher(Launcher):
                 raise ConfigError(
                     f"accelerator.precision={precision}: hydra/launcher=vectorized computes in 32 bits; set "
                     "accelerator.precision=32-true, or hydra/launcher=basic"
+                )
+            if compiles := [name for name, node in job.callbacks.items() if node and node._target_ == COMPILE]:
+                raise ConfigError(
+                    f"callbacks.{compiles[0]}: hydra/launcher=vectorized computes all nets as one, uncompiled; set "
+                    f"callbacks.{compiles[0]}=null, or hydra/launcher=basic"
                 )
             groups.setdefault(get_shared(job), []).append(job)
         returns: list[JobReturn] = []

@@ -19,8 +19,8 @@ class BatchLoader:
     batches that one process would see.
 
     Args:
-        images: Images of any dtype, (N, ...).
-        labels: Class of each image, (N,).
+        images: Images of any dtype, (N, ...), on any device.
+        labels: Class of each image, (N,), on the same.
         batch_size: Images a batch over all processes, 1 or more; the last batch of an epoch may differ.
         shuffle: Whether to permute the images anew in every epoch.
         seed: Seed of the permutations, 0 or more.
@@ -80,6 +80,7 @@ class BatchLoader:
         order = None
         if self.shuffle:  # here, not in set_epoch: Lightning sets the epoch after it asked for the iterator
             order = torch.randperm(len(self.images), generator=_generator(self.seed, self.epoch))
+            order = order.to(self.images.device)  # drawn on the CPU: the same on all devices
         for index in range(first, len(self)):
             start = index * self.batch_size
             size = (len(self.images) if index + 1 == len(self) else start + self.batch_size) - start

@@ -213,3 +213,10 @@ def test_each_process_resumes_at_its_share_of_the_batches_that_are_left(
 def test_a_process_without_an_image_is_refused(num: int, batch_size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_loader(batch_size, num=num, rank=2, world_size=3)
+
+
+def test_batches_are_made_where_the_images_lie() -> None:
+    images, labels = torch.zeros(NUM, 2, 2, device="meta"), torch.zeros(NUM, device="meta")
+    for shuffle in (False, True):
+        for batch in BatchLoader(images, labels, batch_size=4, shuffle=shuffle):
+            assert [part.device.type for part in batch] == ["meta", "meta"]

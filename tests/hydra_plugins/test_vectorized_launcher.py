@@ -184,6 +184,7 @@ def test_a_search_tries_several_trials_at_once(tmp_path: Path) -> None:
         ("hydra.launcher.max_members=0", "hydra.launcher.max_members=0: expected a whole number of 1 or more"),
         ("trainer=ddp_cpu", "trainer.devices=2"),
         ("accelerator.precision=bf16-mixed", "precision=bf16-mixed: hydra/launcher=vectorized computes in 32 bits"),
+        ("callbacks=[minimal,compile]", "callbacks.compile: hydra/launcher=vectorized computes all nets as one"),
     ],
 )
 def test_what_it_cannot_do_is_said_at_once(setting: str, said: str, tmp_path: Path) -> None:
