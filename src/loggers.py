@@ -29,10 +29,10 @@ class WandbLogger(loggers.WandbLogger):
         folder = Path(save_dir)
         os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb" / "cache"))  # else in the home directory
         before = sorted(folder.glob("wandb/*run-*-*"))  # offline-run-20260131_235959-<id>
+        version = before[-1].name.split("run-", 1)[1].split("-", 1)[1] if before else None
         super().__init__(
             save_dir=save_dir,
-            version=before[-1].name.rpartition("-")[2] if before else None,
-            **{"name": folder.name, "group": folder.parent.name, "reinit": "create_new"} | kwargs,
+            **{"version": version, "name": folder.name, "group": folder.parent.name, "reinit": "create_new"} | kwargs,
         )
         del self._wandb_init["anonymous"]  # W&B warns of it
         self._has_test = has_test

@@ -1,6 +1,7 @@
 """Experiment trackers: the same metrics everywhere, a run of its own each, ended and gone on with."""
 
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,14 @@ BOTH = ("logger=[wandb,mlflow]", "logger.wandb.offline=true")
 
 # MLflow 3.17 calls what SQLAlchemy has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+
+
+def trackers(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that needs both packages."""
+    is_missing = not all(map(importlib.util.find_spec, ("wandb", "mlflow")))
+    skip = pytest.mark.skipif(is_missing, reason="needs pip install -e '.[trackers]'")
+    marked: Callable[..., None] = pytest.mark.trackers(skip(test))
+    return marked
 
 
 def train(root: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -135,7 +144,7 @@ def whole(root: Path) -> Path:
     return root / "logs" / "train" / "whole"
 
 
-@pytest.mark.trackers
+@trackers
 def test_every_tracker_has_the_same_curves(root: Path, whole: Path) -> None:
     expected = csv_curves(whole)
     shown = {name: points for name, points in tensorboard_curves(whole).items() if name in expected}  # it has more
@@ -148,7 +157,7 @@ def test_every_tracker_has_the_same_curves(root: Path, whole: Path) -> None:
             assert dict(curves[name]) == pytest.approx(dict(points)), name  # W&B has a row a step: "epoch" comes twice
 
 
-@pytest.mark.trackers
+@trackers
 def test_trackers_know_the_settings_the_name_and_the_end(root: Path, whole: Path) -> None:
     run = mlflow_runs(root)["whole"]
     assert run.data.params["optimizer/lr"] == "0.004"
@@ -165,14 +174,14 @@ def test_trackers_know_the_settings_the_name_and_the_end(root: Path, whole: Path
     assert exit_codes(whole) == [0]
 
 
-@pytest.mark.trackers
+@trackers
 def test_all_that_trackers_write_lies_in_the_runs_folder_or_the_common_database(root: Path, whole: Path) -> None:
     files = {path.relative_to(root) for path in root.rglob("*") if path.is_file()}
     strange = {path for path in files if path.parts[0] != "matplotlib" and path.parts[:2] != ("logs", "train")}
     assert strange == {Path("logs/mlflow.db"), Path("logs/mlflow.db.lock")}
 
 
-@pytest.mark.trackers
+@trackers
 def test_trackers_do_not_change_the_training(root: Path, whole: Path) -> None:
     folder = root / "logs" / "train" / "plain"
     assert train(root, *SHORT, "logger=[]", "test=false", f"hydra.run.dir={folder}").returncode == 0
@@ -180,7 +189,7 @@ def test_trackers_do_not_change_the_training(root: Path, whole: Path) -> None:
     assert_equal(one, other)
 
 
-@pytest.mark.trackers
+@trackers
 def test_a_killed_run_goes_on_without_logging_a_step_twice(root: Path, whole: Path) -> None:
     folder = root / "logs" / "train" / "killed"
     kill = f"+callbacks.kill={{_target_: tests.faults.KillAt, step: {STEPS + 9}}}"
@@ -200,7 +209,7 @@ def test_a_killed_run_goes_on_without_logging_a_step_twice(root: Path, whole: Pa
     assert second["lr-Adam"] == wandb_curves(wandb_files(whole)[0])["lr-Adam"][STEPS + 5 :]
 
 
-@pytest.mark.trackers
+@trackers
 def test_a_run_that_goes_on_with_other_settings_keeps_its_first_ones(root: Path) -> None:
     folder = root / "logs" / "train" / "longer"
     short = (*SHORT, "trainer.max_epochs=1", "scheduler=[]", "logger=mlflow")
@@ -211,22 +220,37 @@ def test_a_run_that_goes_on_with_other_settings_keeps_its_first_ones(root: Path)
     assert len(mlflow_curves(root, "longer")["val/acc"]) == 2
 
 
-@pytest.mark.trackers
+@trackers
+@pytest.mark.parametrize("key", ["id", "version"])
+def test_wandb_keeps_an_id_of_ones_own(key: str, root: Path) -> None:
+    folder = root / "logs" / "train" / f"own {key}"
+    wandb = ("logger=wandb", "logger.wandb.offline=true", f"+logger.wandb.{key}=our-own-{key}")
+    short = (*SHORT, "trainer.max_epochs=1", "scheduler=[]")
+    result = train(root, *short, *wandb, f"hydra.run.dir='{folder}'")
+    assert result.returncode == 0, result.stderr
+    result = train(root, f"resume='{folder}'", "trainer.max_epochs=2")
+    assert result.returncode == 0, result.stderr
+    assert ids(folder) == [f"run-our-own-{key}"] * 2
+
+
+@trackers
 def test_a_signal_ends_the_run_as_killed(root: Path) -> None:
     folder = root / "logs" / "train" / "stopped"
-    slow = "+callbacks.slow={_target_: tests.faults.SlowAt, step: 7, seconds: 3}"
-    command = [sys.executable, "-m", "src.train", *SHORT, *BOTH, slow, f"hydra.run.dir={folder}"]
+    go = root / "go"
+    wait = f"+callbacks.wait={{_target_: tests.faults.WaitAt, step: 7, path: '{go}'}}"
+    command = [sys.executable, "-m", "src.train", *SHORT, *BOTH, wait, f"hydra.run.dir={folder}"]
     env = {**os.environ, "PROJECT_ROOT": str(root), "ALLOWED_TARGETS": "tests", "HOME": str(root / "home")}
     with (root / "said").open("w") as said:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=said, stderr=said)
-    wait_until(lambda: "slow step" in (root / "said").read_text(), seconds=60)
+    wait_until(lambda: "waiting in" in (root / "said").read_text(), seconds=120)
     process.terminate()
-    assert process.wait(60) == 128 + signal.SIGTERM
+    go.touch()  # it is in the step when the signal comes, however slow it is
+    assert process.wait(120) == 128 + signal.SIGTERM
     assert mlflow_runs(root)["stopped"].info.status == "KILLED"
     assert exit_codes(folder) == [1]
 
 
-@pytest.mark.trackers
+@trackers
 @pytest.mark.parametrize("launcher", ["basic", "process"])
 def test_each_job_of_a_sweep_is_a_run_of_its_own(launcher: str, tmp_path: Path) -> None:
     sweep = tmp_path / "logs" / "multirun" / "rates"
@@ -251,7 +275,7 @@ def test_each_job_of_a_sweep_is_a_run_of_its_own(launcher: str, tmp_path: Path) 
     assert len({name for job in statuses for name in ids(sweep / job)}) == 3
 
 
-@pytest.mark.trackers
+@trackers
 def test_wandb_without_a_key_is_said_in_a_line(tmp_path: Path) -> None:
     result = train(tmp_path, *SHORT, "logger=wandb", WANDB_API_KEY="")
     assert result.returncode == 1
