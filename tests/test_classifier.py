@@ -1,5 +1,6 @@
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -13,6 +14,7 @@ from src.classifier import ArgumentError, ImageClassifier
 IMAGES = torch.randn(50, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.randint(0, 3, (50,), generator=torch.Generator().manual_seed(1))
 LOADER = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=16)  # the last batch is smaller
+UNKNOWN: dict[str, Any] = {"foo": 1}
 QUIET = {
     "accelerator": "cpu",
     "logger": False,
@@ -72,10 +74,10 @@ def test_cannot_be_trained_without_an_optimizer() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"optimizer": partial(torch.optim.Adam, foo=1)}, r"optimizer\.foo: torch\.optim\.adam\.Adam takes no such"),
+        ({"optimizer": partial(torch.optim.Adam, **UNKNOWN)}, r"optimizer\.foo: torch\.optim\.adam\.Adam takes no"),
         (
-            {"scheduler": {"scheduler": partial(torch.optim.lr_scheduler.StepLR, gama=1)}},
-            r"scheduler\.scheduler\.gama: torch\.optim\.lr_scheduler\.StepLR takes no such argument",
+            {"scheduler": {"scheduler": partial(torch.optim.lr_scheduler.StepLR, **UNKNOWN)}},
+            r"scheduler\.scheduler\.foo: torch\.optim\.lr_scheduler\.StepLR takes no such argument",
         ),
     ],
 )

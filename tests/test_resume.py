@@ -161,7 +161,7 @@ def test_twenty_kills_in_a_row_change_nothing(runs: Runs) -> None:
 VARIANTS = {
     "plateau": ("scheduler=plateau", "scheduler.scheduler.patience=0", "optimizer.lr=0.05"),
     "accumulate": ("trainer.accumulate_grad_batches=3",),
-    "validations in an epoch": ("+trainer.val_check_interval=0.2", "callbacks.last.every_n_steps=10"),
+    "validations in an epoch": ("+trainer.val_check_interval=0.2",),
     "bfloat16": ("trainer.precision=bf16-mixed",),
     "clipped": ("optimizer=sgd", "trainer.gradient_clip_val=0.1", "scheduler=step", "scheduler.scheduler.step_size=1"),
 }  # fmt: skip
@@ -303,10 +303,9 @@ def test_a_disk_that_gets_full_leaves_the_checkpoint_to_go_on_from(
     assert not list(last.parent.glob(".*"))
     (folder.parent / "zeros").unlink()
     runs.end(runs.start(f"resume={folder}", "callbacks.fill=null"))
-    both = [content(path) for path in (whole / "checkpoints" / "last.ckpt", last)]
-    for checkpoint in both:
-        del checkpoint["metrics"]  # without a logger there is no learning rate among them
-    assert_equal(*both)
+    expected, found = content(whole / "checkpoints" / "last.ckpt"), content(last)
+    del expected["metrics"], found["metrics"]  # without a logger there is no learning rate among them
+    assert_equal(expected, found)
 
 
 def test_two_processes_do_not_train_in_one_folder(runs: Runs) -> None:
