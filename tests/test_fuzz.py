@@ -2,6 +2,8 @@
 
 import random
 import re
+import resource
+import statistics
 import string
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,8 +161,13 @@ def _quoted(text: str) -> str:
     return text if re.fullmatch(r"[\w./-]+", text, re.ASCII) else f"'{text}'".replace("\\'", "\\\\'")
 
 
-def _run(verb: str, override: str, root: Path) -> None:
-    """What is accepted by mistake trains for a second, and so does not fail."""
+def _run(verb: str, override: str, root: Path) -> float:
+    """What is accepted by mistake trains for a second, and so does not fail.
+
+    Returns:
+        The seconds of a CPU that the command took: those of a clock depend on what else the machine does.
+    """
+    before = _seconds_of_children()
     short = ["data=mnist5k", "debug=fast", "trainer=cpu", "logger=[]"] if verb == "train" else ["accelerator=cpu"]
     result = run_command(verb, *short, override, PROJECT_ROOT=str(root))
     lines = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
@@ -171,12 +178,24 @@ def _run(verb: str, override: str, root: Path) -> None:
     assert "Traceback" not in result.stderr
     assert "train first" not in result.stderr  # there is no run to test: what a good override would come to
     assert not (root / "logs").exists()
+    return _seconds_of_children() - before
+
+
+def _seconds_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _run_all(verb: str, overrides: list[str], root: Path) -> None:
+    seconds = [_run(verb, override, root) for override in overrides]
+    slowest = overrides[seconds.index(max(seconds))]
+    print(f"{verb}: CPU seconds of a rejection: median {statistics.median(seconds):.2f}, maximum {max(seconds):.2f} by "
+          f"{slowest[:100]}")  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", NUM)
 def test_bad_overrides_are_said(verb: str, tmp_path: Path) -> None:
-    for override in bad_overrides(verb, NUM_BY_DEFAULT[verb], tmp_path):
-        _run(verb, override, tmp_path)
+    _run_all(verb, bad_overrides(verb, NUM_BY_DEFAULT[verb], tmp_path), tmp_path)
 
 
 @pytest.mark.slow
@@ -184,5 +203,25 @@ def test_bad_overrides_are_said(verb: str, tmp_path: Path) -> None:
 def test_three_hundred_bad_overrides_are_said(verb: str, tmp_path: Path) -> None:
     overrides = bad_overrides(verb, NUM[verb], tmp_path)
     assert len(set(overrides)) == NUM[verb]
-    for override in overrides:
-        _run(verb, override, tmp_path)
+    _run_all(verb, overrides, tmp_path)
+
+
+def _assert_unknown_arguments_are_said(num: int, folder: Path) -> None:
+    """Whether a class takes what ``+key=`` adds is known once it is imported."""
+    rng = random.Random(1)
+    targets = [key for key, _ in _leaves(compose_cfg(folder, "data=mnist5k")) if key.endswith("._target_")]
+    for node in [key.removesuffix("._target_") for key in rng.sample(targets, min(num, len(targets)))]:
+        key = f"{node}.{_misspelt('argument', rng)}"
+        result = run_command("train", "data=mnist5k", "trainer=cpu", f"+{key}=1", PROJECT_ROOT=str(folder))
+        assert result.returncode == 1
+        (line,) = result.stderr.splitlines()
+        assert re.fullmatch(rf"error: {re.escape(key)}: [\w.]+ takes no such argument", line), line
+
+
+def test_arguments_that_no_class_takes_are_said(tmp_path: Path) -> None:
+    _assert_unknown_arguments_are_said(1, tmp_path)
+
+
+@pytest.mark.slow
+def test_arguments_that_no_class_takes_are_said_of_all_nodes(tmp_path: Path) -> None:
+    _assert_unknown_arguments_are_said(100, tmp_path)
