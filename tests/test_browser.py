@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,12 +87,13 @@ class Pages:
             except WebDriverException:  # a page that is being built exchanges its elements
                 return False
 
-        wait_until(holds, seconds=20)
+        wait_until(holds, seconds=120)
 
     def keep(self, name: str) -> None:
         self.driver.save_screenshot(str(self.folder / f"{name}.png"))
 
     def complaints(self) -> list[str]:
+        """Since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
 
 
@@ -106,32 +106,37 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pages]:
     for option in OPTIONS:
         options.add_argument(option)
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield Pages(driver, folder)
-    driver.quit()
+    try:
+        yield Pages(driver, folder)
+    finally:
+        driver.quit()
 
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two jobs of two epochs, with all that is on by default."""
-    folder = tmp_path_factory.mktemp("sweep")
-    common = ("data=mnist5k", "trainer=cpu", "trainer.max_epochs=2", f"hydra.sweep.dir={folder}")
-    result = run_command("train", "-m", "optimizer.lr=0.001,0.004", *common)
+    root = tmp_path_factory.mktemp("project")
+    common = ("data=mnist5k", "trainer=cpu", "trainer.max_epochs=2")
+    result = run_command("train", "-m", "optimizer.lr=0.001,0.004", *common, PROJECT_ROOT=str(root))
     assert result.returncode == 0, result.stderr
+    (folder,) = root.glob("logs/multirun/*")
     return folder
 
 
 @pytest.fixture(scope="module")
 def tensorboard(sweep: Path) -> Iterator[str]:
-    """Its address."""
+    """Its address; it shows all of the project's logs, as the README has it."""
     port = free_port()
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(sweep), "--port", str(port)]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(sweep.parents[1]), "--port", str(port)]
     server = subprocess.Popen([*command, "--host", "127.0.0.1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
-    # It reads them in the background, and what logs last is there when all is.
-    wait_until(lambda: _fetch(f"{url}/data/plugin/scalars/tags").count("val_class_acc/9") == 2, seconds=60)
-    yield url
-    server.terminate()
-    server.wait()
+    try:
+        # It reads them in the background, and what logs last is there when all is.
+        wait_until(lambda: _fetch(f"{url}/data/plugin/scalars/tags").count("val_class_acc/9") == 2, seconds=120)
+        yield url
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def _fetch(url: str) -> str:
@@ -159,12 +164,12 @@ def test_the_curves_of_all_runs_are_drawn(pages: Pages, tensorboard: str, sweep:
     records = [json.loads(path.read_text()) for path in sorted(sweep.glob("*/metrics.json"))]
     expected = {f"{record['metrics']['val/acc']:.4g}" for record in records}
     pages.wait(lambda: expected <= set(pages.text().split("\n")))  # in the table below the chart
-    assert len(pages.find("line-chart")) == 2  # val/acc, and the best one of each job
-    pages.keep("timeseries")
+    pages.wait(lambda: len(pages.find("line-chart")) == 2)  # val/acc, and the best one of each job
     pages.wait(lambda: is_drawn(pages.find("line-chart")[1]))
+    pages.keep("timeseries")
 
 
-def test_the_charts_of_our_own_layout_are_drawn(pages: Pages, tensorboard: str) -> None:
+def test_the_charts_of_our_own_layout_are_drawn(pages: Pages, tensorboard: str, sweep: Path) -> None:
     pages.open(f"{tensorboard}/#custom_scalars")
     pages.wait(lambda: len(pages.find("vz-line-chart2")) == 3)
     pages.wait(lambda: all(is_drawn(chart) for chart in pages.find("vz-line-chart2")))
@@ -172,7 +177,7 @@ def test_the_charts_of_our_own_layout_are_drawn(pages: Pages, tensorboard: str) 
     said = pages.text().split("\n")
     for tag in ("train/loss", "val/loss", "train/acc", "val/acc", *(f"val_class_acc/{label}" for label in range(10))):
         for lr in ("0.001", "0.004"):
-            assert f"{tag} (optimizer.lr={lr})" in said
+            assert f"{tag} (multirun/{sweep.name}/optimizer.lr={lr})" in said
 
 
 def test_the_pictures_of_each_run_are_shown(pages: Pages, tensorboard: str) -> None:
@@ -195,11 +200,22 @@ def test_the_pictures_of_each_run_are_shown(pages: Pages, tensorboard: str) -> N
     assert all(image.is_displayed() for image in pages.find("img"))
 
 
-def test_hparams_has_a_row_a_job(pages: Pages, tensorboard: str) -> None:
+def test_hparams_has_a_row_a_job_with_its_score(pages: Pages, tensorboard: str, sweep: Path) -> None:
     pages.open(f"{tensorboard}/#hparams")
-    pages.wait(lambda: {"0.0010000", "0.0040000"} <= {cell.text for cell in pages.find("vaadin-grid-cell-content")})
+    jobs = {f"multirun/{sweep.name}/{path.name}": path for path in sweep.glob("optimizer.lr=*")}
+
+    def cells() -> list[str]:
+        return [cell.text for cell in pages.find("vaadin-grid-cell-content") if cell.text]
+
+    pages.wait(lambda: jobs.keys() <= set(cells()))
     pages.keep("hparams")
-    assert "best/val/acc" in pages.text()
+    shown = cells()
+    assert shown[:4] == ["Trial ID", "Show Metrics", "optimizer.lr", "best/val/acc"]
+    for name, folder in jobs.items():
+        rate, score = shown[shown.index(name) + 1 :][:2]
+        assert float(rate) == float(folder.name.partition("=")[2])
+        record = json.loads((folder / "metrics.json").read_text())
+        assert float(score) == pytest.approx(record["best"]["score"], rel=1e-4)
 
 
 def test_the_projector_shows_the_digits(pages: Pages, tensorboard: str) -> None:
@@ -237,8 +253,10 @@ def demo(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     command = [sys.executable, "-m", "src.demo", "port=0", f"ckpt_path={trained}", f"hydra.run.dir={folder}"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        yield next(found[0] for line in process.stdout if (found := re.search(r"http://[\d.:]+", line)))
-        process.terminate()
+        try:
+            yield next(found[0] for line in process.stdout if (found := re.search(r"http://[\d.:]+", line)))
+        finally:
+            process.terminate()
 
 
 LAYERS = ("input", "c1", "s2", "c3", "s4", "c5", "f6", "output")
@@ -258,14 +276,13 @@ def draw(pages: Pages, points: Points) -> dict[str, str]:
     for point in points[1:]:
         actions.move_to_element_with_offset(canvas, *map(int, point))
     actions.release().perform()
-    pages.wait(
-        lambda: not pages.driver.execute_script("return busy || changed") and len(pages.find("img")) == len(LAYERS)
-    )
-    time.sleep(0.2)  # the bars grow for so long
+    answered = "return !busy && !changed && document.getAnimations().length === 0"  # the bars grow for a while
+    pages.wait(lambda: pages.driver.execute_script(answered) and len(pages.find("img")) == len(LAYERS))
     return {image.get_attribute("alt"): image.get_attribute("src") for image in pages.find("img")}
 
 
 def test_drawn_digits_are_recognised_and_their_maps_change(pages: Pages, demo: str) -> None:
+    pages.complaints()  # of TensorBoard's pages
     pages.open(demo)
     shown = []
     for digit, points in {"1": ONE, "7": SEVEN, "0": ZERO}.items():
@@ -277,7 +294,7 @@ def test_drawn_digits_are_recognised_and_their_maps_change(pages: Pages, demo: s
         (said,) = pages.find("output")
         assert re.fullmatch(rf"{digit} with [\d.]+ %", said.text)
         (bar,) = pages.find("li.best i")
-        assert is_drawn(bar)
+        pages.wait(lambda bar=bar: is_drawn(bar))  # type: ignore[misc]
     pages.keep("demo_light")
     assert [description.split()[1] for description in shown[0]] == [*LAYERS]
     assert shown[0].keys() == shown[1].keys()
@@ -291,21 +308,53 @@ def test_the_page_can_be_cleared_and_is_dark_and_narrow_where_asked_for(pages: P
     draw(pages, SEVEN)
     bright = pixels(pages.find("body")[0]).mean()
     dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
-    pages.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
-    draw(pages, SEVEN)
-    pages.keep("demo_dark")
-    assert pixels(pages.find("body")[0]).mean() < 60 < 200 < bright
-    assert pages.find("output")[0].text.startswith("7 ")  # light strokes are a digit, too
     phone = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
-    pages.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
-    assert pages.driver.execute_script("return document.documentElement.scrollWidth") <= 360
-    pages.keep("demo_phone")
-    pages.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-    pages.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    try:
+        pages.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+        draw(pages, SEVEN)
+        pages.keep("demo_dark")
+        assert pixels(pages.find("body")[0]).mean() < 60 < 200 < bright
+        assert pages.find("output")[0].text.startswith("7 ")  # light strokes are a digit, too
+        pages.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+        assert pages.driver.execute_script("return document.documentElement.scrollWidth") <= 360
+        pages.keep("demo_phone")
+    finally:
+        pages.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        pages.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
     pages.find("button")[0].click()
     assert pages.find("output")[0].text == "Draw one digit."
     assert pages.find("img") == []
     assert pages.find("li.best") == []
+
+
+# What the page sends next: no picture, half a second after it was asked for.
+SPOIL = """
+document.querySelector("canvas").toBlob = give => setTimeout(() => give(new Blob(["no picture"])), 500);
+"""
+
+
+def test_an_error_leaves_no_older_answer_and_none_comes_behind_a_clear_page(pages: Pages, demo: str) -> None:
+    pages.open(demo)
+    draw(pages, SEVEN)
+    (button,), (canvas,), (said,) = (pages.find(name) for name in ("button", "canvas", "output"))
+    pages.driver.execute_script(SPOIL)
+    canvas.click()
+    pages.wait(lambda: "no image" in said.text)
+    assert pages.find("li.best") == []
+    assert pages.find("img") == []
+    assert "%" not in pages.find("ol")[0].text
+    button.click()
+    for is_offline in (False, True):
+        pages.driver.set_network_conditions(offline=is_offline, latency=0, throughput=-1)
+        try:
+            canvas.click()
+            assert pages.driver.execute_script("return busy")
+            button.click()
+            pages.wait(lambda: not pages.driver.execute_script("return busy"))
+        finally:
+            pages.driver.delete_network_conditions()
+        assert said.text == "Draw one digit."
+    pages.complaints()  # of what has failed here
 
 
 def test_fingers_draw_too(pages: Pages, demo: str) -> None:
@@ -316,3 +365,23 @@ def test_fingers_draw_too(pages: Pages, demo: str) -> None:
         touches = [{"x": middle[0] + x, "y": middle[1] + y} for x, y in points]
         pages.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
     pages.wait(lambda: pages.find("output")[0].text.startswith("7 "))
+
+
+def test_a_second_finger_draws_nothing(pages: Pages, demo: str) -> None:
+    pages.open(demo)
+    (canvas,) = pages.find("canvas")
+    left, top = canvas.rect["x"], canvas.rect["y"]
+    for kind, places in (
+        ("touchStart", [(40, 140)]),
+        ("touchStart", [(40, 140), (240, 40)]),
+        ("touchMove", [(40, 150), (240, 60)]),
+        ("touchMove", [(40, 200), (240, 240)]),
+        ("touchEnd", []),
+    ):
+        touches = [{"x": left + x, "y": top + y, "id": index} for index, (x, y) in enumerate(places)]
+        pages.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
+    pages.wait(lambda: pages.driver.execute_script("return drawn && !busy && !changed"))
+    ink = "return Array.from(pen.getImageData(0, 0, 280, 280).data).filter((_, index) => index % 4 === 3)"
+    columns = np.array(pages.driver.execute_script(ink)).reshape(280, 280).max(axis=0).nonzero()[0]
+    assert 25 <= columns.min() <= 35
+    assert 45 <= columns.max() <= 55  # the first finger's line alone
