@@ -1,5 +1,8 @@
 """The notebooks run from their own folder, on what a sweep has left, and are kept without outputs."""
 
+import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -47,6 +50,37 @@ def test_runs_and_draws(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [output.text for output in outputs if output.get("name") == "stderr"] == []
     pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == PICTURES[name]
+    NUMBERS[name](root, outputs)
+
+
+def check_accuracy(root: Path, outputs: list[NotebookNode]) -> None:
+    """What is printed is the best score of the newest run, which the training has counted batch by batch."""
+    (path, said) = next(output.text for output in outputs if output.get("name") == "stdout").splitlines()
+    record = json.loads((Path(path).parents[1] / "metrics.json").read_text())
+    assert Path(path) == max(root.glob("logs/**/best.ckpt"), key=lambda path: path.stat().st_mtime)
+    assert said == f"val/acc {record['best']['score']:.4f} of 500 images"
+
+
+def check_rows(root: Path, outputs: list[NotebookNode]) -> None:
+    """The table has a row a job, with its score."""
+    (html,) = (output.data["text/html"] for output in outputs if "text/html" in output.get("data", {}))
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in html.split("<tr>")]
+    expected = []
+    for folder in root.glob("logs/multirun/*/optimizer.lr=*"):
+        record = json.loads((folder / "metrics.json").read_text())
+        expected.append((folder.name, "finished", record["best"]["score"], record["seconds"]))
+    found = [(name, status, float(score), float(seconds)) for name, status, score, seconds in filter(None, rows)]
+    assert len(found) == 2
+    for row, wanted in zip(sorted(found), sorted(expected), strict=True):
+        assert row[:2] == wanted[:2]
+        assert row[2:] == pytest.approx(wanted[2:], rel=1e-3)
+
+
+NUMBERS: dict[str, Callable[[Path, list[NotebookNode]], None]] = {
+    "01_data.ipynb": lambda root, outputs: None,
+    "02_inspect_run.ipynb": check_accuracy,
+    "03_compare_runs.ipynb": check_rows,
+}
 
 
 @pytest.mark.slow
