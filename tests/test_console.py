@@ -37,6 +37,19 @@ def test_no_colour_where_it_is_not_wanted(tmp_path: Path) -> None:
     assert not COLOUR.search(shown_on_terminal(tmp_path / "plain", NO_COLOR="1"))
 
 
+UP, ERASE = b"\x1b[1A", b"\x1b[2K"  # a bar goes back over its own line
+
+
+def test_under_ci_a_terminal_gets_a_line_an_epoch_and_no_bar(tmp_path: Path) -> None:
+    bar = shown_on_terminal(tmp_path / "bar", CI="")
+    assert UP in bar or ERASE in bar
+    assert b"epoch 1/1  train/acc" not in bar
+    quiet = shown_on_terminal(tmp_path / "quiet", CI="1")
+    assert UP not in quiet
+    assert ERASE not in quiet
+    assert quiet.count(b"epoch 1/1  train/acc") == 1
+
+
 def test_a_pipe_gets_plain_lines_with_the_models_shapes(tmp_path: Path) -> None:
     result = run_command("train", *ARGUMENTS, PROJECT_ROOT=str(tmp_path))
     assert "\x1b" not in result.stdout + result.stderr

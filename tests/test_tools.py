@@ -1,13 +1,16 @@
 """Lightning's own tools, by a word on the command line: each does in a run of this project what it promises."""
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -104,6 +107,13 @@ def test_the_rate_that_is_found_trains_as_if_it_had_been_given(
     events = EventAccumulator(str(tmp_path / "found"))
     events.Reload()
     assert events.Tags()["images"] == ["lr_find"]
+    (image,) = events.Images("lr_find")
+    page = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB")).astype(int)  # (H, W, 3)
+    blue = (np.abs(page - (31, 119, 180)).max(axis=2) < 40).any(axis=0).nonzero()[0]  # columns with the curve
+    assert len(blue) > 0.5 * page.shape[1]
+    dotted = (page.max(axis=2) < 60).sum(axis=0)[blue.min() + 1 : blue.max()]  # black pixels a column, by the curve
+    assert dotted.max() > 0.2 * page.shape[0]  # the rate that was taken
+    assert (dotted > 0.2 * page.shape[0]).sum() <= 3
     (suggestion,) = (event.value for event in events.Scalars("lr_find/suggestion"))
     assert 1e-6 < suggestion < 0.1
     assert suggestion != pytest.approx(0.004)
