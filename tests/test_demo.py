@@ -57,7 +57,7 @@ def ask(
     server: DemoServer, method: str, path: str, body: bytes | None = None, **headers: str
 ) -> tuple[int, bytes, Any]:
     """Status, content and headers of the answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=120)
     connection.request(method, path, body, headers)
     reply = connection.getresponse()
     content = reply.read()
@@ -184,11 +184,11 @@ def test_the_command_says_where_it_is_and_ends_as_its_signal_says(trained: Path,
     ) as process:
         assert process.stdout is not None
         url = next(found for line in process.stdout if (found := re.search(r"http://127.0.0.1:(\d+)", line)))
-        connection = http.client.HTTPConnection("127.0.0.1", int(url[1]), timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", int(url[1]), timeout=120)
         connection.request("POST", "/predict", ONE)
         assert connection.getresponse().status == 200
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGINT
     assert errors == ""
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
