@@ -246,6 +246,15 @@ def test_histograms_are_drawn(pages: Pages, tensorboard: str) -> None:
     assert "weights/net.c1.weight" in pages.text()
 
 
+def test_config_and_data_stand_as_text_and_the_net_as_a_graph(pages: Pages, tensorboard: str) -> None:
+    pages.open(f"{tensorboard}/#text")
+    pages.wait(lambda: all(word in pages.text() for word in ("weight_decay: ", "source: package", "fingerprint: ")))
+    pages.keep("text")
+    pages.open(f"{tensorboard}/#graphs")
+    pages.wait(lambda: bool({"LeNet5", "ImageClassifier"} & set(pages.text().split("\n"))))
+    pages.keep("graphs")
+
+
 @pytest.fixture(scope="module")
 def demo(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the demo command."""
