@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from src.config import ROOT
 from tests.compose import run_command
 
@@ -32,6 +34,7 @@ def shown_on_terminal(root: Path, **env: str) -> bytes:
     return shown
 
 
+@pytest.mark.slow
 def test_no_colour_where_it_is_not_wanted(tmp_path: Path) -> None:
     assert COLOUR.search(shown_on_terminal(tmp_path / "colours"))
     assert not COLOUR.search(shown_on_terminal(tmp_path / "plain", NO_COLOR="1"))

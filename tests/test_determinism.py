@@ -64,6 +64,7 @@ def test_another_seed_gives_other_weights(plain: Tensor, mnist_root: Path, tmp_p
     assert not torch.equal(plain, weights(tmp_path / "rest", mnist_root, "seed=1", "data.seed=0"))
 
 
+@pytest.mark.slow
 def test_a_command_comes_to_the_weights_of_a_call(tmp_path: Path) -> None:
     common = ("data=mnist5k", "trainer=cpu", "trainer.max_epochs=1", "callbacks=minimal", "logger=[]", "test=false")
     train(compose_cfg(tmp_path / "call", *common))

@@ -22,6 +22,7 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 # A tenth of a second each; a command's own settings stay, as later ones win.
 SHORT = ["data.source=package", "trainer.max_epochs=1", "trainer.limit_train_batches=3", "trainer.log_every_n_steps=1"]
+SWEEP = "python -m src.train -m optimizer.lr=0.001,0.003,0.01"  # the others are slow tests
 # The table "From laptop to cluster": who runs the rows that are not among the commands above.
 HERE = {
     "what there is": [],
@@ -67,7 +68,13 @@ def _run_words(project: Path, words: list[str], *more: str, **env: str) -> subpr
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=pytest.mark.slow) if "-m src.train -m" in command and command != SWEEP else command
+        for command in COMMANDS
+    ],
+)
 def test_each_command_does_what_it_says(command: str, project: Path) -> None:
     if command.startswith("make "):
         target = command.split()[1]

@@ -145,6 +145,7 @@ def test_the_winners_seeds_alone_are_tested(rates: Sweep) -> None:
     assert f"test/acc: {statistics.mean(tests):.4f} ± {statistics.stdev(tests):.4f} (n=5)" in rates.result.stdout
 
 
+@pytest.mark.slow
 def test_all_jobs_are_tested_where_that_is_asked_for(tmp_path: Path) -> None:
     sweep = run_sweep(tmp_path, "test=all", "optimizer.lr=0.0005,8e-3")
     assert sweep.result.returncode == 0
