@@ -218,11 +218,14 @@ def draw_paper(results: dict[str, Sweep], path: Path) -> None:
     text (section III-B).
 
     Args:
-        results: What results.json holds; needs ``paper1998``, ``paper1998_distorted`` and ``paper1998_train_size``.
+        results: What results.json holds; needs ``paper1998`` and ``paper1998_distorted``, and draws
+            ``paper1998_train_size`` where it is there.
         path: The SVG file to write.
     """
     plain, distorted = results["paper1998"]["runs"], results["paper1998_distorted"]["runs"]
-    runs_of = {size: select(results["paper1998_train_size"], data__train_size=size) for size in (15_000, 30_000)}
+    runs_of = {}
+    if fewer := results.get("paper1998_train_size"):
+        runs_of = {size: select(fewer, data__train_size=size) for size in (15_000, 30_000)}
     num_all = results["paper1998"]["data"]["num_images"]["train"]
     runs_of[num_all] = plain
     with rc_context({"svg.hashsalt": "paper", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):

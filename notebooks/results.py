@@ -84,7 +84,9 @@ def make_recipes_table(results: dict[str, Sweep]) -> list[str]:
 
 
 def make_ablation_table(results: dict[str, Sweep]) -> list[str]:
-    """Rows of activation and pooling, columns of augmentation and weight averaging, in Markdown."""
+    """Rows of activation and pooling, columns of augmentation and weight averaging, in Markdown; empty without them."""
+    if "ablation" not in results:
+        return []
     augments, decays = ("none", "elastic"), (0, 0.995)
     heads = [f"{augment}{', averaged' if decay else ''}" for augment in augments for decay in decays]
     lines = [f"| activation | pooling | {' | '.join(heads)} |", f"| --- | --- |{' ---: |' * len(heads)}"]
@@ -136,8 +138,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     if folders:
         write_results(results)
     print("\n".join(make_recipes_table(results)))
-    if "ablation" in results:
-        print("\n".join(["", *make_ablation_table(results)]))
+    print("\n".join(["", *make_ablation_table(results)]))
 
 
 if __name__ == "__main__":
