@@ -72,7 +72,9 @@ class VectorizedLauncher(Launcher):
                     f"accelerator.precision={precision}: hydra/launcher=vectorized computes in 32 bits; set "
                     "accelerator.precision=32-true, or hydra/launcher=basic"
                 )
-            if compiles := [name for name, node in job.callbacks.items() if node and node._target_ == COMPILE]:
+            if compiles := [
+                name for name, node in (job.get("callbacks") or {}).items() if node and node._target_ == COMPILE
+            ]:
                 raise ConfigError(
                     f"callbacks.{compiles[0]}: hydra/launcher=vectorized computes all nets as one, uncompiled; set "
                     f"callbacks.{compiles[0]}=null, or hydra/launcher=basic"
