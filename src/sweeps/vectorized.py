@@ -150,6 +150,7 @@ class Ensemble:
     def __init__(self, runs: Sequence[Callable[[], Any]]) -> None:
         self.members = [Member(run, self, is_first=not number) for number, run in enumerate(runs)]
         self.signum = 0
+        self._is_passed_on = False
         self._stacks: list[tuple[nn.Module, Stack]] = []
         self._datamodules: list[Any] = []
         self._refusal: StackError | None = None
@@ -167,6 +168,7 @@ class Ensemble:
         own_state = _get_state(host=True)
         try:
             while waiting := [member for member in self.members if not member.is_done]:
+                self._pass_signal_on(waiting)
                 for member in waiting:
                     self._go_on(member, list(handlers))
                 self._batches.clear()
@@ -226,9 +228,14 @@ class Ensemble:
         if self.signum:  # the second one
             raise SystemExit(128 + signum)
         self.signum = signum
-        for member in self.members:
-            if not member.is_done and signum in member.handlers:
-                member.handlers[signum](signum, frame)
+
+    def _pass_signal_on(self, members: Sequence[Member]) -> None:
+        """Between two rounds, so that all members save behind the same step."""
+        if self.signum and not self._is_passed_on:
+            self._is_passed_on = True
+            for member in members:
+                if self.signum in member.handlers:
+                    member.handlers[self.signum](self.signum, None)
 
     def _serve(self, waiting: Sequence[Member]) -> None:
         losses = [member.request.tensor for member in waiting if member.request and member.request.kind == "backward"]
