@@ -32,7 +32,7 @@ def centres(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def keep_only(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit in {"MAX_DEGREES", "MAX_SHIFT", "MAX_SCALE", "MAX_SHEAR", "BEND"} - {change}:
+    for limit in {"MAX_DEGREES", "MAX_SHIFT", "MAX_BENT_SHIFT", "MAX_SCALE", "MAX_SHEAR", "BEND"} - {change}:
         monkeypatch.setattr(augment, limit, 0.0)
 
 
@@ -99,12 +99,15 @@ def test_rotation_keeps_the_radius_and_stays_below_10_degrees(monkeypatch: pytes
     assert_fills(degrees, -10, 10)
 
 
-def test_shift_stays_below_2_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    keep_only("MAX_SHIFT", monkeypatch)
-    x, y = centres(random_affine(make_blobs(8, -4), BACKGROUND))
+@pytest.mark.parametrize(
+    ("change", "name", "limit"), [(random_affine, "MAX_SHIFT", 2), (random_elastic, "MAX_BENT_SHIFT", 1)]
+)
+def test_shift_stays_below_its_limit(change: Change, name: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_only(name, monkeypatch)
+    x, y = centres(change(make_blobs(8, -4), BACKGROUND))
 
-    assert_fills(x - 8, -2, 2)
-    assert_fills(y + 4, -2, 2)
+    assert_fills(x - 8, -limit, limit)
+    assert_fills(y + 4, -limit, limit)
     assert torch.stack([x, y]).corrcoef()[0, 1].abs() < 0.1
 
 
@@ -131,7 +134,7 @@ def test_all_changes_together_stay_small() -> None:
     assert torch.hypot(x, y).max() <= 2 * 2**0.5 * 1.1 * 1.05 + 0.05
 
 
-def test_bending_moves_pixels_by_one_on_average_and_neighbours_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bending_moves_pixels_a_little_and_neighbours_together(monkeypatch: pytest.MonkeyPatch) -> None:
     keep_only("BEND", monkeypatch)
     moves = []  # by the same fields, of dots at three places
     for x in (0, 1, 12):
@@ -139,7 +142,7 @@ def test_bending_moves_pixels_by_one_on_average_and_neighbours_together(monkeypa
         moves.append(torch.stack(centres(random_elastic(make_blobs(x, 0), BACKGROUND))) - torch.tensor([[x], [0.0]]))
     near, next_to_it, far = moves
     assert near.mean().abs() < 0.1
-    assert 0.85 < near.std() < 1.15
+    assert 0.6 < near.std() < 0.8
     assert torch.stack([near.flatten(), next_to_it.flatten()]).corrcoef()[0, 1] > 0.9
     assert torch.stack([near.flatten(), far.flatten()]).corrcoef()[0, 1].abs() < 0.2
 
