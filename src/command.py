@@ -96,11 +96,12 @@ def load_libraries() -> None:
 
     For commands, once their config is known to be good. A library must not do this: the settings are the process's.
     """
-    gc.disable()  # a million objects that stay: looking through them again and again takes a fifth of the import
+    young, middle, old = gc.get_threshold()
+    gc.set_threshold(young, middle, 1_000_000)  # of a million objects most stay: looking through all is in vain
     import pytorch_lightning  # noqa: F401
     import torch
 
-    gc.enable()
+    gc.set_threshold(young, middle, old)
     gc.freeze()  # nor need later collections look through them
     atexit.register(gc.unfreeze)  # else bindings that are freed too late complain on the console
     if not torch.cuda.is_available():

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from src.callbacks.writers import find_predictions, find_writers, get_step, trace_layers
 from src.layers import to_pixels
 
-SPRITE = 32  # pixels of an image in the projector
+SPRITE = 24
 
 
 class Embedding(Callback):
@@ -25,7 +25,7 @@ class Embedding(Callback):
         num_images: How many, the first ones of the validation, 1 or more.
     """
 
-    def __init__(self, num_images: int = 500) -> None:
+    def __init__(self, num_images: int = 256) -> None:
         self.num_images = num_images
         self._writers: list[SummaryWriter] = []
         self._parts: list[tuple[Tensor, ...]] = []  # of each batch: vectors, images, labels, predictions

@@ -77,7 +77,7 @@ class MNISTDataModule(pl.LightningDataModule):
         md5: Mapping[str, str | None] | None = None,
         timeout: float = 10.0,
         batch_size: int = 64,
-        eval_batch_size: int = 500,
+        eval_batch_size: int = 250,
         val_size: int = 5000,
         train_size: int | None = None,
         split_seed: int = 0,

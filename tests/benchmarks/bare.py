@@ -43,7 +43,7 @@ def main() -> None:
             if epoch == step == 0:
                 print("step", time.time(), flush=True)
         with torch.no_grad():
-            parts = zip(val.images.split(500), val.labels.split(500), strict=True)
+            parts = zip(val.images.split(250), val.labels.split(250), strict=True)
             correct = sum((net(preprocess(images)).argmax(dim=1) == labels).sum().item() for images, labels in parts)
         print("epoch", time.time(), correct / len(val.labels), flush=True)
     print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))

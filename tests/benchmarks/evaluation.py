@@ -38,7 +38,7 @@ def main() -> None:
         images, labels = data.splits["test"]
         loss, correct = 0.0, 0
         with torch.inference_mode():
-            for part, truth in zip(images.split(500), labels.split(500), strict=True):
+            for part, truth in zip(images.split(250), labels.split(250), strict=True):
                 logits = module.net(preprocess(part))
                 loss += F.cross_entropy(logits, truth, reduction="sum").item()
                 correct += int((logits.argmax(dim=1) == truth).sum())

@@ -196,9 +196,10 @@ def test_the_projector_has_f6_the_digits_and_what_they_were_taken_for(run: Run) 
     assert [int(row["taken for"]) for row in rows] == run.probabilities[:200].argmax(axis=1).tolist()
     sprite = np.asarray(Image.open(folder / "sprite.png"))[..., 0].astype(float)
     for index in (0, 14, 15, 199):  # 15 a row
-        tile = sprite[index // 15 * 32 :, index % 15 * 32 :][2:30, 2:30]
-        image = run.images[index].numpy()
-        assert np.abs(tile - image / image.max() * 255).max() <= 2
+        tile = sprite[index // 15 * 24 :, index % 15 * 24 :][:24, :24]
+        image = np.pad(run.images[index].numpy(), 2)
+        small = np.asarray(Image.fromarray(image).resize((24, 24), Image.Resampling.BILINEAR), dtype=float)
+        assert np.abs(tile - small / small.max() * 255).max() <= 3
     assert str(folder.relative_to(run.folder)) in (run.folder / "projector_config.pbtxt").read_text()
 
 
