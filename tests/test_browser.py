@@ -223,7 +223,7 @@ def test_the_projector_shows_the_digits(pages: Pages, tensorboard: str) -> None:
     for _ in range(2):  # a frame in a frame
         pages.wait(lambda: len(pages.find("iframe")) == 1)
         pages.driver.switch_to.frame(pages.find("iframe")[0])
-    pages.wait(lambda: "500x84" in pages.text())
+    pages.wait(lambda: "256x84" in pages.text())
     canvas = pages.find("canvas")[0]  # of several in the same place
     pages.wait(lambda: (pixels(canvas).max(axis=2) < 64).mean() > 0.05)  # the digits are white on black squares
     pages.keep("projector")
