@@ -70,7 +70,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
         metrics |= tested
 
     data = {key: value for key, value in datamodule.state_dict().items() if key != "loader"}
-    score = getattr(trainer.checkpoint_callback, "best_model_score", None)
+    # By another measure than the sweep's, the checkpoint has no score that could be compared.
+    same = getattr(trainer.checkpoint_callback, "monitor", None) == cfg.monitor
+    score = getattr(trainer.checkpoint_callback, "best_model_score", None) if same else None
     if trainer.is_global_zero:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         rates = [rate for callback in callbacks if isinstance(callback, Speed) for rate in callback.rates]
