@@ -108,7 +108,6 @@ def test_the_best_checkpoint_has_the_best_validation_accuracy(run_dir: Path) -> 
     assert accuracies[best["global_step"] - 1] == max(accuracies.values())
 
 
-@pytest.mark.slow
 def test_the_score_is_of_the_monitor_where_the_checkpoint_goes_by_another(tmp_path: Path) -> None:
     overrides = ("callbacks.checkpoint.monitor=val/loss", "callbacks.checkpoint.mode=min")
     result = run_command(
@@ -120,6 +119,7 @@ def test_the_score_is_of_the_monitor_where_the_checkpoint_goes_by_another(tmp_pa
     assert record["best"]["score"] == record["metrics"]["val/acc"]
 
 
+@pytest.mark.slow
 def test_runs_started_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "src.train", "data=mnist5k", "debug=fast", "trainer=cpu", "logger=[]"]
     environment = {**os.environ, "PROJECT_ROOT": str(tmp_path)}
