@@ -16,7 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from src.build import load_checkpoint
 from src.config import ROOT
-from tests.compose import run_command
+from src.train import train
+from tests.compose import compose_cfg, run_command
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,22 @@ def test_the_score_is_of_the_monitor_where_the_checkpoint_goes_by_another(tmp_pa
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert record["best"]["score"] == record["metrics"]["val/acc"]
+
+
+def test_without_a_monitor_the_last_epochs_weights_are_kept_and_tested(tmp_path: Path) -> None:
+    cfg = compose_cfg(
+        tmp_path, "data=mnist5k", "trainer=cpu", "trainer.max_epochs=2", "scheduler=[]", "logger=[]",
+        "callbacks=minimal", "callbacks.checkpoint.monitor=null", "callbacks.progress=null",
+        "mode=min",  # by the monitor the first epoch would be kept
+    )  # fmt: skip
+    metrics = train(cfg)
+    record = json.loads((tmp_path / "metrics.json").read_text())
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    kept, last = (load_checkpoint(tmp_path / "checkpoints" / f"{name}.ckpt") for name in ("best", "last"))
+    assert kept["epoch"] == 1
+    assert all(torch.equal(kept["state_dict"][name], last["state_dict"][name]) for name in last["state_dict"])
+    assert record["best"]["score"] == metrics["val/acc"]
+    assert "test/acc" in metrics
 
 
 @pytest.mark.slow
