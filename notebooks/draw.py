@@ -226,8 +226,10 @@ def draw_paper(results: dict[str, Sweep], path: Path) -> None:
     runs_of = {}
     if fewer := results.get("paper1998_train_size"):
         runs_of = {size: select(fewer, data__train_size=size) for size in (15_000, 30_000)}
-    num_all = results["paper1998"]["data"]["num_images"]["train"]
-    runs_of[num_all] = plain
+    num_plain, num_distorted = (
+        results[name]["data"]["num_images"]["train"] for name in ("paper1998", "paper1998_distorted")
+    )
+    runs_of[num_plain] = plain
     with rc_context({"svg.hashsalt": "paper", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
         figure = Figure(figsize=(11, 3.8), facecolor="white", layout="constrained")
         passes, images = figure.subplots(1, 2)
@@ -249,7 +251,7 @@ def draw_paper(results: dict[str, Sweep], path: Path) -> None:
 
         for runs_by_size, color, label in (
             (runs_of, VAL, "test"),
-            ({num_all: distorted}, DISTORTED, "test, with distortions"),
+            ({num_distorted: distorted}, DISTORTED, "test, with distortions"),
         ):
             tests = [[100 - 100 * run["test/acc"] for run in runs] for runs in runs_by_size.values()]
             mean, std = np.mean(tests, axis=1), np.std(tests, axis=1, ddof=1)
