@@ -43,6 +43,7 @@ def test_no_colour_where_it_is_not_wanted(tmp_path: Path) -> None:
 UP, ERASE = b"\x1b[1A", b"\x1b[2K"  # a bar goes back over its own line
 
 
+@pytest.mark.slow
 def test_under_ci_a_terminal_gets_a_line_an_epoch_and_no_bar(tmp_path: Path) -> None:
     bar = shown_on_terminal(tmp_path / "bar", CI="")
     assert UP in bar or ERASE in bar

@@ -91,6 +91,7 @@ def assert_equal_runs(run: Run, alone: Run) -> None:
     torch.testing.assert_close(run.weights(), alone.weights(), rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_model_of_one(together: Run, alone: Run) -> None:
     assert_equal_runs(together, alone)
 
@@ -142,6 +143,7 @@ def test_two_processes_that_were_stopped_go_on_exactly(
     assert_same_run(whole.path, last.parents[1])
 
 
+@pytest.mark.slow
 def test_metrics_of_two_processes_are_those_of_one_with_the_same_weights(together: Run) -> None:
     for name, stage in (("last", "validate"), ("best", "test")):
         path = together.path / "checkpoints" / f"{name}.ckpt"
@@ -155,12 +157,14 @@ def test_metrics_of_two_processes_are_those_of_one_with_the_same_weights(togethe
             assert together.metrics[key] == pytest.approx(value, rel=0 if key.endswith("/acc") else 1e-6)
 
 
+@pytest.mark.slow
 def test_one_process_speaks_for_both(together: Run) -> None:
     assert [line.split()[:2] for line in together.stderr.splitlines()] == [["epoch", "1/2"], ["epoch", "2/2"]]
     assert together.stdout.count("trained and tested") == 1
     assert together.stdout.count("Total params") == 1
 
 
+@pytest.mark.slow
 def test_one_process_writes_for_both(together: Run) -> None:
     names = {path.name for path in together.path.iterdir() if not path.name.startswith("events.out")}
     projector = {"projector_config.pbtxt", "00008"}
@@ -189,6 +193,7 @@ def test_a_checkpoint_is_tested_by_two_processes_as_by_one(tmp_path: Path, toget
     assert result.stdout.count("confusion matrix") == result.stdout.count("written to") == 1
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared_is_said_once(tmp_path: Path, mnist_root: Path) -> None:
     result = command("train", tmp_path, "trainer=ddp_cpu", f"data.root={mnist_root}", *DATA, "data.batch_size=63")
     assert result.returncode == 1

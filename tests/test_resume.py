@@ -237,6 +237,7 @@ def test_what_is_not_exact_is_said(runs: Runs) -> None:
     assert "fingerprint" in data
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_in_a_new_folder(runs: Runs) -> None:
     steady = ("scheduler=step", "scheduler.scheduler.step_size=2")
     runs.whole("first", *steady, "trainer.max_epochs=1")

@@ -119,6 +119,7 @@ def test_a_module_that_cannot_be_imported_is_said(tmp_path: Path, monkeypatch: p
         targets._check_definition("said", "src.models.broken.Net")
 
 
+@pytest.mark.slow
 def test_a_module_that_the_user_allows_is_built(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from pytorch_lightning import Callback\n"

@@ -110,14 +110,14 @@ def test_the_best_checkpoint_has_the_best_validation_accuracy(run_dir: Path) -> 
 
 
 def test_the_score_is_of_the_monitor_where_the_checkpoint_goes_by_another(tmp_path: Path) -> None:
-    overrides = ("callbacks.checkpoint.monitor=val/loss", "callbacks.checkpoint.mode=min")
-    result = run_command(
-        "train", "data=mnist5k", "trainer.max_epochs=1", "trainer=cpu", "test=false", *overrides,
-        f"hydra.run.dir={tmp_path}/run",
+    cfg = compose_cfg(
+        tmp_path, "data=mnist5k", "trainer=cpu", "trainer.max_epochs=1", "test=false", "logger=[]",
+        "callbacks=minimal", "callbacks.checkpoint.monitor=val/loss", "callbacks.checkpoint.mode=min",
+        "callbacks.progress=null",
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    record = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert record["best"]["score"] == record["metrics"]["val/acc"]
+    metrics = train(cfg)
+    record = json.loads((tmp_path / "metrics.json").read_text())
+    assert record["best"]["score"] == metrics["val/acc"]
 
 
 def test_without_a_monitor_the_last_epochs_weights_are_kept_and_tested(tmp_path: Path) -> None:

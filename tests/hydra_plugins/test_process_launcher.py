@@ -213,7 +213,8 @@ def test_a_job_fails_and_learns_as_in_one_process(killed: Sweep, reference: Swee
         assert f"  {BAD}: {BAD}: expected a number above 0" in sweep.stderr.splitlines()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_sweep_with_all_that_it_has_started(
     signum: signal.Signals, tmp_path: Path, mnist_root: Path
 ) -> None:

@@ -121,6 +121,7 @@ def test_jobs_are_grouped_by_what_they_must_share(tmp_path: Path) -> None:
     assert len({shared(override) for override in ["seed=0", *bound]}) == len(bound) + 1
 
 
+@pytest.mark.slow
 def test_a_net_that_vmap_does_not_take_ends_the_sweep_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(NETS)
     net = "model.net={_target_:nets.Branching}"

@@ -29,6 +29,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "rates"
 
 
+@pytest.mark.slow
 def test_a_sweep_is_summarised_run_by_run(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results.json")
     results.main([str(sweep)])
@@ -49,6 +50,7 @@ def test_a_sweep_is_summarised_run_by_run(sweep: Path, tmp_path: Path, monkeypat
     assert str(sweep.parent) not in (tmp_path / "results.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_sweep_takes_the_place_of_an_older_one(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results.json")
     results.write_results({"rates": {"data": {}, "runs": []}, "other": {"data": {}, "runs": []}})
@@ -58,6 +60,7 @@ def test_a_sweep_takes_the_place_of_an_older_one(sweep: Path, tmp_path: Path, mo
     assert len(kept["rates"]["runs"]) == 4
 
 
+@pytest.mark.slow
 def test_what_is_no_tested_sweep_is_named(sweep: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: no sweep.csv there")):
         results.read_sweep(tmp_path)
