@@ -165,8 +165,9 @@ def array(cluster: dict[str, str], held: object, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def pair(cluster: dict[str, str], array: object, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    """A job of two processes."""
-    return sweep(cluster, tmp_path_factory.mktemp("pair"), "optimizer.lr=choice(0.01)", *TWO_TASKS)
+    """A job of two processes, which is one of the array's."""
+    # At 0.001, not at 0.01, where Adam makes a difference of 1e-3 of two sums' rounding within twenty steps.
+    return sweep(cluster, tmp_path_factory.mktemp("pair"), "optimizer.lr=choice(0.001)", *TWO_TASKS)
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +282,7 @@ def test_two_tasks_train_one_model_and_the_first_alone_writes(pair: Sweep, array
     assert [epochs(log) for log in pair.logs(1)] == [[]]
     for job in rows:
         assert writers(pair.path / job) == 1
-        assert metrics(pair.path / job) == pytest.approx(metrics(array.path / job), rel=1e-3)
+        assert metrics(pair.path / job) == pytest.approx(metrics(array.path / job), rel=1e-5)
 
 
 def test_srun_starts_the_processes_of_a_run(whole: Path) -> None:
