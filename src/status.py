@@ -63,11 +63,15 @@ def _is_checkpoint_in(folder: Path, override: str) -> bool:
 def tracked(folder: Path, start: Mapping[str, Any]) -> Iterator[None]:
     """Keep ``status.json`` while a run goes on, and other runs out of its folder.
 
+    An attempt to go on that leaves no checkpoint, since it was refused, say, changes nothing in how the run was
+    started; had it finished, it still has.
+
     Raises:
         ConfigError: If another run is in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _held(folder):
+        before, checkpoints = read_status(folder), _checkpoints(folder)
         write_status(folder, "running", start)
         state = "failed"
         try:
@@ -80,8 +84,17 @@ def tracked(folder: Path, start: Mapping[str, Any]) -> Iterator[None]:
             state = "interrupted" if isinstance(leave.code, int) and leave.code > INTERRUPTED else "failed"
             raise
         finally:
+            had_run = before.get("state", "queued") != "queued"
+            if state != "finished" and had_run and _checkpoints(folder) == checkpoints:
+                start = {key: before[key] for key in start if key in before}
+                state = "finished" if before["state"] == "finished" else state
             with suppress(OSError):  # a full disk: the error that is under way says so
-                write_status(folder, state)
+                write_status(folder, state, start)
+
+
+def _checkpoints(folder: Path) -> dict[Path, int]:
+    """When each checkpoint of a run was written, in nanoseconds."""
+    return {path: path.stat().st_mtime_ns for path in folder.glob("checkpoints/*.ckpt")}
 
 
 def is_held(folder: Path) -> bool:

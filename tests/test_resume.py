@@ -264,23 +264,28 @@ def test_weights_alone_are_nothing_to_go_on_from(runs: Runs, whole: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "started", "resumed", "reason"),
+    ("resumed", "reason"),
     [
-        ("one cycle", (), "trainer.max_epochs=9", "trainer.max_epochs=9: .* OneCycleLR, ends with them"),
-        ("cosine", ("scheduler=cosine",), "trainer.max_epochs=9", "trainer.max_epochs=9: .* CosineAnnealingLR, ends"),
-        ("batch", (), "data.batch_size=9", "data.batch_size=9: the run so far has 5, and its schedule, OneCycleLR, is"),
-        ("limit", (), "trainer.limit_train_batches=0.5", "trainer.limit_train_batches=0.5: the run so far has .*Cycle"),
-        ("rate", (), "optimizer.lr=0.1", "optimizer.lr=0.1: the run so far has 0.004, which goes on with its"),
-        ("net", (), "model=lenet5", "model.input_size.*: the run so far has|model.net.* the run so far has"),
-        ("ended", (), None, "resume=.*ended.*: this run has finished; to train longer, add trainer.max_epochs=<more>"),
-        ("twice", (), "ckpt_path=a.ckpt", "ckpt_path=a.ckpt: resume=.* chooses this itself"),
-        ("added", (), "++ckpt_path=a.ckpt", r"\+\+ckpt_path=a.ckpt: resume=.* chooses this itself"),
+        ("trainer.max_epochs=9", "trainer.max_epochs=9: .* OneCycleLR, ends with them"),
+        ("data.batch_size=9", "data.batch_size=9: the run so far has 5, and its schedule, OneCycleLR, is"),
+        ("trainer.limit_train_batches=0.5", "trainer.limit_train_batches=0.5: the run so far has .*Cycle"),
+        ("optimizer.lr=0.1", "optimizer.lr=0.1: the run so far has 0.004, which goes on with its"),
+        ("model=lenet5", "model.input_size.*: the run so far has|model.net.* the run so far has"),
+        (None, "resume=.*whole.*: this run has finished; to train longer, add trainer.max_epochs=<more>"),
+        ("ckpt_path=a.ckpt", "ckpt_path=a.ckpt: resume=.* chooses this itself"),
+        ("++ckpt_path=a.ckpt", r"\+\+ckpt_path=a.ckpt: resume=.* chooses this itself"),
     ],
-)  # fmt: skip
-def test_what_would_not_be_a_continuation_is_refused(
-    runs: Runs, name: str, started: tuple[str, ...], resumed: str | None, reason: str
-) -> None:
-    runs.whole(name, "trainer.max_epochs=1", *started)
+)
+def test_what_would_not_be_a_continuation_is_refused(runs: Runs, whole: Path, resumed: str | None, reason: str) -> None:
+    assert_refused(runs, "whole", resumed, reason)
+
+
+def test_a_cosine_is_not_made_longer(runs: Runs) -> None:
+    runs.whole("cosine", "trainer.max_epochs=1", "scheduler=cosine")
+    assert_refused(runs, "cosine", "trainer.max_epochs=9", "trainer.max_epochs=9: .* CosineAnnealingLR, ends with them")
+
+
+def assert_refused(runs: Runs, name: str, resumed: str | None, reason: str) -> None:
     before = runs.last(name).read_bytes()
     said = len(runs.said())
     process = runs.start(f"resume='{runs.path(name)}'", *([resumed] if resumed else []))
@@ -289,6 +294,7 @@ def test_what_would_not_be_a_continuation_is_refused(
     assert line.startswith("error: ")
     assert re.search(reason, line), line
     assert runs.last(name).read_bytes() == before
+    assert runs.state(name) == "finished"
 
 
 def test_a_disk_that_gets_full_leaves_the_checkpoint_to_go_on_from(

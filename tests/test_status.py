@@ -45,6 +45,28 @@ def test_a_folder_in_which_a_run_is_at_work_is_refused(tmp_path: Path) -> None:
         assert read_status(tmp_path)["state"] == "running"
 
 
+@pytest.mark.parametrize(
+    ("first", "then"), [("finished", "finished"), ("interrupted", "failed"), ("running", "failed")]
+)
+def test_an_attempt_that_comes_to_nothing_changes_nothing_in_how_the_run_was_started(
+    first: str, then: str, tmp_path: Path
+) -> None:
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.parent.mkdir()
+    last.touch()
+    write_status(tmp_path, first, START)
+    attempt = {"overrides": ["seed=1", "optimizer.lr=5"], "config_dirs": []}
+    with suppress(ConfigError), tracked(tmp_path, attempt):
+        assert read_status(tmp_path)["overrides"] == attempt["overrides"]  # what a killed one is to go on with
+        raise ConfigError("another learning rate")
+    assert read_status(tmp_path) | START | {"state": then} == read_status(tmp_path)
+
+    with suppress(RuntimeError), tracked(tmp_path, attempt):
+        os.utime(last, ns=(1, 1))
+        raise RuntimeError("behind a checkpoint")
+    assert read_status(tmp_path) | attempt | {"state": "failed"} == read_status(tmp_path)
+
+
 def test_the_error_of_a_run_is_not_hidden_by_a_status_that_cannot_be_written(tmp_path: Path) -> None:
     def fail_without_a_folder() -> None:
         with tracked(tmp_path / "run", START):
