@@ -3,7 +3,9 @@
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -16,18 +18,42 @@ _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["src.train", "src.build", "src.report", "src.callbacks.last_checkpoint", "torchvision"])
 
 
-def start(verb: str, arguments: Sequence[str], said: Path, env: Mapping[str, str]) -> ForkServerProcess:
-    """Start a command; what it prints is added to the file ``said``. It does not outlive this process."""
-    process = _forks.Process(target=_run, args=(verb, list(arguments), said, dict(env)), daemon=True)
+def start(
+    verb: str,
+    arguments: Sequence[str],
+    stdout: Path,
+    env: Mapping[str, str],
+    stderr: Path | None = None,
+    cwd: str | Path = ROOT,
+) -> ForkServerProcess:
+    """Start a command; what it prints is added to files, by default to one. It does not outlive this process."""
+    environment = {**os.environ, **env}
+    process = _forks.Process(
+        target=_run, args=(verb, list(arguments), stdout, stderr or stdout, environment, cwd), daemon=True
+    )
     process.start()
     return process
 
 
-def _run(verb: str, arguments: list[str], said: Path, env: Mapping[str, str]) -> None:
-    with said.open("ab") as file:
-        for stream in (sys.stdout, sys.stderr):
+def run_command(verb: str, *arguments: str, cwd: str | Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    """As ``tests.compose.run_command``, for tests of what a command does, not of how it starts; on one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
+        process = start(verb, arguments, stdout, env, stderr, cwd)
+        process.join(300)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired([verb, *arguments], 300, stdout.read_bytes(), stderr.read_bytes())
+        said = stdout.read_text(), stderr.read_text()
+        return subprocess.CompletedProcess([verb, *arguments], process.exitcode, *said)
+
+
+def _run(verb: str, arguments: list[str], stdout: Path, stderr: Path, env: Mapping[str, str], cwd: str | Path) -> None:
+    for stream, path in ((sys.stdout, stdout), (sys.stderr, stderr)):
+        with path.open("ab") as file:
             os.dup2(file.fileno(), stream.fileno())
-    os.chdir(ROOT)
+    os.chdir(cwd)
+    os.environ.clear()
     os.environ.update(env)
     torch.set_num_threads(1)  # what OMP_NUM_THREADS says is read at the import
     sys.argv = [f"src/{verb}.py", *arguments]

@@ -16,7 +16,8 @@ from src.build import (
 from src.config import CONF, CheckpointError, ConfigError, check, newest_checkpoint
 from src.data.mnist import MNISTDataModule, preprocess
 from src.train import train
-from tests.compose import compose_cfg, run_command
+from tests.compose import compose_cfg
+from tests.forks import run_command
 
 OPTIONS = [
     f"{path.parent.name}={path.stem}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from src.config import ROOT
+from tests import forks
 from tests.compose import run_command
 
 REJECTED_BEFORE_TORCH = {
@@ -59,7 +60,7 @@ def _lines(output: str) -> list[str]:
 
 @pytest.mark.parametrize("override", REJECTED_BEFORE_TORCH)
 def test_a_bad_override_is_one_clear_message(override: str, tmp_path: Path) -> None:
-    result = run_command("train", override, PROJECT_ROOT=str(tmp_path))
+    result = forks.run_command("train", override, PROJECT_ROOT=str(tmp_path))
     assert result.returncode == 1
     assert REJECTED_BEFORE_TORCH[override] in result.stderr
     assert len(_lines(result.stdout + result.stderr)) <= 2
@@ -95,14 +96,14 @@ def test_the_stack_trace_is_printed_on_request(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("override", ["trainer=gpu", "accelerator=gpu"])
 def test_a_gpu_that_is_not_there_is_said(override: str, tmp_path: Path) -> None:
-    result = run_command("train", override, PROJECT_ROOT=str(tmp_path), CUDA_VISIBLE_DEVICES="")
+    result = forks.run_command("train", override, PROJECT_ROOT=str(tmp_path), CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 1
     assert _lines(result.stderr) == ["error: accelerator=gpu: torch finds no GPU; use trainer=cpu or mend the driver"]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_testing_on_a_gpu_that_is_not_there_is_said(tmp_path: Path) -> None:
-    result = run_command("test", "accelerator=gpu", PROJECT_ROOT=str(tmp_path), CUDA_VISIBLE_DEVICES="")
+    result = forks.run_command("test", "accelerator=gpu", PROJECT_ROOT=str(tmp_path), CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 1
     assert "accelerator=gpu: torch finds no GPU" in result.stderr
     assert list(tmp_path.iterdir()) == []
@@ -110,7 +111,7 @@ def test_testing_on_a_gpu_that_is_not_there_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="a Mac has MPS")
 def test_mps_off_a_mac_is_said(tmp_path: Path) -> None:
-    result = run_command("train", "trainer=mps", PROJECT_ROOT=str(tmp_path))
+    result = forks.run_command("train", "trainer=mps", PROJECT_ROOT=str(tmp_path))
     assert result.returncode == 1
     assert "accelerator=mps: needs a Mac" in result.stderr
 
@@ -129,7 +130,7 @@ def test_damaged_data_are_named(tmp_path: Path, mnist_root: Path) -> None:
     raw.mkdir(parents=True)
     for file in (mnist_root / "MNIST" / "raw").iterdir():
         (raw / file.name).write_bytes(file.read_bytes()[:-20] if "train-images" in file.name else file.read_bytes())
-    result = run_command(
+    result = forks.run_command(
         "train", f"data.root={tmp_path}", "data.source=files", "data.md5=null", PROJECT_ROOT=str(tmp_path)
     )
     assert result.returncode == 1
@@ -139,7 +140,7 @@ def test_damaged_data_are_named(tmp_path: Path, mnist_root: Path) -> None:
 
 
 def test_no_network_is_said_where_a_download_was_asked_for(tmp_path: Path) -> None:
-    result = run_command(
+    result = forks.run_command(
         "train", "data.source=download", "data.mirrors=[http://127.0.0.1:9/mnist]", PROJECT_ROOT=str(tmp_path)
     )
     assert result.returncode == 1

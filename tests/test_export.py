@@ -25,6 +25,7 @@ from src.data.sources import read_package
 from src.export import export, export_checkpoint
 from src.models.lenet5 import LeNet5
 from src.targets import instantiate
+from tests import forks
 from tests.compose import compose_cfg, run_command
 
 DIGITS = read_package().images[::50]  # (100, 28, 28)
@@ -60,7 +61,9 @@ def check_metadata(metadata: dict[str, Any], checkpoint: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command_writes_where_it_is_told_and_says_what(trained: Path, tmp_path: Path) -> None:
-    result = run_command("export", f"ckpt_path={trained}", "output=out/digits.onnx", "hydra.run.dir=run", cwd=tmp_path)
+    result = forks.run_command(
+        "export", f"ckpt_path={trained}", "output=out/digits.onnx", "hydra.run.dir=run", cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     path = tmp_path / "out" / "digits.onnx"

@@ -13,6 +13,7 @@ import pytest
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from src.config import CONF
+from tests import forks
 from tests.compose import compose_cfg, run_command
 
 NUM = {"train": 250, "test": 50}  # overrides in all
@@ -215,7 +216,9 @@ def _assert_unknown_arguments_are_said(num: int, folder: Path) -> None:
     rng = random.Random(1)
     for node in rng.sample(TAKE_NO_OTHERS, min(num, len(TAKE_NO_OTHERS))):
         name = _misspelt("argument", rng)
-        result = run_command("train", "data=mnist5k", "trainer=cpu", f"+{node}.{name}=1", PROJECT_ROOT=str(folder))
+        result = forks.run_command(
+            "train", "data=mnist5k", "trainer=cpu", f"+{node}.{name}=1", PROJECT_ROOT=str(folder)
+        )
         assert result.returncode == 1
         (line,) = result.stderr.splitlines()
         assert re.fullmatch(

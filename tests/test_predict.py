@@ -20,8 +20,9 @@ from src.data.images import read_digits, read_like
 from src.data.mnist import MNISTDataModule, preprocess
 from src.data.sources import read_package
 from src.predict import COLUMNS, find_reader, predict, predict_files, print_rows
-from tests.compose import compose_cfg, run_command
+from tests.compose import compose_cfg
 from tests.conftest import write_idx
+from tests.forks import run_command
 
 CPU = {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
 

@@ -13,6 +13,7 @@ from src import targets
 from src.build import restore
 from src.config import CONF
 from src.targets import TargetError, check_targets, instantiate
+from tests import forks
 from tests.compose import run_command
 
 FOREIGN = [
@@ -157,7 +158,9 @@ def test_a_module_that_the_user_allows_is_built(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_nothing_foreign_is_run_by_the_command(override: str, key: str, tmp_path: Path) -> None:
     arguments = override.format(path=tmp_path / "evil").split()
-    result = run_command("train", "data=mnist5k", "trainer=cpu", "debug=fast", *arguments, PROJECT_ROOT=str(tmp_path))
+    result = forks.run_command(
+        "train", "data=mnist5k", "trainer=cpu", "debug=fast", *arguments, PROJECT_ROOT=str(tmp_path)
+    )
     assert result.returncode == 1
     assert key in result.stderr
     assert "Traceback" not in result.stderr

@@ -10,7 +10,8 @@ from src.build import restore, restore_datamodule
 from src.data.mnist import MNISTDataModule
 from src.data.sources import read_package
 from src.train import train
-from tests.compose import compose_cfg, run_command
+from tests.compose import compose_cfg
+from tests.forks import run_command
 
 
 @pytest.fixture(scope="module")

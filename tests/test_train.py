@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from src.build import load_checkpoint
 from src.config import ROOT
 from src.train import train
+from tests import forks
 from tests.compose import compose_cfg, run_command
 
 
@@ -67,11 +69,21 @@ def test_says_one_line_an_epoch_where_the_output_is_no_terminal(run_dir: Path) -
     assert "package: 4,000 train, 500 val, 500 test" in (run_dir / "stdout").read_text()
 
 
-def test_shows_a_progress_bar_on_a_terminal(tmp_path: Path) -> None:
+def test_a_pipe_gets_plain_lines_with_the_models_shapes(run_dir: Path) -> None:
+    stdout, stderr = ((run_dir / name).read_text() for name in ("stdout", "stderr"))
+    assert "\x1b" not in stdout + stderr
+    assert "\r" not in stdout + stderr
+    assert re.search(r"net\.c3 .*Conv2d .* 2\.4 K ", stdout)
+    assert re.search(r"net\.f6 .*Linear .* 10\.2 K .* \[1, 84\] ", stdout)
+    assert "Total params: 61.7 K" in stdout
+
+
+def test_shows_a_progress_bar_on_a_terminal_and_works_from_any_directory(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "src.train", "data=mnist5k", "trainer.max_epochs=1", "trainer=cpu"]
-    environment = {**os.environ, "PROJECT_ROOT": str(tmp_path), "TERM": "xterm", "COLUMNS": "120", "CI": ""}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=theirs, stderr=theirs) as process:
+    settings = ("data=mnist5k", "trainer.max_epochs=1", "trainer=cpu", "hydra.run.dir=here")
+    command = [sys.executable, "-m", "src.train", *settings]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "120", "CI": ""}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
         shown = b""
         try:
@@ -83,6 +95,8 @@ def test_shows_a_progress_bar_on_a_terminal(tmp_path: Path) -> None:
     assert process.returncode == 0
     assert b"Epoch 0/0" in shown
     assert "━".encode() in shown
+    assert (tmp_path / "here" / "metrics.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
 def test_tensorboard_holds_the_curves_text_and_graph(run_dir: Path) -> None:
@@ -149,23 +163,11 @@ def test_runs_started_in_the_same_second_have_folders_of_their_own(tmp_path: Pat
     assert len(list(tmp_path.glob("logs/train/*/metrics.json"))) == 3
 
 
-def test_works_from_any_directory(tmp_path: Path) -> None:
-    result = run_command(
-        "train",
-        "data=mnist5k",
-        "debug=fast",
-        "trainer=cpu",
-        "hydra.run.dir=here",
-        cwd=tmp_path,
-        PROJECT_ROOT=str(tmp_path),
-    )
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "here" / "metrics.json").is_file()
-
-
 def test_a_full_disk_is_said(mount_disk: Callable[[str], Path]) -> None:
     disk = mount_disk("300k")
-    result = run_command("train", "data=mnist5k", "trainer.max_epochs=1", "trainer=cpu", f"hydra.run.dir={disk}/run")
+    result = forks.run_command(
+        "train", "data=mnist5k", "trainer.max_epochs=1", "trainer=cpu", f"hydra.run.dir={disk}/run"
+    )
     assert result.returncode == 1
     assert "No space left on device" in result.stderr
     assert "Traceback" not in result.stderr

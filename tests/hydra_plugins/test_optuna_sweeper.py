@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from src.config import ROOT
 from src.sweeps.study import STORAGE, open_study
-from tests.compose import run_command
+from tests.forks import run_command
 from tests.processes import wait_until
 
 SMALL = (
@@ -47,8 +47,8 @@ class Search(NamedTuple):
 
 
 def search(folder: Path, *arguments: str, sweep: str = "sweep=optuna", **env: str) -> Search:
-    env |= {"PROJECT_ROOT": str(folder), "OMP_NUM_THREADS": "1"}
-    result = run_command("train", "-m", sweep, *SMALL, f"hydra.sweep.dir={folder}", *arguments, cwd=ROOT, **env)
+    env |= {"PROJECT_ROOT": str(folder)}
+    result = run_command("train", "-m", sweep, *SMALL, f"hydra.sweep.dir={folder}", *arguments, **env)
     return Search(folder, result.stdout, result.stderr, result.returncode)
 
 

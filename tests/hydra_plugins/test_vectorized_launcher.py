@@ -16,6 +16,7 @@ from hydra_plugins.vectorized_launcher import get_shared
 from src.build import load_checkpoint
 from src.config import ROOT
 from src.status import read_status
+from tests import forks
 from tests.compose import compose_cfg, run_command
 
 VECTORIZED = ("-m", "hydra/launcher=vectorized", "data=mnist5k", "trainer=cpu", "callbacks=minimal")
@@ -34,8 +35,8 @@ class Branching(nn.Module):
 """
 
 
-def run_sweep(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return run_command("train", *VECTORIZED, *arguments, f"hydra.sweep.dir={folder}", OMP_NUM_THREADS="1", **env)
+def run_sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return forks.run_command("train", *VECTORIZED, *arguments, f"hydra.sweep.dir={folder}")
 
 
 def read_rows(folder: Path) -> dict[str, dict[str, str]]:
@@ -58,7 +59,7 @@ def test_each_job_leaves_what_it_leaves_alone(
     job = folder / "optimizer.lr=0.004,data.batch_size=64"
     overrides = [*VECTORIZED[2:], "trainer.max_epochs=2", "trainer.limit_train_batches=20", "optimizer.lr=0.004"]
     overrides.append("test=false")
-    alone = run_command("train", *overrides, f"hydra.run.dir={tmp_path / 'alone'}", OMP_NUM_THREADS="1")
+    alone = forks.run_command("train", *overrides, f"hydra.run.dir={tmp_path / 'alone'}")
     assert alone.returncode == 0, alone.stderr
 
     def names(folder: Path) -> set[str]:
@@ -99,11 +100,11 @@ def test_a_jobs_checkpoint_can_be_tested_and_gone_on_from(
     sweep: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     job = sweep[0] / "optimizer.lr=0.001,data.batch_size=100"
-    tested = run_command("test", f"ckpt_path='{job}/checkpoints/best.ckpt'", f"hydra.run.dir={tmp_path / 'test'}")
+    tested = forks.run_command("test", f"ckpt_path='{job}/checkpoints/best.ckpt'", f"hydra.run.dir={tmp_path / 'test'}")
     assert tested.returncode == 0, tested.stderr
     checkpoint = f"ckpt_path='{job}/checkpoints/last.ckpt'"
     settings = ("data=mnist5k", "data.batch_size=100", "optimizer.lr=0.001", "scheduler=cosine", "trainer=cpu")
-    on = run_command("train", checkpoint, *settings, "trainer.max_epochs=3", f"hydra.run.dir={tmp_path / 'on'}")
+    on = forks.run_command("train", checkpoint, *settings, "trainer.max_epochs=3", f"hydra.run.dir={tmp_path / 'on'}")
     assert "scheduler" in on.stderr + on.stdout  # it says that this is another one
 
 
@@ -126,7 +127,8 @@ def test_a_net_that_vmap_does_not_take_ends_the_sweep_with_the_remedy(tmp_path: 
     (tmp_path / "nets.py").write_text(NETS)
     net = "model.net={_target_:nets.Branching}"
     env = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "ALLOWED_TARGETS": "nets"}
-    result = run_sweep(tmp_path / "sweep", net, "optimizer.lr=0.001,0.01", **env)
+    sweep = (*VECTORIZED, "optimizer.lr=0.001,0.01", f"hydra.sweep.dir={tmp_path}/sweep")
+    result = run_command("train", *sweep, net, **env)
     assert result.returncode == 1
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert line.startswith("error: hydra/launcher=vectorized: torch.vmap does not take Branching: ")

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from notebooks import results
 from notebooks.draw import draw_paper
 from src.config import CONF, ROOT
-from tests.compose import run_command
+from tests.forks import run_command
 
 README = (ROOT / "README.md").read_text()
 
@@ -23,7 +23,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = run_command(
         "train", "-m", "data=mnist5k", "trainer=cpu", "trainer.max_epochs=2", "trainer.limit_train_batches=6",
         "callbacks=minimal", "test=all", "optimizer.lr=0.001,0.01", "seed=range(2)", f"hydra.sweep.dir={root}/rates",
-        PROJECT_ROOT=str(root), OMP_NUM_THREADS="1",
+        PROJECT_ROOT=str(root),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return root / "rates"

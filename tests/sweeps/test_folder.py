@@ -1,11 +1,8 @@
 """A sweep's folder: the jobs' names, and that a sweep killed in the middle goes on; real processes, real kills."""
 
 import json
-import os
 import re
-import signal
 import subprocess
-import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.build import load_checkpoint
-from src.config import ROOT, SweepError
+from src.config import SweepError
 from src.resume import quoted
 from src.sweeps.folder import NAME_LENGTH, SweepFolder, job_name
-from tests.compose import run_command
-from tests.sweeps.test_sweep import SMALL, Sweep, run_again, wait_for
+from tests import forks
+from tests.processes import wait_until
+from tests.sweeps.test_sweep import SMALL, Sweep, run_again
 
 VALUES = st.text(max_size=200) | st.floats().map(str) | st.sampled_from(["a/b", "a_b", "A", "[1,2]", "../..", "é"])
 OVERRIDES = st.lists(st.tuples(st.sampled_from(["optimizer.lr", "data.root", "+x@y"]), VALUES).map("=".join))
@@ -173,19 +171,16 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Resumed:
     """Let a job fail and one finish, kill the sweep behind the first epoch of the next, then start it again."""
     root = tmp_path_factory.mktemp("resumed")
     sweep, again = root / "my = sweep", (*SMALL, *LONG, f"hydra.sweep.dir='{root}/my = sweep'")
-    environment = {**os.environ, "PROJECT_ROOT": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "src.train", "-m", *again]
-    with (root / "said").open("w") as said:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
-    wait_for((sweep / "sweep.json").is_file, process)
-    second = run_command("train", "-m", *again, PROJECT_ROOT=str(root))
-    wait_for((sweep / "data.timeout=2" / "checkpoints" / "last.ckpt").is_file, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = forks.start("train", ["-m", *again], root / "said", {"PROJECT_ROOT": str(root)})
+    wait_until((sweep / "sweep.json").is_file, seconds=300)
+    second = forks.run_command("train", "-m", *again, PROJECT_ROOT=str(root))
+    wait_until((sweep / "data.timeout=2" / "checkpoints" / "last.ckpt").is_file, seconds=300)
+    process.kill()
+    process.join()
     killed_at = load_checkpoint(sweep / "data.timeout=2" / "checkpoints" / "last.ckpt")["global_step"]
     rows = Sweep(sweep, second).rows()
     finished = {path: path.stat().st_mtime_ns for path in (sweep / "data.timeout=1").rglob("*.*")}
-    result = run_command("train", "-m", *again, PROJECT_ROOT=str(root), OMP_NUM_THREADS="1")
+    result = forks.run_command("train", "-m", *again, PROJECT_ROOT=str(root))
     return Resumed(Sweep(sweep, result), second, rows, killed_at, finished)
 
 

@@ -16,14 +16,14 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
-from tests.compose import run_command
+from tests.forks import run_command
 
 SMALL = (
     "data=mnist5k",
     "trainer=cpu",
     "trainer.limit_train_batches=6",
     "trainer.max_epochs=1",
-    "callbacks.description=null",
+    "callbacks=minimal",
 )
 RATES = ("0.0005", "0.008")
 
@@ -46,9 +46,9 @@ class Sweep(NamedTuple):
 
 
 def run_sweep(root: Path, *arguments: str) -> Sweep:
-    """Run a sweep of the small jobs, each on one thread, lest it be slow beside other processes."""
+    """Run a sweep of the small jobs."""
     before = set(root.glob("logs/multirun/*"))
-    result = run_command("train", "-m", *SMALL, *arguments, PROJECT_ROOT=str(root), OMP_NUM_THREADS="1")
+    result = run_command("train", "-m", *SMALL, *arguments, PROJECT_ROOT=str(root))
     (path,) = set(root.glob("logs/multirun/*")) - before
     return Sweep(path, result)
 
@@ -56,7 +56,7 @@ def run_sweep(root: Path, *arguments: str) -> Sweep:
 def run_again(sweep: Sweep, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Start a sweep once more in its folder."""
     folder = f"hydra.sweep.dir='{sweep.path}'"
-    return run_command("train", "-m", *SMALL, *arguments, folder, OMP_NUM_THREADS="1")
+    return run_command("train", "-m", *SMALL, *arguments, folder)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
@@ -263,7 +263,7 @@ def test_a_sweep_that_cannot_be_is_refused_in_a_line(arguments: tuple[str, ...],
 
 
 def test_a_single_run_whose_loss_is_not_finite_ends_at_once(tmp_path: Path) -> None:
-    result = run_command("train", *SMALL, "optimizer.lr=1e30", PROJECT_ROOT=str(tmp_path), OMP_NUM_THREADS="1")
+    result = run_command("train", *SMALL, "optimizer.lr=1e30", PROJECT_ROOT=str(tmp_path))
     assert result.returncode == 1
     assert "error: the training loss is nan in epoch 0, by step 6: try a lower optimizer.lr" in result.stderr
     assert "Traceback" not in result.stderr
