@@ -64,6 +64,7 @@ class Runs:
             f"--config-dir={root}/conf", "model=dropout", "trainer=cpu", f"data.root={data}", "data.source=files",
             "data.md5=null", "data.val_size=50", "data.batch_size=5", "data.augment=affine", "trainer.max_epochs=3",
             "callbacks.last.every_n_steps=7", "trainer.log_every_n_steps=3", "logger=[tensorboard,csv]", AVERAGING,
+            *(f"callbacks.{picture}=null" for picture in ("hardest", "feature_maps", "weights", "embedding")),
         ]  # fmt: skip
 
     def start(self, *arguments: str) -> ForkServerProcess:
