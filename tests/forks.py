@@ -14,8 +14,8 @@ import torch
 
 from src.config import ROOT
 
-_forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["src.train", "src.build", "src.report", "src.callbacks.last_checkpoint", "torchvision"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["src.train", "src.build", "src.report", "src.callbacks.last_checkpoint", "torchvision"])
 
 
 def start(
@@ -28,7 +28,7 @@ def start(
 ) -> ForkServerProcess:
     """Start a command; what it prints is added to files, by default to one. It does not outlive this process."""
     environment = {**os.environ, **env}
-    process = _forks.Process(
+    process = CONTEXT.Process(
         target=_run, args=(verb, list(arguments), stdout, stderr or stdout, environment, cwd), daemon=True
     )
     process.start()

@@ -1,6 +1,4 @@
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +8,9 @@ import torch
 
 from src.build import load_checkpoint
 from src.checkpoint_io import AtomicCheckpointIO
-from src.config import ROOT, CheckpointError
+from src.config import CheckpointError
+from tests import forks
+from tests.processes import wait_until
 
 
 def test_a_save_that_fails_leaves_the_previous_checkpoint_and_nothing_else(tmp_path: Path) -> None:
@@ -44,33 +44,34 @@ def test_a_full_disk_leaves_the_previous_checkpoint(mount_disk: Callable[[str], 
     assert list(disk.iterdir()) == [path]
 
 
-SAVING = """
-import sys, torch
-from src.checkpoint_io import AtomicCheckpointIO
-for step in range(10**9):
-    AtomicCheckpointIO().save_checkpoint({"step": step, "weights": torch.full((200_000,), step)}, sys.argv[1])
-    print(step, flush=True)
-"""
+def save_for_good(path: Path, said: Path) -> None:
+    """Save one step after the other, and write down those that are done."""
+    with said.open("w", buffering=1) as file:
+        for step in range(10**9):
+            AtomicCheckpointIO().save_checkpoint({"step": step, "weights": torch.full((200_000,), step)}, path)
+            file.write(f"{step}\n")
 
 
 @pytest.mark.slow
 def test_a_kill_during_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    path, rng, left_aside = tmp_path / "last.ckpt", random.Random(0), 0
-    for _ in range(10):
-        command = [sys.executable, "-c", SAVING, str(path)]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout
-            process.stdout.readline()
-            time.sleep(rng.uniform(0, 0.1))
-            process.kill()
-            saved = [int(line) for line in process.stdout.read().split()]
+    path, rng, left_aside = tmp_path / "run" / "last.ckpt", random.Random(0), 0
+    path.parent.mkdir()
+    for turn in range(10):
+        said = tmp_path / str(turn)
+        process = forks.CONTEXT.Process(target=save_for_good, args=(path, said), daemon=True)
+        process.start()
+        wait_until(lambda said=said: said.is_file() and said.read_text() != "", seconds=60)  # type: ignore[misc]
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        saved = [int(line) for line in said.read_text().split()]
         content = torch.load(path, weights_only=True)
         assert content["step"] >= (saved[-1] if saved else 0)
         assert (content["weights"] == content["step"]).all()
-        left_aside += len(list(tmp_path.iterdir())) - 1
+        left_aside += len(list(path.parent.iterdir())) - 1
     assert left_aside  # some kills did come in the midst of a save
     AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,9 @@
 """Runs that are started at once, in the same folders, do not get into each other's way."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +11,20 @@ import pytest
 import yaml
 
 from src.build import load_checkpoint
-from src.config import ROOT
+from tests import forks
 from tests.conftest import Mirror
 
 NUM_RUNS = 10
 
 
-def start(root: Path, mirror: Mirror, md5: dict[str, str | None]) -> subprocess.Popen[str]:
+def start(root: Path, said: Path, mirror: Mirror, md5: dict[str, str | None]) -> ForkServerProcess:
     """A run of an epoch below a PROJECT_ROOT; ``data.root`` is its ``data/``."""
     checksums = ",".join(f"{name}:{checksum}" for name, checksum in md5.items())
-    return subprocess.Popen(
-        [
-            sys.executable, "-m", "src.train", "trainer=cpu", "trainer.max_epochs=1", "data.source=download",
-            f"data.mirrors=[{mirror.url}]", f"data.md5={{{checksums}}}", "data.val_size=60", "data.batch_size=32",
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PROJECT_ROOT": str(root), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )  # fmt: skip
+    arguments = [
+        "trainer=cpu", "trainer.max_epochs=1", "data.source=download", f"data.mirrors=[{mirror.url}]",
+        f"data.md5={{{checksums}}}", "data.val_size=60", "data.batch_size=32",
+    ]  # fmt: skip
+    return forks.start("train", arguments, said, {"PROJECT_ROOT": str(root)})
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -52,22 +44,20 @@ def test_ten_runs_at_once_download_once_and_each_gives_the_right_result(
     tmp_path: Path,
 ) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
-    run = start(alone, serve(mnist_files), mnist_md5)
-    said = run.communicate(timeout=300)[0]
-    assert run.returncode == 0, said
+    run = start(alone, tmp_path / "said", serve(mnist_files), mnist_md5)
+    run.join(300)
+    assert run.exitcode == 0, (tmp_path / "said").read_text()
     (folder,) = (alone / "logs" / "train").iterdir()
     truth = read_result(folder)
     names = sorted(path.relative_to(folder) for path in folder.rglob("*") if "tfevents" not in path.name)
 
     mirror = serve(mnist_files, delay=0.2)  # one is still at it when the others come
-    runs = [start(together, mirror, mnist_md5) for _ in range(NUM_RUNS)]
-    try:
-        outputs = [run.communicate(timeout=300)[0] for run in runs]
-    finally:
-        for run in runs:
-            run.kill()
-    assert [run.returncode for run in runs] == [0] * NUM_RUNS, "\n".join(outputs)
-    assert "Traceback" not in "".join(outputs)
+    runs = [start(together, tmp_path / "all said", mirror, mnist_md5) for _ in range(NUM_RUNS)]
+    for run in runs:
+        run.join(300)
+    said = (tmp_path / "all said").read_text()
+    assert [run.exitcode for run in runs] == [0] * NUM_RUNS, said
+    assert "Traceback" not in said
 
     assert sorted(mirror.fetched) == sorted(mnist_files)  # each once
     raw = together / "data" / "MNIST" / "raw"

@@ -33,21 +33,26 @@ def shown_on_terminal(root: Path, **env: str) -> bytes:
     return shown
 
 
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """What a run prints on a user's terminal."""
+    return shown_on_terminal(tmp_path_factory.mktemp("shown"), CI="")
+
+
 @pytest.mark.slow
-def test_no_colour_where_it_is_not_wanted(tmp_path: Path) -> None:
-    assert COLOUR.search(shown_on_terminal(tmp_path / "colours"))
-    assert not COLOUR.search(shown_on_terminal(tmp_path / "plain", NO_COLOR="1"))
+def test_no_colour_where_it_is_not_wanted(shown: bytes, tmp_path: Path) -> None:
+    assert COLOUR.search(shown)
+    assert not COLOUR.search(shown_on_terminal(tmp_path, NO_COLOR="1", CI=""))
 
 
 UP, ERASE = b"\x1b[1A", b"\x1b[2K"  # a bar goes back over its own line
 
 
 @pytest.mark.slow
-def test_under_ci_a_terminal_gets_a_line_an_epoch_and_no_bar(tmp_path: Path) -> None:
-    bar = shown_on_terminal(tmp_path / "bar", CI="")
-    assert UP in bar or ERASE in bar
-    assert b"epoch 1/1  train/acc" not in bar
-    quiet = shown_on_terminal(tmp_path / "quiet", CI="1")
+def test_under_ci_a_terminal_gets_a_line_an_epoch_and_no_bar(shown: bytes, tmp_path: Path) -> None:
+    assert UP in shown or ERASE in shown
+    assert b"epoch 1/1  train/acc" not in shown
+    quiet = shown_on_terminal(tmp_path, CI="1")
     assert UP not in quiet
     assert ERASE not in quiet
     assert quiet.count(b"epoch 1/1  train/acc") == 1

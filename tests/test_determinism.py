@@ -75,12 +75,11 @@ def test_a_command_comes_to_the_weights_of_a_call(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 7])
-def test_two_processes_come_to_the_same_weights(seed: int, tmp_path: Path) -> None:
+def test_two_processes_come_to_the_same_weights(tmp_path: Path) -> None:
     found = []
     for name, overrides in {"a": ["logger=[]", "callbacks=minimal"], "b": ["logger=[tensorboard,csv]"]}.items():
         result = run_command(
-            "train", f"seed={seed}", "data=mnist5k", "data.augment=affine", "trainer=cpu", "trainer.max_epochs=2",
+            "train", "seed=0", "data=mnist5k", "data.augment=affine", "trainer=cpu", "trainer.max_epochs=2",
             f"hydra.run.dir={tmp_path / name}", *overrides,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr

@@ -116,12 +116,17 @@ def test_two_processes_go_on_in_the_midst_of_an_epoch_of_one(tmp_path: Path, mni
 EXACT = ("data.augment=affine", "data.batch_size=10", "callbacks.last.every_n_steps=3", "trainer.max_epochs=3")
 
 
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Run:
+    """A run in two processes that nothing stops, of three epochs with augmentation."""
+    return train_together(tmp_path_factory.mktemp("exact"), mnist_root, *EXACT)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_two_processes_that_were_stopped_go_on_exactly(
-    signum: signal.Signals, tmp_path: Path, mnist_root: Path
+    signum: signal.Signals, exact: Run, tmp_path: Path, mnist_root: Path
 ) -> None:
-    whole = train_together(tmp_path / "whole", mnist_root, *EXACT)
     root = tmp_path / "stopped"
     last = root / "run" / "checkpoints" / "last.ckpt"
     hold = "+callbacks.hold={_target_: hold.HoldAt, step: 35}"  # in the midst of the second epoch of three
@@ -140,7 +145,7 @@ def test_two_processes_that_were_stopped_go_on_exactly(
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("going on from") == 1
     assert "not an exact continuation" not in result.stderr
-    assert_same_run(whole.path, last.parents[1])
+    assert_same_run(exact.path, last.parents[1])
 
 
 @pytest.mark.slow

@@ -2,8 +2,6 @@
 
 import random
 import re
-import resource
-import statistics
 import string
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +11,8 @@ import pytest
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from src.config import CONF
-from tests import forks
-from tests.compose import compose_cfg, run_command
+from tests.compose import compose_cfg
+from tests.forks import run_command
 
 NUM = {"train": 250, "test": 50}  # overrides in all
 NUM_BY_DEFAULT = {"train": 12, "test": 3}
@@ -166,13 +164,8 @@ def _quoted(text: str) -> str:
     return text if re.fullmatch(r"[\w./-]+", text, re.ASCII) else f"'{text}'".replace("\\'", "\\\\'")
 
 
-def _run(verb: str, override: str, root: Path) -> float:
-    """What is accepted by mistake trains for a second, and so does not fail.
-
-    Returns:
-        The seconds of a CPU that the command took: those of a clock depend on what else the machine does.
-    """
-    before = _seconds_of_children()
+def _run(verb: str, override: str, root: Path) -> None:
+    """What is accepted by mistake trains for a second, and so does not fail."""
     short = ["data=mnist5k", "debug=fast", "trainer=cpu", "logger=[]"] if verb == "train" else ["accelerator=cpu"]
     result = run_command(verb, *short, override, PROJECT_ROOT=str(root))
     lines = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
@@ -183,24 +176,12 @@ def _run(verb: str, override: str, root: Path) -> float:
     assert "Traceback" not in result.stderr
     assert "train first" not in result.stderr  # there is no run to test: what a good override would come to
     assert not (root / "logs").exists()
-    return _seconds_of_children() - before
-
-
-def _seconds_of_children() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def _run_all(verb: str, overrides: list[str], root: Path) -> None:
-    seconds = [_run(verb, override, root) for override in overrides]
-    slowest = overrides[seconds.index(max(seconds))]
-    print(f"{verb}: CPU seconds of a rejection: median {statistics.median(seconds):.2f}, maximum {max(seconds):.2f} by "
-          f"{slowest[:100]}")  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", NUM)
 def test_bad_overrides_are_said(verb: str, tmp_path: Path) -> None:
-    _run_all(verb, bad_overrides(verb, NUM_BY_DEFAULT[verb], tmp_path), tmp_path)
+    for override in bad_overrides(verb, NUM_BY_DEFAULT[verb], tmp_path):
+        _run(verb, override, tmp_path)
 
 
 @pytest.mark.slow
@@ -208,7 +189,8 @@ def test_bad_overrides_are_said(verb: str, tmp_path: Path) -> None:
 def test_three_hundred_bad_overrides_are_said(verb: str, tmp_path: Path) -> None:
     overrides = bad_overrides(verb, NUM[verb], tmp_path)
     assert len(set(overrides)) == NUM[verb]
-    _run_all(verb, overrides, tmp_path)
+    for override in overrides:
+        _run(verb, override, tmp_path)
 
 
 def _assert_unknown_arguments_are_said(num: int, folder: Path) -> None:
@@ -216,9 +198,7 @@ def _assert_unknown_arguments_are_said(num: int, folder: Path) -> None:
     rng = random.Random(1)
     for node in rng.sample(TAKE_NO_OTHERS, min(num, len(TAKE_NO_OTHERS))):
         name = _misspelt("argument", rng)
-        result = forks.run_command(
-            "train", "data=mnist5k", "trainer=cpu", f"+{node}.{name}=1", PROJECT_ROOT=str(folder)
-        )
+        result = run_command("train", "data=mnist5k", "trainer=cpu", f"+{node}.{name}=1", PROJECT_ROOT=str(folder))
         assert result.returncode == 1
         (line,) = result.stderr.splitlines()
         assert re.fullmatch(

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from src.build import load_checkpoint
 from src.config import ROOT
+from tests import forks
 from tests.compose import run_command
 from tests.equality import assert_equal
 from tests.processes import wait_until
@@ -48,8 +49,9 @@ def train(root: Path, *arguments: str, **env: str) -> subprocess.CompletedProces
     """Train with a home directory and a working directory of its own, in which nobody may write."""
     for name in ("home", "cwd"):
         (root / name).mkdir(parents=True, exist_ok=True)
-    env = {"MPLCONFIGDIR": str(root / "matplotlib"), "ALLOWED_TARGETS": "tests", "OMP_NUM_THREADS": "1", **env}
-    result = run_command("train", *arguments, cwd=root / "cwd", HOME=str(root / "home"), PROJECT_ROOT=str(root), **env)
+    env = {"HOME": str(root / "home"), "PROJECT_ROOT": str(root), "ALLOWED_TARGETS": "tests", **env}
+    env["MPLCONFIGDIR"] = str(root / "matplotlib")
+    result = forks.run_command("train", *arguments, cwd=root / "cwd", **env)
     assert list((root / "cwd").iterdir()) == []
     assert [path for path in (root / "home").rglob("*") if path.is_file()] == []
     return result

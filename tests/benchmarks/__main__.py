@@ -162,7 +162,7 @@ def compare(
 def bench_epoch(data: Data, turns: int, quick: bool) -> list[dict[str, Any]]:
     """An epoch of training and its validation, and the peak of memory meanwhile."""
     figures = []
-    for batch_size, goal in ((64, "1.05"), (512, "1.02")):
+    for batch_size, goal in ((64, "1.05"), (512, "1.02"))[: 1 if quick else 2]:
         few = ("--batches", "4") if quick else ()
         limit = ("trainer.limit_train_batches=4",) if quick else ()
         loop = ("--batch-size", str(batch_size), "--epochs", str(EPOCHS), *few)
@@ -245,7 +245,7 @@ def bench_scale(data: Data, turns: int, quick: bool) -> list[dict[str, Any]]:
 def bench_ddp(data: Data, turns: int, quick: bool) -> list[dict[str, Any]]:
     """What a second process on the CPU gains: one of one thread beside two, on the same batches."""
     figures = []
-    for batch_size in (64, 512):
+    for batch_size in (64,) if quick else (64, 512):
         overrides = [f"data.batch_size={batch_size}", *(["trainer.limit_train_batches=4"] if quick else [])]
         found = take_turns(
             turns,
@@ -275,7 +275,7 @@ def bench_sweep(data: Data, turns: int, quick: bool) -> list[dict[str, Any]]:
     """An epoch of a vectorised sweep's jobs, all of them, beside that of one job alone; of 200 batches."""
     overrides = (f"trainer.limit_train_batches={4 if quick else 200}", "trainer.max_epochs=3")
     figures = []
-    for members in (1, 2) if quick else (1, 2, 4, 8, 16, 32):
+    for members in (2,) if quick else (1, 2, 4, 8, 16, 32):
         found = take_turns(
             1 if quick or members > 8 else turns,
             {

@@ -3,8 +3,6 @@
 import csv
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +13,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from src.config import ROOT
 from src.sweeps.study import STORAGE, open_study
+from tests import forks
 from tests.forks import run_command
 from tests.processes import wait_until
 
@@ -151,9 +149,8 @@ def test_a_killed_search_comes_to_its_target_with_the_trials_that_it_was_killed_
         f"hydra.sweep.dir={tmp_path}", "hydra.sweeper.n_trials=4", "trainer.max_epochs=12", *PRUNE_NONE,
         f"hydra/launcher={launcher}",
     )  # fmt: skip
-    command = [sys.executable, "-m", "src.train", "-m", "sweep=optuna", *SMALL, *arguments]
-    env = {**os.environ, "PROJECT_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["-m", "sweep=optuna", *SMALL, *arguments]
+    process = forks.start("train", command, Path(os.devnull), {"PROJECT_ROOT": str(tmp_path)})
 
     def ended() -> dict[Path, int]:
         return {path.parent: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.json")}
@@ -162,14 +159,14 @@ def test_a_killed_search_comes_to_its_target_with_the_trials_that_it_was_killed_
         return {path.parents[1] for path in tmp_path.glob("000[23],*/checkpoints/last.ckpt")} - ended().keys()
 
     def is_in_the_midst() -> bool:
-        assert process.poll() is None
+        assert process.is_alive()
         return bool(ended() and halfway())
 
     try:
         wait_until(is_in_the_midst, seconds=300)
     finally:
         process.kill()
-        process.wait()
+        process.join()
     time.sleep(1)  # for the jobs to miss it
     before, killed = ended(), halfway()
     assert killed

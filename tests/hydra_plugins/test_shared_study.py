@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.postgres,
     pytest.mark.skipif(find_program("initdb") is None, reason="needs PostgreSQL's server: apt-get install postgresql"),
 ]
-TARGET = 6
+TARGET = 4
 
 
 @pytest.fixture(scope="module")

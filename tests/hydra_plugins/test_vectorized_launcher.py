@@ -2,10 +2,9 @@
 
 import csv
 import json
+import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from src.config import ROOT
 from src.status import read_status
 from tests import forks
 from tests.compose import compose_cfg, run_command
+from tests.processes import wait_until
 
 VECTORIZED = ("-m", "hydra/launcher=vectorized", "data=mnist5k", "trainer=cpu", "callbacks=minimal")
 NETS = """
@@ -141,17 +141,16 @@ def test_a_net_that_vmap_does_not_take_ends_the_sweep_with_the_remedy(tmp_path: 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_all_jobs_and_the_sweep_goes_on_to_the_same_weights(signum: int, tmp_path: Path) -> None:
     arguments = ("optimizer.lr=0.001,0.002", "trainer.max_epochs=3", "test=false", "callbacks.last.every_n_steps=null")
-    command = [sys.executable, "-m", "src.train", *VECTORIZED, *arguments]
     folder = tmp_path / "sweep"
     jobs = [folder / f"optimizer.lr={rate}" for rate in ("0.001", "0.002")]
-    with subprocess.Popen([*command, f"hydra.sweep.dir={folder}"], cwd=ROOT, stderr=subprocess.PIPE, text=True) as it:
-        while not all((job / "checkpoints" / "last.ckpt").is_file() for job in jobs):
-            assert it.poll() is None
-            time.sleep(0.02)
-        it.send_signal(signum)
-        _, stderr = it.communicate(timeout=60)
-    assert it.returncode == 128 + signum, stderr
-    assert f"hydra.sweep.dir={folder} goes on" in stderr
+    process = forks.start("train", [*VECTORIZED, *arguments, f"hydra.sweep.dir={folder}"], tmp_path / "said", {})
+    wait_until(lambda: all((job / "checkpoints" / "last.ckpt").is_file() for job in jobs), seconds=300)
+    assert process.pid
+    os.kill(process.pid, signum)
+    process.join(60)
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 128 + signum, said
+    assert f"hydra.sweep.dir={folder} goes on" in said
     steps = [load_checkpoint(job / "checkpoints" / "last.ckpt")["global_step"] for job in jobs]
     assert [read_status(job)["state"] for job in jobs] == ["interrupted"] * 2
     assert steps[0] == steps[1] < 3 * 63
