@@ -21,7 +21,6 @@ from tests.compose import compose_cfg
 
 SMALL = ("data=mnist5k", "trainer=cpu", "trainer.max_epochs=1", "test=false", "callbacks=minimal", "logger=[]")
 CURVE = "+callbacks.curve._target_=tests.sweeps.test_vectorized.Curve"
-FULL = Path(__file__).parents[3] / "shared" / "mnist"
 
 
 class Curve(pl.Callback):
@@ -91,9 +90,8 @@ def test_the_loss_curves_of_an_epoch_are_those_of_the_runs_alone(optimizer: str,
 
 
 @pytest.mark.full_mnist
-@pytest.mark.skipif(not FULL.is_dir(), reason="needs all of MNIST")
-def test_so_are_those_of_an_epoch_of_all_of_mnist(tmp_path: Path) -> None:
-    data = ("data=mnist", f"data.root={FULL}", "data.source=files")
+def test_so_are_those_of_an_epoch_of_all_of_mnist(tmp_path: Path, full_mnist_root: Path) -> None:
+    data = ("data=mnist", f"data.root={full_mnist_root}", "data.source=files")
     jobs = [["optimizer.lr=0.001"], ["optimizer.lr=0.004"]]
     assert train_together(tmp_path / "together", jobs, *data) == [None, None]
     train_alone(tmp_path / "alone", jobs, *data)
