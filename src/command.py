@@ -199,7 +199,8 @@ class Preflight(Callback):
                 )
             else:
                 config.hydra.run.dir = str(claim(folder))
-                write_status(Path(config.hydra.run.dir), "queued", describe_start(config.hydra))
+                if "resume" in config:  # nothing goes on with a run of the other commands
+                    write_status(Path(config.hydra.run.dir), "queued", describe_start(config.hydra))
         except Exception as error:  # Hydra turns an Exception in a callback into a warning
             if os.environ.get(FULL_ERROR) == "1":
                 traceback.print_exc()

@@ -372,6 +372,20 @@ def test_resuming_nothing_is_said_in_a_line(tmp_path: Path) -> None:
     assert "goes on with one run; a sweep does by its command and hydra.sweep.dir" in result.stderr
 
 
+def test_the_latest_run_is_one_of_training(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "logs" / "train" / "run"
+    run.mkdir(parents=True)
+    write_status(run, "interrupted", {"overrides": ["seed=1"], "config_dirs": []})
+    checkpoint = f"ckpt_path={whole}/checkpoints/best.ckpt"
+    tested = forks.run_command("test", checkpoint, "accelerator=cpu", PROJECT_ROOT=str(tmp_path))
+    assert tested.returncode == 0, tested.stderr
+    (folder,) = (tmp_path / "logs" / "test").iterdir()
+    monkeypatch.setenv("PROJECT_ROOT", str(tmp_path))
+    assert f"hydra.run.dir={quoted(run)}" in expand(["resume=latest"])
+    with pytest.raises(ConfigError, match="no run's folder"):
+        expand([f"resume={quoted(folder)}"])
+
+
 def test_the_command_as_a_user_types_it(runs: Runs, whole: Path) -> None:
     runs.kill("typed", 20)
     result = run_command("train", "resume=latest", f"{KILL}=null", cwd=runs.root, **runs.env)
