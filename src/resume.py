@@ -94,6 +94,10 @@ def _find_run(value: str) -> Path:
     folder = Path(value)
     if not folder.is_dir():
         raise ConfigError(f"resume={value}: no such folder; expected a run's, logs/train/<date_time>, or latest")
+    if (folder / "sweep.json").is_file():
+        raise ConfigError(
+            f"resume={value}: a sweep's folder; a sweep goes on by its own command with hydra.sweep.dir={value}"
+        )
     if not _can_go_on(folder):
         raise ConfigError(
             f"resume={value}: no run's folder: its status.json does not say how it was started; "

@@ -358,11 +358,14 @@ def test_an_exception_in_training_saves_the_steps_before(runs: Runs) -> None:
     assert scalars(whole)["val/acc"] == scalars(runs.path("failed"))["val/acc"]
 
 
-def test_resuming_nothing_is_said_in_a_line(tmp_path: Path) -> None:
+def test_resuming_nothing_is_said_in_a_line(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    sweep = tmp_path_factory.mktemp("sweep")
+    (sweep / "sweep.json").touch()
     for value, reason in {
         "latest": "resume=latest: no run below .*: train first",
         "nowhere": "resume=nowhere: no such folder; expected a run's",
         str(tmp_path): "resume=.*: no run's folder: its status.json does not say",
+        str(sweep): f"resume=.*: a sweep's folder; .* with hydra.sweep.dir={sweep}",
     }.items():
         result = run_command("train", f"resume={value}", PROJECT_ROOT=str(tmp_path))
         assert result.returncode == 1
