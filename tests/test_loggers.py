@@ -49,9 +49,8 @@ def train(root: Path, *arguments: str, **env: str) -> subprocess.CompletedProces
     """Train with a home directory and a working directory of its own, in which nobody may write."""
     for name in ("home", "cwd"):
         (root / name).mkdir(parents=True, exist_ok=True)
-    env = {"HOME": str(root / "home"), "PROJECT_ROOT": str(root), "ALLOWED_TARGETS": "tests", **env}
-    env["MPLCONFIGDIR"] = str(root / "matplotlib")
-    result = forks.run_command("train", *arguments, cwd=root / "cwd", **env)
+    folders = {"HOME": str(root / "home"), "MPLCONFIGDIR": str(root / "matplotlib"), "PROJECT_ROOT": str(root)}
+    result = forks.run_command("train", *arguments, cwd=root / "cwd", **{"ALLOWED_TARGETS": "tests", **folders, **env})
     assert list((root / "cwd").iterdir()) == []
     assert [path for path in (root / "home").rglob("*") if path.is_file()] == []
     return result

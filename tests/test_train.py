@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from src.config import ROOT
 from src.train import train
 from tests import forks
 from tests.compose import compose_cfg, run_command
+from tests.terminal import train_on_terminal
 
 
 @pytest.fixture(scope="module")
@@ -79,20 +79,8 @@ def test_a_pipe_gets_plain_lines_with_the_models_shapes(run_dir: Path) -> None:
 
 
 def test_shows_a_progress_bar_on_a_terminal_and_works_from_any_directory(tmp_path: Path) -> None:
-    ours, theirs = pty.openpty()
     settings = ("data=mnist5k", "trainer.max_epochs=1", "trainer=cpu", "hydra.run.dir=here")
-    command = [sys.executable, "-m", "src.train", *settings]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "120", "CI": ""}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=theirs, stderr=theirs) as process:
-        os.close(theirs)
-        shown = b""
-        try:
-            while chunk := os.read(ours, 65536):
-                shown += chunk
-        except OSError:  # Linux's way to say that the other side has closed it
-            pass
-    os.close(ours)
-    assert process.returncode == 0
+    shown = train_on_terminal(*settings, cwd=tmp_path, CI="")
     assert b"Epoch 0/0" in shown
     assert "━".encode() in shown
     assert (tmp_path / "here" / "metrics.json").is_file()

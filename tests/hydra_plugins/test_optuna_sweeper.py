@@ -15,7 +15,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from src.sweeps.study import STORAGE, open_study
 from tests import forks
-from tests.forks import run_command
 from tests.processes import wait_until
 
 SMALL = (
@@ -46,7 +45,7 @@ class Search(NamedTuple):
 
 def search(folder: Path, *arguments: str, sweep: str = "sweep=optuna", **env: str) -> Search:
     env |= {"PROJECT_ROOT": str(folder)}
-    result = run_command("train", "-m", sweep, *SMALL, f"hydra.sweep.dir={folder}", *arguments, **env)
+    result = forks.run_command("train", "-m", sweep, *SMALL, f"hydra.sweep.dir={folder}", *arguments, **env)
     return Search(folder, result.stdout, result.stderr, result.returncode)
 
 
