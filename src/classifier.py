@@ -14,16 +14,10 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from src.engine.errors import ArgumentError, DivergenceError
+
 Batch = tuple[Tensor, Tensor]
 COMPILED = "_orig_mod."
-
-
-class DivergenceError(ArithmeticError):
-    """The loss is no longer finite; the message says since when, and what to try."""
-
-
-class ArgumentError(TypeError):
-    """An optimizer or scheduler that does not take what it is given; the message names both."""
 
 
 class ImageClassifier(pl.LightningModule):

@@ -14,8 +14,9 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from src.command import load_libraries, run, short_errors
-from src.config import ConfigError, newest_checkpoint
+from src.engine.errors import ConfigError
+from src.engine.runs.checkpoints import newest_checkpoint
+from src.engine.runs.command import load_libraries, run, short_errors
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +41,9 @@ def make_classifier(path: Path, folder: Path) -> Callable[[bytes], dict[str, Any
     """
     import torch
 
-    from src import build
+    from src.callbacks.layers import Layer, describe_shape, draw_values, trace
+    from src.engine.runs import build
     from src.export import preprocess
-    from src.layers import Layer, describe_shape, draw_values, trace
     from src.predict import find_reader
 
     datamodule = build.restore_datamodule(path)
@@ -79,7 +80,7 @@ def _to_url(picture: Any) -> str:
     """Grey pixels as a PNG, transparent between the maps."""
     from PIL import Image
 
-    from src.layers import BETWEEN
+    from src.callbacks.layers import BETWEEN
 
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG", transparency=BETWEEN)
@@ -166,7 +167,7 @@ def demo(cfg: DictConfig) -> None:
     path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
     output_dir = Path(cfg.output_dir)
 
-    from src import report
+    from src.engine.runs import report
 
     with DemoServer(cfg.port, make_classifier(path, output_dir)) as server:
         OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)

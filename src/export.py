@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from src.command import run, short_errors
-from src.config import ConfigError, newest_checkpoint
+from src.engine.errors import ConfigError
+from src.engine.runs.checkpoints import newest_checkpoint
+from src.engine.runs.command import run, short_errors
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule
@@ -45,7 +46,7 @@ def export_checkpoint(path: Path, output: Path, file_format: str, **overrides: A
     """
     import torch
 
-    from src import build, report
+    from src.engine.runs import build, report
 
     module = build.restore(path)
     datamodule = build.restore_datamodule(path, **overrides)
@@ -221,7 +222,7 @@ def export(cfg: DictConfig) -> dict[str, Any]:
     Returns:
         What ``export_checkpoint`` does.
     """
-    from src import report
+    from src.engine.runs import report
 
     path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
     output = Path(cfg.output or Path(cfg.output_dir) / f"model.{cfg.format}")

@@ -1,6 +1,7 @@
 """Classify image files: ``python -m src.predict inputs='digits/*.png' [ckpt_path=...] [output=...]``."""
 
 import csv
+import glob
 import io
 import json
 import logging
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from src.command import run, short_errors
-from src.config import ConfigError, newest_checkpoint
+from src.engine.errors import ConfigError
+from src.engine.runs.checkpoints import newest_checkpoint
+from src.engine.runs.command import run, short_errors
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".pbm", ".pgm", ".ppm")
+IDX = "idx3-ubyte"  # in an IDX file's name
 MAX_ROWS = 50  # of the table
 MAX_NAMED = 5  # files that could not be read, at the end
 COLUMNS = ("file", "digit", "probability", "runner_up", "runner_up_probability")
@@ -45,7 +49,7 @@ def predict_files(
     import torch
     from lightning_fabric import Fabric
 
-    from src import build
+    from src.engine.runs import build
 
     fabric = Fabric(**accelerator)
     if fabric.world_size > 1:
@@ -66,6 +70,35 @@ def predict_files(
             cells = [cell for pair in zip(labels, values, strict=True) for cell in pair]
             rows.append(dict(zip(COLUMNS, [name, *cells, None, None], strict=False)))
     return rows, failed
+
+
+def find_inputs(inputs: str | Sequence[str]) -> list[Path]:
+    """The files that are meant, in order, each once.
+
+    Args:
+        inputs: Files, folders (their image and IDX files at any depth) and patterns (``*``, ``?``, ``**``).
+
+    Raises:
+        ConfigError: If one of them leads to no file.
+    """
+    found: dict[Path, None] = {}
+    for name in [inputs] if isinstance(inputs, str) else inputs:
+        path = Path(name).expanduser()
+        places = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
+        files = [file for place in places for file in (_list_folder(place) if place.is_dir() else [place])]
+        if not files:
+            reason = "no image or IDX file in there" if places else "no such file, folder or pattern that fits one"
+            raise ConfigError(f"inputs={name}: {reason}; write as in inputs='digits/*.png'")
+        found.update(dict.fromkeys(files))
+    return list(found)
+
+
+def _list_folder(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if (path.suffix.lower() in SUFFIXES or IDX in path.name) and not path.name.startswith(".") and path.is_file()
+    )
 
 
 def find_reader(datamodule: "LightningDataModule") -> Callable[[Path], Any]:
@@ -94,7 +127,7 @@ def _read(files: Sequence[Path], read: Callable[[Path], Any], failed: list[Path]
     from rich.console import Console
     from rich.progress import track
 
-    from src.report import shown
+    from src.engine.runs.report import shown
 
     console = Console(stderr=True)
     for file in track(files, "reading", console=console, transient=True, disable=not console.is_terminal):
@@ -121,7 +154,7 @@ def _make_batches(images: Iterable[tuple[str, "Tensor"]], batch_size: int) -> It
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as CSV, JSON (a list of objects) or Parquet, as the path's suffix says; whole or not at all."""
-    from src import report
+    from src.engine.runs import report
 
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
@@ -146,7 +179,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from src.report import make_console
+    from src.engine.runs.report import make_console
 
     table = Table()
     table.add_column("file", overflow="fold")
@@ -171,16 +204,14 @@ def predict(cfg: DictConfig) -> list[dict[str, Any]]:
     Raises:
         DataError: At the end, if files could not be read.
     """
-    from src.data.images import find_inputs
-
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     files = find_inputs(settings["inputs"])
     path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
     output_dir = Path(cfg.output_dir)
     output = Path(cfg.output or output_dir / "predictions.csv")
 
-    from src import report
-    from src.data.sources import DataError
+    from src.engine.errors import DataError
+    from src.engine.runs import report
 
     rows, failed = predict_files(path, files, cfg.batch_size, settings["accelerator"])
     OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
@@ -195,6 +226,11 @@ def predict(cfg: DictConfig) -> list[dict[str, Any]]:
     return rows
 
 
+def check_inputs(cfg: DictConfig) -> None:
+    """Look for the files before the run's folder is made."""
+    find_inputs(cfg.inputs)
+
+
 @hydra.main(version_base="1.3", config_path="../conf", config_name="predict")
 def main(cfg: DictConfig) -> None:
     """Predict as the command line says."""
@@ -203,4 +239,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, "predict")
+    run(main, "predict", check=check_inputs)

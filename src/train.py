@@ -9,11 +9,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from src.command import continue_if_requeued, in_sweep, load_libraries, run, short_errors
-from src.config import CheckpointError
-from src.processes import get_name, is_requeued, prepare_trainer
-from src.resume import check_difference
-from src.status import describe_start, tracked
+from src.engine.errors import CheckpointError
+from src.engine.runs.command import continue_if_requeued, in_sweep, load_libraries, run, short_errors
+from src.engine.runs.processes import get_name, is_requeued, prepare_trainer
+from src.engine.runs.resume import check_difference
+from src.engine.runs.status import describe_start, tracked
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +32,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     import pytorch_lightning as pl
 
-    from src import build, report
     from src.callbacks.speed import Speed
-    from src.sweeps.vectorized import MEMBER
+    from src.engine.runs import build, report
 
     start = time.perf_counter()
     output_dir = Path(cfg.output_dir)
@@ -53,11 +52,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
         check_difference(checkpoint["hyper_parameters"], dict(module.hparams))
         if not get_name():
             log.info(f"going on from {report.shown(cfg.ckpt_path)}, step {first_step}")
-    member = MEMBER.get()  # of a vectorised sweep
-    trainer = build.build_trainer(cfg, first_step, **({"inference_mode": False} if member else {}))
+    trainer = build.build_trainer(cfg, first_step)
     prepare_trainer(trainer)
-    if member:
-        member.join(module, datamodule, trainer)
     if trainer.is_global_zero:
         OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
 
@@ -104,7 +100,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def _show(cfg: DictConfig) -> None:
-    from src import report
+    from src.engine.runs import report
 
     record = json.loads((Path(cfg.output_dir) / "metrics.json").read_text())
     rate, best = record["images_per_second"], record["best"]["checkpoint"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from src.config import CONF, ROOT
+from src.engine.settings.check import CONF, ROOT
 
 
 def compose_cfg(output_dir: Path, *overrides: str, config_name: str = "train") -> DictConfig:

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import torch
 
-from src.config import ROOT
+from src.engine.settings.check import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["src.train", "src.build", "src.report", "src.callbacks.last_checkpoint", "torchvision"])
+CONTEXT.set_forkserver_preload(
+    ["src.train", "src.engine.runs.build", "src.engine.runs.report", "src.engine.runs.last_checkpoint", "torchvision"]
+)
 
 
 def start(

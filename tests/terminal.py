@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from src.config import ROOT
+from src.engine.settings.check import ROOT
 
 
 def train_on_terminal(*arguments: str, cwd: Path = ROOT, **env: str) -> bytes:

@@ -19,7 +19,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from src.config import ROOT
+from src.engine.settings.check import ROOT
 from tests.compose import run_command
 from tests.conftest import free_port
 from tests.processes import wait_until

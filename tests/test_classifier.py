@@ -9,7 +9,8 @@ from sklearn.metrics import accuracy_score, confusion_matrix, log_loss
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from src.classifier import ArgumentError, ImageClassifier
+from src.classifier import ImageClassifier
+from src.engine.errors import ArgumentError
 
 IMAGES = torch.randn(50, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.randint(0, 3, (50,), generator=torch.Generator().manual_seed(1))

@@ -20,12 +20,13 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from src.build import restore
-from src.config import ROOT, ConfigError
+from src.callbacks.layers import draw_values
 from src.data.images import read_digits
 from src.data.mnist import preprocess
 from src.demo import MAX_BYTES, DemoServer, make_classifier
-from src.layers import draw_values
+from src.engine.errors import ConfigError
+from src.engine.runs.build import restore
+from src.engine.settings.check import ROOT
 from tests.compose import run_command
 
 

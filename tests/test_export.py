@@ -18,13 +18,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
-from src.build import load_checkpoint, restore
-from src.config import ConfigError, check
 from src.data.mnist import preprocess
 from src.data.sources import read_package
+from src.engine.errors import ConfigError
+from src.engine.runs.build import load_checkpoint, restore
+from src.engine.settings.check import check
+from src.engine.settings.trust import instantiate
 from src.export import export, export_checkpoint
 from src.models.lenet5 import LeNet5
-from src.targets import instantiate
 from tests import forks
 from tests.compose import compose_cfg, run_command
 
@@ -164,7 +165,7 @@ FLATTEN = {"_target_": "torch.nn.Flatten"}
 def test_a_net_and_data_of_the_users_own_are_exported(
     file_format: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("src.targets.OWN", ("tests",))
+    monkeypatch.setattr("src.engine.settings.trust.OWN", ("tests",))
     norm = {"_target_": "torch.nn.BatchNorm1d", "num_features": 64}
     linear = {"_target_": "torch.nn.Linear", "in_features": 64, "out_features": 10}
     model = {"net": sequential(FLATTEN, norm, linear), "input_size": [1, 8, 8]}

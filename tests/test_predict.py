@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from src.build import restore
-from src.config import ConfigError, check
 from src.data.images import read_digits, read_like
 from src.data.mnist import MNISTDataModule, preprocess
 from src.data.sources import read_package
+from src.engine.errors import ConfigError
+from src.engine.runs.build import restore
+from src.engine.settings.check import check
 from src.predict import COLUMNS, find_reader, predict, predict_files, print_rows
 from tests.compose import compose_cfg
 from tests.conftest import write_idx

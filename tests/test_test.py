@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.build import restore, restore_datamodule
 from src.data.mnist import MNISTDataModule
 from src.data.sources import read_package
+from src.engine.runs.build import restore, restore_datamodule
 from src.train import train
 from tests.compose import compose_cfg
 from tests.forks import run_command

@@ -14,8 +14,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src.build import load_checkpoint
-from src.config import ROOT
+from src.engine.runs.build import load_checkpoint
+from src.engine.settings.check import ROOT
 from src.train import train
 from tests import forks
 from tests.compose import compose_cfg, run_command

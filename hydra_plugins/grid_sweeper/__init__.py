@@ -21,9 +21,9 @@ class GridSweeper(BasicSweeper):
         Raises:
             SweepError: If jobs have failed, or the sweep cannot go on.
         """
-        from src.config import SweepError
-        from src.sweeps.folder import job_name
-        from src.sweeps.sweep import running
+        from src.engine.errors import SweepError
+        from src.engine.sweeps.folder import job_name
+        from src.engine.sweeps.sweep import running
 
         assert self.config is not None
         assert self.launcher is not None

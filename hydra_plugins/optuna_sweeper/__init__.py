@@ -37,7 +37,7 @@ class OptunaSweeper(Sweeper):
         pruner: Any,
         params: Any,
     ) -> None:
-        from src.config import ConfigError
+        from src.engine.errors import ConfigError
 
         for key, value in {"n_trials": n_trials, "n_jobs": n_jobs}.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -53,7 +53,7 @@ class OptunaSweeper(Sweeper):
         Raises:
             ConfigError: If a password stands in the config or on the command line.
         """
-        from src.config import ConfigError
+        from src.engine.errors import ConfigError
 
         written = config.hydra.sweeper._get_node("storage")._value()
         if re.search(r"://[^/@:]*:(?!\$\{)[^@]+@|[?&]password=(?!\$\{)", str(written)):
@@ -73,8 +73,8 @@ class OptunaSweeper(Sweeper):
         Raises:
             SweepError: If trials have failed, or the sweep cannot go on.
         """
-        from src.sweeps.study import Search, make_space, open_study
-        from src.sweeps.sweep import running
+        from src.engine.sweeps.study import Search, make_space, open_study
+        from src.engine.sweeps.sweep import running
 
         parser = OverridesParser.create(self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*(f"{key}={value}" for key, value in self.params.items()), *arguments])

@@ -40,7 +40,7 @@ class ProcessLauncher(Launcher):
         Raises:
             ConfigError: If there cannot be so many slots; here, since Hydra would wrap what ``__init__`` raises.
         """
-        from src.config import ConfigError
+        from src.engine.errors import ConfigError
 
         if not isinstance(self.n_jobs, int) or isinstance(self.n_jobs, bool) or self.n_jobs < 1:
             raise ConfigError(f"hydra.launcher.n_jobs={self.n_jobs}: expected a whole number of 1 or more")
@@ -78,7 +78,7 @@ class ProcessLauncher(Launcher):
             _stop(running)
 
     def _start(self, number: int, overrides: Sequence[str], env: dict[str, str]) -> "_Process":
-        from src.resume import quoted
+        from src.engine.runs.resume import quoted
 
         job = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
         folder = Path(job.hydra.sweep.dir) / job.hydra.sweep.subdir
@@ -167,8 +167,8 @@ def _command() -> list[str]:
 
 def _environment(slot: int, num_slots: int, gpus: Sequence[str]) -> dict[str, str]:
     """A slot's environment: the user's, and its GPUs."""
-    from src.command import user_environment
-    from src.processes import SWEEP_PARENT
+    from src.engine.runs.command import user_environment
+    from src.engine.runs.processes import SWEEP_PARENT
 
     env = {**user_environment(), SWEEP_PARENT: str(os.getpid())}
     if gpus:

@@ -60,7 +60,7 @@ class SlurmLauncher(Launcher):
         """
         from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher as Submitit
 
-        from src.config import ConfigError
+        from src.engine.errors import ConfigError
 
         if not shutil.which("sbatch"):
             raise ConfigError(

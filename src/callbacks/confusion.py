@@ -8,7 +8,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from src.callbacks.writers import find_writers, get_step
-from src.report import class_accuracies
+from src.engine.runs.report import class_accuracies
 
 CELL = 29  # pixels: ten and the margins are 350 wide, as TensorBoard shows a picture
 MARGIN = 30

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 
+from src.callbacks.layers import to_pixels
 from src.callbacks.writers import find_predictions, find_writers, get_step, trace_layers
-from src.layers import to_pixels
 
 SPRITE = 24  # pixels of an image in the projector; add_embedding's copies of all of them are memory's peak
 

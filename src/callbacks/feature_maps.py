@@ -7,8 +7,8 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from src.callbacks.layers import Layer, draw_layers, find_filters
 from src.callbacks.writers import find_images, find_writers, get_step, trace_layers
-from src.layers import Layer, draw_layers, find_filters
 
 
 class FeatureMaps(Callback):

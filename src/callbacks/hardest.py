@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 
+from src.callbacks.layers import to_pixels
 from src.callbacks.writers import find_predictions, find_writers, get_step
-from src.layers import to_pixels
 
 SIDE = 64  # pixels of an image as it is drawn
 GAP = 6

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 from pytorch_lightning import callbacks
 
 from src.callbacks.writers import find_writers
-from src.config import ConfigError
+from src.engine.errors import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.tensorboard import SummaryWriter
 
-from src.layers import Layer, trace
+from src.callbacks.layers import Layer, trace
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,6 @@
 """Pictures of digits from files of any kind, made to look as MNIST's do."""
 
-import glob
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,46 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from src.config import ConfigError
-
 SIZE = 28
 BOX = 20  # a digit's longer side
 MASS_CENTRE = 14  # the pixel at which a digit's centre of mass lies, both ways: measured on MNIST
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # not all that Pillow opens: EPS starts a program
-SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".pbm", ".pgm", ".ppm")
 IDX = "idx3-ubyte"  # in an IDX file's name
 WORK_SIZE = 256  # larger pictures are made smaller first, which also takes out most noise
 OPAQUE = 240  # of 255
 MIN_CONTRAST = 32  # of 255; below, a picture is blank
-
-
-def find_inputs(inputs: str | Sequence[str]) -> list[Path]:
-    """The files that are meant, in order, each once.
-
-    Args:
-        inputs: Files, folders (their image and IDX files at any depth) and patterns (``*``, ``?``, ``**``).
-
-    Raises:
-        ConfigError: If one of them leads to no file.
-    """
-    found: dict[Path, None] = {}
-    for name in [inputs] if isinstance(inputs, str) else inputs:
-        path = Path(name).expanduser()
-        places = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
-        files = [file for place in places for file in (_list_folder(place) if place.is_dir() else [place])]
-        if not files:
-            reason = "no image or IDX file in there" if places else "no such file, folder or pattern that fits one"
-            raise ConfigError(f"inputs={name}: {reason}; write as in inputs='digits/*.png'")
-        found.update(dict.fromkeys(files))
-    return list(found)
-
-
-def _list_folder(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if (path.suffix.lower() in SUFFIXES or IDX in path.name) and not path.name.startswith(".") and path.is_file()
-    )
 
 
 def read_digits(path: Path) -> NDArray[np.uint8]:
@@ -91,7 +57,8 @@ def read_like(path: Path) -> NDArray[np.uint8]:
 
 
 def _read_idx(path: Path) -> NDArray[np.uint8]:
-    from src.data.sources import DataError, parse_idx  # here: it imports torch
+    from src.data.sources import parse_idx  # here: it imports torch
+    from src.engine.errors import DataError  # here: it imports torch
 
     try:
         images: NDArray[np.uint8] = parse_idx(path.read_bytes(), path).numpy()

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from src.data.augment import random_affine, random_elastic
 from src.data.loader import BatchLoader
-from src.data.sources import NUM_CLASSES, DataError, Digits, MissingFileError, download, read_files, read_package
+from src.data.sources import NUM_CLASSES, Digits, MissingFileError, download, read_files, read_package
+from src.engine.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -149,14 +150,6 @@ class MNISTDataModule(pl.LightningDataModule):
             order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(self.split_seed))
             self.splits["train"] = _take(train, order[: self.train_size])
         self.fingerprint = _get_fingerprint(self.splits)
-
-    def share(self, other: "MNISTDataModule") -> bool:
-        """Take over the images of another one with the same, read already; whether that can be."""
-        names = ("folder", "name", "source", "val_size", "train_size", "split_seed")
-        if not other.splits or any(getattr(self, name) != getattr(other, name) for name in names):
-            return False
-        self.splits, self.used_source, self.fingerprint = other.splits, other.used_source, other.fingerprint
-        return True
 
     def _read_splits(self) -> None:
         if self.source == "package":

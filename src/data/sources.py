@@ -20,6 +20,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from src.engine.errors import DataError
+
 IDX_FILES = (
     "train-images-idx3-ubyte",
     "train-labels-idx1-ubyte",
@@ -36,10 +38,6 @@ class Digits(NamedTuple):
 
     images: Tensor
     labels: Tensor
-
-
-class DataError(ValueError):
-    """Data that are missing, damaged or not what they should be; the message names the file and the remedy."""
 
 
 class MissingFileError(DataError):

@@ -3,7 +3,7 @@
     make bench ARGS="--parts epoch start --turns 5 --output logs/bench"
 
 The peers are bare, the shortest hand-written PyTorch loop (``bare.py``), tuned, the same loop in a process with the
-settings that our commands make (``src.command.load_libraries``), and recipe, Lightning as tutorials write it
+settings that our commands make (``load_libraries``), and recipe, Lightning as tutorials write it
 (``recipe.py``). Each side runs in a fresh process on a terminal, as users run it; they take turns, so that a slow
 moment of the machine meets all of them, and a figure is the median of the turns' ratios. The table is printed and
 written to ``bench.md``, all that was measured to ``bench.json``, the figure to ``scale.svg``.
@@ -27,7 +27,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from src.config import ROOT
+from src.engine.settings.check import ROOT
 
 EPOCHS = 3
 SCALE = [(5_000, 64), (20_000, 64), (55_000, 64), (55_000, 16), (55_000, 256), (55_000, 1024)]  # images, batch size
@@ -271,50 +271,12 @@ def time_epoch(data: Data, *overrides: str) -> float:
     return float(record["data"]["num_images"]["train"] / record["images_per_second"])
 
 
-def bench_sweep(data: Data, turns: int, quick: bool) -> list[dict[str, Any]]:
-    """An epoch of a vectorised sweep's jobs, all of them, beside that of one job alone; of 200 batches."""
-    overrides = (f"trainer.limit_train_batches={4 if quick else 200}", "trainer.max_epochs=3")
-    figures = []
-    for members in (2,) if quick else (1, 2, 4, 8, 16, 32):
-        found = take_turns(
-            1 if quick or members > 8 else turns,
-            {
-                "template": lambda m=members: run_sweep(data, m, *overrides),  # type: ignore[misc]
-                "alone": lambda: statistics.median(run_template(data, *overrides).epochs),
-            },
-        )
-        goal = "at most 3" if members == 8 else ""
-        figure = compare(
-            f"an epoch of {members} jobs, vectorised", "s", found["template"], "one job", found["alone"], goal
-        )
-        figures.append({**figure, "members": members})
-    return figures
-
-
-def run_sweep(data: Data, members: int, *overrides: str) -> float:
-    """Seconds of an epoch of a vectorised sweep over the learning rate."""
-    with tempfile.TemporaryDirectory() as folder:
-        rates = ",".join(f"{0.001 + 0.0001 * member:.4f}" for member in range(members))
-        clock = ["+callbacks.clock._target_=tests.benchmarks.clock.Clock", "+callbacks.clock.path=${output_dir}/stamps"]
-        run(
-            "-m", "src.train", "-m", "hydra/launcher=vectorized", f"optimizer.lr={rates}", f"data.root={data.root}",
-            f"data.source={data.source}", f"hydra.sweep.dir={folder}/sweep", "test=false", *clock, *overrides,
-            env={"ALLOWED_TARGETS": "tests.benchmarks"},
-        )  # fmt: skip
-        ends = []
-        for path in Path(folder).glob("sweep/*/stamps"):
-            ends.append([float(line.split()[1]) for line in path.read_text().splitlines() if line.startswith("epoch ")])
-    last = [max(times) for times in zip(*ends, strict=True)]
-    return float(statistics.median([after - before for before, after in pairwise(last)]))
-
-
 PARTS = {
     "epoch": bench_epoch,
     "start": bench_start,
     "test": bench_test,
     "scale": bench_scale,
     "ddp": bench_ddp,
-    "sweep": bench_sweep,
 }
 
 
@@ -332,19 +294,18 @@ def make_table(figures: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(figures: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Seconds of an epoch against the number of images, the batch size, and the jobs of a vectorised sweep."""
+    """Seconds of an epoch against the number of images and the batch size."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     mpl.rcParams["svg.hashsalt"] = "lenet5"  # the same figures give the same file
     points = [figure for figure in figures if "images" in figure]
-    members = [figure for figure in figures if "members" in figure]
-    page = Figure(figsize=(11 if members else 8, 2.8), layout="constrained")
+    page = Figure(figsize=(8, 2.8), layout="constrained")
     panels = (
         ("images", "images, in batches of 64", "batch_size"),
         ("batch_size", "batch size, 55,000 images", "images"),
     )
-    all_axes = page.subplots(1, 3 if members else 2)
+    all_axes = page.subplots(1, 2)
     all_axes[1].sharey(all_axes[0])
     for axes, (key, label, other) in zip(all_axes, panels, strict=False):
         fixed = {"batch_size": 64, "images": max(point["images"] for point in points)}[other]
@@ -355,16 +316,6 @@ def draw(figures: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set_xticks([point[key] for point in line], [f"{point[key]:,}" for point in line])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    if members:
-        numbers = [figure["members"] for figure in members]
-        all_axes[2].plot(numbers, [figure["ratio"] for figure in members], "o-", label="vectorised")
-        all_axes[2].plot(numbers, numbers, "--", color="grey", label="one after the other")
-        all_axes[2].set(xscale="log", yscale="log", xlabel="jobs of a sweep", ylabel="epochs of one job")
-        all_axes[2].set_xticks(numbers, [str(number) for number in numbers])
-        all_axes[2].set_yticks(numbers, [str(number) for number in numbers])
-        all_axes[2].minorticks_off()
-        all_axes[2].grid(alpha=0.3)
-        all_axes[2].legend(frameon=False)
     page.axes[0].set_ylabel("seconds an epoch")
     page.axes[0].legend(frameon=False)
     page.savefig(path, metadata={"Date": None})

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from src.config import ROOT
+from src.engine.settings.check import ROOT
 
 ROOT_DIR = os.environ.get("MNIST_ROOT") or str(ROOT / "data")
 RATES = "optimizer.lr=5e-4,1e-3,2e-3,3e-3,4e-3,5e-3,6e-3,8e-3"

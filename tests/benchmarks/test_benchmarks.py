@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from src.config import ROOT
+from src.engine.settings.check import ROOT
 from tests.benchmarks.__main__ import compare, make_table
 
 

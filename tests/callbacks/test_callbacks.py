@@ -15,11 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 from torch import Tensor, nn
 
-from src.build import build_datamodule, build_module, build_trainer
 from src.callbacks.progress import EpochLines
 from src.callbacks.speed import Speed
 from src.classifier import ImageClassifier
 from src.data.mnist import MNISTDataModule
+from src.engine.runs.build import build_datamodule, build_module, build_trainer
 from src.models.lenet5 import LeNet5
 from tests.compose import compose_cfg
 
@@ -147,7 +147,7 @@ class Untraceable(nn.Module):
 def test_a_net_without_a_graph_is_trained_all_the_same(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("src.targets.OWN", ("tests",))
+    monkeypatch.setattr("src.engine.settings.trust.OWN", ("tests",))
     cfg = compose_cfg(tmp_path, "data=mnist5k", "trainer=cpu", "debug=fast", "callbacks.summary=null")
     cfg.model.net = {"_target_": f"{__name__}.Untraceable"}
     trainer = build_trainer(cfg)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from src.build import load_checkpoint, restore
+from src.engine.runs.build import load_checkpoint, restore
 from src.train import train
 from tests.compose import compose_cfg
 

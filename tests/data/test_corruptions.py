@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from src.data.mnist import MNISTDataModule
-from src.data.sources import CHECKSUMS, DataError, Digits
-from src.errors import explain
+from src.data.sources import CHECKSUMS, Digits
+from src.engine.errors import DataError
+from src.engine.settings.explain import explain
 from tests.conftest import NUM_TEST, NUM_TRAIN, Mirror, write_digits
 
 LONG_AGO = 1_600_000_000_000_000_000  # in ns: a file this old may stand in the list of checksums

@@ -9,9 +9,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from src.config import ConfigError
-from src.data.images import find_inputs, read_digits, read_like
+from src.data.images import read_digits, read_like
 from src.data.sources import read_package
+from src.engine.errors import ConfigError
+from src.predict import find_inputs
 from tests.conftest import write_idx
 
 Pixels = NDArray[np.uint8]

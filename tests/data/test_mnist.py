@@ -19,7 +19,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from src.data.mnist import MNISTDataModule, preprocess
-from src.data.sources import DataError, Digits, read_files, read_package
+from src.data.sources import Digits, read_files, read_package
+from src.engine.errors import DataError
 from tests.conftest import NUM_TEST, NUM_TRAIN, ROOT, Mirror, write_digits
 
 NUM_VAL = 60

@@ -13,7 +13,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from src.sweeps.study import STORAGE, open_study
+from src.engine.sweeps.study import STORAGE, open_study
 from tests import forks
 from tests.processes import wait_until
 

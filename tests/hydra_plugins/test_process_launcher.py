@@ -16,9 +16,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from hydra_plugins.process_launcher import _threads, _visible_gpus
-from src.build import load_checkpoint
-from src.config import ROOT
-from src.status import read_status
+from src.engine.runs.build import load_checkpoint
+from src.engine.runs.status import read_status
+from src.engine.settings.check import ROOT
 from tests.compose import run_command
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to look for processes")

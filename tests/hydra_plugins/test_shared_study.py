@@ -12,10 +12,10 @@ import psycopg
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from src.config import ROOT
-from src.sweeps.study import open_storage
+from src.engine.settings.check import ROOT
+from src.engine.sweeps.study import open_storage
+from tests.engine.postgres import PASSWORD, find_program, serve_postgres
 from tests.hydra_plugins.test_optuna_sweeper import SMALL
-from tests.postgres import PASSWORD, find_program, serve_postgres
 
 pytestmark = [
     pytest.mark.postgres,
@@ -81,7 +81,7 @@ def test_two_workers_share_a_study_and_nobody_sees_the_password(url: str, tmp_pa
     for trial in trials:
         assert len(list(tmp_path.glob(f"*/{trial.number:04d},*/metrics.json"))) == 1
 
-    assert "src.callbacks.pruning.Pruning" in seen
+    assert "src.engine.sweeps.pruning.Pruning" in seen
     for secret in (PASSWORD, PASSWORD.replace(" ", "%20")):
         assert secret not in seen
         assert secret not in output

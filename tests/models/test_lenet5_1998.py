@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from src.build import build_datamodule, build_module, build_trainer
 from src.data.mnist import preprocess
+from src.engine.runs.build import build_datamodule, build_module, build_trainer
 from src.models.lenet5_1998 import (
     RBF,
     GlobalRates,

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from notebooks.draw import draw_architecture
-from src.config import ROOT
+from src.engine.settings.check import ROOT
 
 
 def test_the_drawing_in_the_readme_is_that_of_the_code(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
-from src.config import ROOT
+from src.engine.settings.check import ROOT
 from tests.compose import run_command
 
 FOLDER = ROOT / "notebooks"

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from notebooks import results
 from notebooks.draw import draw_paper
-from src.config import CONF, ROOT
+from src.engine.settings.check import CONF, ROOT
 from tests.forks import run_command
 
 README = (ROOT / "README.md").read_text()

@@ -1,0 +1,29 @@
+"""The exceptions that a command prints in a line or two, without a stack trace."""
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be; the message names the key, the value and what was expected."""
+
+
+class CheckpointError(Exception):
+    """A file that is no checkpoint, or a damaged one; the message names it."""
+
+
+class SweepError(Exception):
+    """A sweep that cannot start, or whose jobs have failed; the message says which and why, a line a job."""
+
+
+class TargetError(ValueError):
+    """A ``_target_`` that is refused; the message names the key and the remedy."""
+
+
+class DataError(ValueError):
+    """Data that are missing, damaged or not what they should be; the message names the file and the remedy."""
+
+
+class DivergenceError(ArithmeticError):
+    """The loss is no longer finite; the message says since when, and what to try."""
+
+
+class ArgumentError(TypeError):
+    """An optimizer or scheduler that does not take what it is given; the message names both."""

@@ -1,0 +1,67 @@
+"""Which checkpoint a command takes, and whether it is whole: found without importing torch."""
+
+import logging
+import os
+import zipfile
+from pathlib import Path
+
+from src.engine.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Check that a checkpoint is there and undamaged, as far as its checksums tell.
+
+    Raises:
+        CheckpointError: If it is not.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"ckpt_path={path}: no such file; runs keep theirs in logs/train/<run>/checkpoints/")
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"ckpt_path={path}: not a checkpoint, or a truncated one; choose another file")
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at them
+    except Exception as error:  # a flipped bit in its directory can raise anything
+        damaged = str(error)
+    if damaged:
+        raise CheckpointError(f"ckpt_path={path}: damaged ({damaged}); choose another file")
+
+
+def newest_checkpoint(logs: Path) -> Path:
+    """The best checkpoint of the newest run below a folder.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    found = list(logs.glob("**/checkpoints/best.ckpt"))
+    if not found:
+        raise ConfigError(f"no checkpoints/best.ckpt below {logs}: train first (python -m src.train) or set ckpt_path")
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """A run's last checkpoint or, if it is damaged, the newest that is whole; a warning says so.
+
+    Returns:
+        None if the run has not written one yet.
+
+    Raises:
+        CheckpointError: If there are some, and all of them are damaged.
+    """
+    paths = list(folder.glob("checkpoints/*.ckpt"))
+    # A best.ckpt may be younger, but Lightning writes it before all that belongs to its step is done.
+    paths.sort(key=lambda path: (path.name == "last.ckpt", path.stat().st_mtime), reverse=True)
+    reasons = []
+    for path in paths:
+        try:
+            check_checkpoint(path)
+        except CheckpointError as error:
+            reasons.append(str(error).removeprefix(f"ckpt_path={path.parent}{os.sep}").partition(";")[0])
+            continue
+        if reasons:
+            log.warning(f"{path.parent}: {'; '.join(reasons)}: resuming from {path.name}")
+        return path
+    if reasons:
+        raise CheckpointError(f"resume={folder}: {'; '.join(reasons)}; start the run anew")
+    return None

@@ -1,0 +1,266 @@
+"""What surrounds every command: its config is checked, its folder claimed, its errors said in short."""
+
+import atexit
+import ctypes
+import gc
+import logging
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
+
+from src.engine.errors import ConfigError
+from src.engine.runs.checkpoints import check_checkpoint, find_checkpoint, newest_checkpoint
+from src.engine.runs.processes import (
+    GRACE,
+    SWEEP_PARENT,
+    end_with_parent,
+    exit_on_signals,
+    get_name,
+    is_child,
+    is_first_of_host,
+    is_requeued,
+    is_started_from_outside,
+)
+from src.engine.runs.resume import expand
+from src.engine.runs.status import describe_start, write_status
+from src.engine.settings.check import ROOT, check
+from src.engine.settings.explain import explain
+from src.engine.settings.trust import guard_hydra
+
+log = logging.getLogger(__name__)
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+SLURM_LAUNCHER = "hydra_plugins.slurm_launcher.SlurmLauncher"  # as its option in Hydra's config has it
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_asked_full_error = ""  # what the user has set it to
+_check_more: Callable[[DictConfig], None] | None = None  # the command's own check
+
+
+class JobError(Exception):
+    """A sweep's job has failed; the message says why, without the traceback, which would keep the model in memory."""
+
+
+def run(main: Callable[[], Any], config_name: str, check: Callable[[DictConfig], None] | None = None) -> None:
+    """Run a command that ``hydra.main`` decorates; errors of composition are printed in short, with exit status 1.
+
+    Args:
+        main: The decorated function.
+        config_name: Its root in ``conf/``, where misspelt keys are looked up.
+        check: The command's own check of its config, made before the run's folder.
+    """
+    global _asked_full_error, _check_more
+    _check_more = check
+    # Lightning 2.6 calls what torch 2.15 has deprecated; nothing that a user could mend.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+    # A run that goes on in its folder.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    # The table of the model then says the weights' size as of 32 bits, which they have.
+    warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
+    # A run that goes on in a new folder has its best checkpoint there.
+    warnings.filterwarnings("ignore", message="The dirpath has changed")
+    # A run that goes on with other callbacks: that its config differs is said already.
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+    # At every start outside of a job, on a machine that has Slurm.
+    warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")
+    os.environ.setdefault("PROJECT_ROOT", str(ROOT))
+    _asked_full_error = os.environ.get(FULL_ERROR, "")
+    os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would print over many lines
+    guard_hydra()
+    exit_on_signals()
+    end_with_parent()
+    try:
+        if config_name == "train" and not is_child():  # whose arguments are expanded
+            sys.argv[1:] = expand(sys.argv[1:])
+        main()
+    except Exception as error:
+        if _asked_full_error == "1":
+            raise
+        _leave(explain(error, config_name))
+
+
+def _leave(message: str) -> NoReturn:
+    """End with 1; the message, which is the same for all processes of a run, comes from the first one of a host."""
+    if not is_first_of_host():
+        time.sleep(GRACE)  # torchrun ends all with the first that goes, and the one that speaks shall get to it
+    sys.exit(message if is_first_of_host() else 1)
+
+
+def load_libraries() -> None:
+    """Import torch and Lightning, and set up this process to compute fast; the numbers stay the same.
+
+    For commands, once their config is known to be good. A library must not do this: the settings are the process's.
+    """
+    young, middle, old = gc.get_threshold()
+    gc.set_threshold(young, middle, 1_000_000)  # of a million objects most stay: looking through all is in vain
+    import pytorch_lightning  # noqa: F401
+    import torch
+
+    gc.set_threshold(young, middle, old)
+    gc.freeze()  # nor need later collections look through them
+    atexit.register(gc.unfreeze)  # else bindings that are freed too late complain on the console
+    if not torch.cuda.is_available():
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # else every optimizer step looks for the driver: 0.1 ms
+    if sys.platform == "linux":
+        _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what a training step frees for the next one.
+
+    It would give most of it back to the system, which has to clear each page before the next step gets it: on a CPU
+    that can take a third of the step. Blocks of 32 MB and more still go back.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt:
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the most that glibc takes
+        mallopt(M_TRIM_THRESHOLD, 256 * 2**20)
+
+
+def user_environment() -> dict[str, str]:
+    """The environment as the user has set it."""
+    return {**os.environ, FULL_ERROR: _asked_full_error}
+
+
+def in_sweep() -> bool:
+    """Whether this is a job of a sweep, in the sweep's process or in one of its own."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN or SWEEP_PARENT in os.environ
+
+
+@contextmanager
+def short_errors(cfg: DictConfig) -> Iterator[None]:
+    """Within a job: log an error in short, its trace to the log file alone, and end with exit status 1.
+
+    In a sweep the error is written to ``error.txt`` too. Each job is checked here, since ``Preflight`` checks
+    single runs only.
+    """
+    message = ""
+    try:
+        if in_sweep():
+            gc.collect()  # the previous job's data: Lightning's objects point at each other
+            gc.freeze()  # what is left are the libraries, which the next collection need not look through
+            _require_own_process(cfg)
+            _check(cfg)
+        yield
+    except Exception as error:
+        if _asked_full_error == "1" and not in_sweep():
+            raise
+        logging.raiseExceptions = False  # a log that cannot be written, on a full disk, shall not hide the error
+        log.log(logging.ERROR if _asked_full_error == "1" else logging.DEBUG, "stack trace:", exc_info=error)
+        message = explain(error)
+        if is_child():  # of what has befallen its parent too, that one tells, and takes this process along
+            time.sleep(GRACE)
+        log.error(f"[{get_name()}] {message}" if get_name() else message)
+    if message and in_sweep():
+        with (Path(cfg.output_dir) / "error.txt").open("a") as file:  # the first process to tell has the cause
+            file.write(f"{message}\n")
+    if message and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise JobError(message)
+    if message:
+        sys.exit(1)
+
+
+def continue_if_requeued(cfg: DictConfig) -> None:
+    """Where Slurm has started this job once more, go on from the last checkpoint in its folder."""
+    if not is_requeued():
+        return
+    folder = Path(cfg.output_dir)
+    for path in [folder / "error.txt", *folder.glob("events.*.hparams")]:  # a rank may have seen the others go
+        path.unlink(missing_ok=True)
+    if checkpoint := find_checkpoint(folder):
+        cfg.ckpt_path = str(checkpoint)
+
+
+class Preflight(Callback):
+    """Hydra's callback ahead of a run: rejects a bad config before its folder is made, then claims the folder."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check the config and claim ``hydra.run.dir``; ends the command where that fails."""
+        os.environ[FULL_ERROR] = _asked_full_error  # composed: what the run starts shall see what the user has set
+        try:
+            job = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+            job.output_dir = config.hydra.run.dir
+            if SWEEP_PARENT not in os.environ:
+                _refuse_sweep(config)
+                _refuse_output_dir(config)
+                _check(job)
+            folder = Path(config.hydra.run.dir)
+            if any(override.startswith("hydra.run.dir=") for override in config.hydra.overrides.hydra):
+                folder.mkdir(parents=True, exist_ok=True)  # named by the user, it may be there: another rank's, say
+            elif is_started_from_outside():
+                raise ConfigError(
+                    "hydra.run.dir: several processes were started for this run, which cannot agree on a folder; name "
+                    "one that all of them see, as in hydra.run.dir=logs/train/<name>"
+                )
+            else:
+                config.hydra.run.dir = str(claim(folder))
+                if "resume" in config:  # nothing goes on with a run of the other commands
+                    write_status(Path(config.hydra.run.dir), "queued", describe_start(config.hydra))
+        except Exception as error:  # Hydra turns an Exception in a callback into a warning
+            if os.environ.get(FULL_ERROR) == "1":
+                traceback.print_exc()
+            _leave(explain(error))
+
+
+def _check(cfg: DictConfig) -> None:
+    """Check a command's config and the checkpoint that it names."""
+    check(cfg)
+    if cfg.get("ckpt_path"):
+        check_checkpoint(cfg.ckpt_path)
+    elif "seed" not in cfg:  # all commands but training take one
+        newest_checkpoint(Path(cfg.root_dir) / "logs")
+    if _check_more:
+        _check_more(cfg)
+
+
+def _require_own_process(cfg: DictConfig) -> None:
+    """A job that starts processes has them repeat the command of its own, which must be that of a run.
+
+    Within the sweep's process it would be the whole sweep's; with Ray and the like, their worker's. On Slurm it is srun
+    that starts the processes.
+    """
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.RUN or hydra.launcher._target_ == SLURM_LAUNCHER:
+        return
+    num_nodes = OmegaConf.select(cfg, "trainer.num_nodes", default=1)
+    if num_nodes != 1:
+        raise ConfigError(f"trainer.num_nodes={num_nodes}: in a sweep this needs hydra/launcher=submitit_slurm")
+    key = "trainer.devices" if "trainer" in cfg else "accelerator.devices"
+    devices = OmegaConf.select(cfg, key, default=1)
+    if devices != 1 and not (isinstance(devices, ListConfig) and len(devices) == 1):
+        raise ConfigError(f"{key}={devices}: in a sweep this needs hydra/launcher=one_process")
+
+
+def _refuse_sweep(config: DictConfig) -> None:
+    option = config.hydra.runtime.choices.get("sweep")
+    if option:
+        raise ConfigError(f"sweep={option}: a sweep needs -m: python -m src.train -m sweep={option}")
+
+
+def _refuse_output_dir(config: DictConfig) -> None:
+    """The log would lie in another folder than the rest."""
+    written = config._get_node("output_dir")
+    if not isinstance(written, Node) or written._value() != "${hydra:runtime.output_dir}":
+        raise ConfigError("output_dir: follows hydra.run.dir; set hydra.run.dir=<folder> instead")
+
+
+def claim(folder: Path) -> Path:
+    """Make a folder that no other run has, even one started in the same second: name, name_2, name_3..."""
+    for number in range(1, 1000):
+        candidate = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+        try:
+            candidate.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return candidate
+    raise FileExistsError(f"{folder} and 999 more are taken")

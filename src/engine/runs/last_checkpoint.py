@@ -1,0 +1,255 @@
+"""The checkpoint that a run goes on from, and the signals that stop a run."""
+
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.trainer.states import TrainerFn
+
+from src.data.loader import BatchLoader
+from src.engine.runs.processes import SIGNALS, is_child
+from src.engine.runs.running_metrics import collect_means, collect_metrics, restore_means, restore_metrics
+
+log = logging.getLogger(__name__)
+
+
+class LastCheckpoint(Checkpoint):
+    """Writes ``last.ckpt``, from which a run goes on as if it had not stopped, to the bit.
+
+    It is written when a step or an epoch is over with all that belongs to it. Lightning's hooks come earlier: what is
+    logged behind them would be missing from the curves, and ReduceLROnPlateau would miss a step. So it is written
+
+    - at the end of every epoch, behind its validation,
+    - every ``every_n_steps`` optimizer steps,
+    - by SIGTERM, SIGINT and SIGUSR1 behind the current step (in an epoch's last step and in validation: behind the
+      epoch). The process then ends with 128 + signal; a second signal ends it at once,
+    - by an exception in a training step, as of the step before.
+
+    Beside Lightning's own, it holds every process's random states and running metrics, the latest metrics, and whether
+    the run is to stop.
+
+    Args:
+        dirpath: Folder of ``last.ckpt``.
+        every_n_steps: Optimizer steps between two of them within an epoch, 1 or more; None: at epochs' ends alone.
+    """
+
+    def __init__(self, dirpath: str, every_n_steps: int | None = None) -> None:
+        self.path = Path(dirpath) / "last.ckpt"
+        self.every_n_steps = every_n_steps
+        self._loaded: dict[str, Any] = {}
+        self._signum = 0  # the signal that has asked to stop
+        self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}  # those that ours stand in for
+        self._last_step = -1  # the optimizer steps of the last whole step
+        self._in_step = False
+        self._means: dict[str, list[torch.Tensor]] = {}  # to be added where each is logged again
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add what Lightning leaves out; what each process has of its own in the order of the ranks."""
+        own = {
+            "random_states": _plain(_collect_rng_states()),
+            "metrics": collect_metrics(pl_module),
+            "means": {**collect_means(trainer), **self._means},
+        }
+        processes = [own] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(processes, own)
+        checkpoint["processes"] = processes
+        checkpoint["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        checkpoint["should_stop"] = bool(trainer.should_stop)  # a callback may have set NumPy's
+        checkpoint["in_step"] = self._in_step
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep it all until training starts: what is set up meanwhile draws random numbers, too."""
+        names = ("processes", "metrics", "in_step")
+        self._loaded = {name: checkpoint[name] for name in names if name in checkpoint}
+        if trainer.state.fn == TrainerFn.FITTING and checkpoint.get("should_stop"):  # by early stopping, or pruned
+            trainer.should_stop = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take over where the checkpoint was written, and stand by for signals."""
+        _hook_in(trainer, self._end_step, self._end_epoch)
+        self._last_step = trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            for signum in SIGNALS:
+                if callable(handler := signal.getsignal(signum)):  # the command's, or submitit's, which requeues a job
+                    self._handlers[signum] = handler
+                    signal.signal(signum, self._note)
+        if trainer.fit_loop.is_resuming:
+            self._continue(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the signals to those who had them."""
+        self._give_signals_back()
+        if self._signum:  # it came behind the last step
+            signal.raise_signal(self._signum)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Save what was learned up to the step that has failed; another process may be gone, and a save needs all."""
+        self._give_signals_back()
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+        is_within_step = trainer.training and progress.current.processed < progress.current.ready
+        # Weights that the failed step has changed may not be worth it; of gradients, a checkpoint holds none.
+        is_unchanged = trainer.global_step == self._last_step and trainer.accumulate_grad_batches == 1
+        if isinstance(exception, Exception) and trainer.world_size == 1 and is_within_step and is_unchanged:
+            _undo_fetch(trainer)
+            self._in_step = True
+            self._save(trainer)
+
+    def _end_step(self, trainer: pl.Trainer, is_validated: bool) -> None:
+        """Behind each training step: save where it is due, stop where a signal has asked for it."""
+        loop = trainer.fit_loop.epoch_loop
+        stepped = trainer.global_step > self._last_step
+        self._last_step = trainer.global_step
+        if self._means:
+            self._means = restore_means(trainer, self._means)
+        signum = self._agree(trainer)
+        # With gradients half gathered, or just validated, Lightning would not go on from here exactly.
+        if loop.done or not stepped or is_validated:
+            return
+        if signum or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
+            self._save(trainer)
+        if signum:
+            self._stop(signum)
+
+    def _end_epoch(self, trainer: pl.Trainer) -> None:
+        signum = self._agree(trainer)
+        if self._means:
+            _warn(trainer, f"{', '.join(self._means)}: not logged since: the epoch's figure is missing")
+            self._means = {}
+        self._save(trainer)
+        if signum:
+            self._stop(signum)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.save()  # first, so that the curves never lack what the checkpoint holds
+        trainer.save_checkpoint(self.path, weights_only=False)  # all of it, not the weights alone
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self._signum:
+            self._handlers[signum](signum, frame)
+        self._signum = signum
+
+    def _agree(self, trainer: pl.Trainer) -> int:
+        """The signal that any of the processes has been sent, for all of them: they stop behind the same step."""
+        if trainer.world_size == 1:
+            return self._signum
+        signum = torch.tensor(self._signum, device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX)
+        return int(signum)
+
+    def _stop(self, signum: int) -> None:
+        """End the process the way that the signal's own handler does."""
+        self._signum = 0
+        self._handlers[signum](signum, None)
+        if is_child():  # its handler leaves it to the parent
+            sys.exit(128 + signum)
+
+    def _give_signals_back(self) -> None:
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+        self._handlers = {}
+
+    def _continue(self, trainer: pl.Trainer) -> None:
+        loop = trainer.fit_loop
+        total: Any = loop.epoch_progress.total
+        processes = self._loaded.get("processes", [])
+        is_in_epoch = total.processed < total.ready
+        is_lightnings = total.completed < total.processed  # written by a hook at an epoch's end, as best.ckpt
+        if is_in_epoch:  # its end is to be as ever: Lightning would not let ReduceLROnPlateau step
+            loop._restarting = False
+        else:  # nothing of the last epoch is left to do
+            if is_lightnings:
+                total.completed = total.processed
+                metrics = {name: torch.tensor(value) for name, value in self._loaded.get("metrics", {}).items()}
+                trainer._logger_connector._callback_metrics.update(metrics)
+                loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+            for each in (loop, loop.epoch_loop):
+                each.restarting = False
+                each.on_iteration_done()
+        if self._loaded.get("in_step"):
+            _warn(trainer, "an exception had ended the run within a step, which it repeats with other random numbers")
+        if len(processes) == trainer.world_size:
+            own = processes[trainer.global_rank]
+            if not is_lightnings:  # those of the last epoch, which Lightning was about to reset
+                restore_metrics(trainer.lightning_module, own["metrics"])
+            if is_in_epoch:
+                self._means = own["means"]
+            if (num_gpus := len(own["random_states"]["torch.cuda"])) != torch.cuda.device_count():
+                _warn(
+                    trainer,
+                    f"GPUs in sight: the run had {num_gpus}, now {torch.cuda.device_count()}: "
+                    "what draws random numbers on a GPU draws others",
+                )
+            _set_rng_states(_restorable(own["random_states"]))
+        else:
+            _warn(
+                trainer,
+                f"trainer.devices, num_nodes: the run had {len(processes) or 'an unknown number of'} processes, now "
+                f"{trainer.world_size}: each draws random numbers of its own",
+            )
+        self._loaded = {}
+
+
+def _hook_in(
+    trainer: pl.Trainer, end_step: Callable[[pl.Trainer, bool], None], end_epoch: Callable[[pl.Trainer], None]
+) -> None:
+    """Call functions behind each step and each epoch, where Lightning has no hook of its own."""
+    epochs, steps = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    theirs_of_step, theirs_of_epoch = type(steps).on_advance_end, type(epochs).on_advance_end
+
+    def after_step(data_fetcher: Any) -> None:
+        is_validated = steps._should_check_val_fx(data_fetcher)
+        theirs_of_step(steps, data_fetcher)
+        end_step(trainer, is_validated)
+
+    def after_epoch() -> None:
+        theirs_of_epoch(epochs)
+        end_epoch(trainer)
+
+    steps.on_advance_end = after_step  # type: ignore[method-assign]
+    epochs.on_advance_end = after_epoch  # type: ignore[method-assign]
+    steps._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]  # the same by _agree
+
+
+def _undo_fetch(trainer: pl.Trainer) -> None:
+    """Count the batch whose step has failed as not yet seen."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    for part in (progress.current, progress.total):
+        part.ready = part.started = part.processed = part.completed
+    loader = trainer.train_dataloader
+    if isinstance(loader, BatchLoader):
+        loader.position = progress.current.completed
+
+
+def _warn(trainer: pl.Trainer, reason: str) -> None:
+    if trainer.is_global_zero:
+        log.warning(f"not an exact continuation: {reason}")
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """Without NumPy's array, which a checkpoint under weights_only must not hold."""
+    name, keys, *rest = state["numpy"]
+    return {**state, "numpy": (name, keys.tolist(), *rest)}
+
+
+def _restorable(state: dict[str, Any]) -> dict[str, Any]:
+    name, keys, *rest = state["numpy"]
+    state = {**state, "numpy": (name, np.array(keys, np.uint32), *rest)}
+    if len(state["torch.cuda"]) != torch.cuda.device_count():  # another machine's
+        del state["torch.cuda"]
+    return state

@@ -1,0 +1,170 @@
+"""``resume=<run's folder>``: go on with a run where its last checkpoint left off."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import OverrideParseException
+
+from src.engine.errors import ConfigError
+from src.engine.runs.checkpoints import find_checkpoint
+from src.engine.runs.processes import get_name
+from src.engine.runs.status import is_held, read_status
+
+log = logging.getLogger(__name__)
+
+LATEST = "latest"
+# What a checkpoint's states go before: another value would be without effect, or would not fit.
+KEPT = ("model", "optimizer", "scheduler")
+# What says where a run is and what becomes of it, not how it trains.
+BESIDE = ("resume", "ckpt_path", "root_dir", "output_dir", "test")
+# What decides how many steps there are, for which some schedules are made.
+OF_LENGTH = (
+    "trainer.limit_train_batches", "trainer.overfit_batches", "trainer.accumulate_grad_batches", "data.name",
+    "data.source", "data.batch_size", "data.train_size", "data.val_size",
+)  # fmt: skip
+MAX_SHOWN = 10
+
+
+def expand(arguments: Sequence[str]) -> list[str]:
+    """Replace ``resume=<folder>`` by how the run was started, its folder and its newest whole checkpoint.
+
+    Args:
+        arguments: Those of ``python -m src.train``.
+
+    Returns:
+        Arguments that go on with the run; what else was given goes before what it was started with.
+
+    Raises:
+        ConfigError: If there is no such run, it is at work, has finished, or its checkpoints are all damaged.
+    """
+    asked = [argument for argument in arguments if _key(argument) == "resume"]
+    try:
+        value = OverridesParser.create().parse_override(asked[-1]).value() if asked else None
+    except OverrideParseException:
+        value = None  # Hydra will say what is wrong with it
+    if value is None:
+        return list(arguments)
+    flags = [argument for argument in arguments if not _key(argument)]
+    own = [argument for argument in arguments if argument not in flags and argument not in asked]
+    if {"-m", "--multirun"} & set(flags):
+        raise ConfigError(f"resume={value}: goes on with one run; a sweep does by its command and hydra.sweep.dir")
+    for override in own:
+        if _key(override) in ("ckpt_path", "hydra.run.dir"):
+            raise ConfigError(f"{override}: resume={value} chooses this itself; leave one of the two out")
+    folder = _find_run(str(value)).resolve()
+    status = read_status(folder)
+    if is_held(folder) and not get_name():  # the first of several processes may be there already
+        raise ConfigError(f"resume={value}: process {status.get('process')} on {status.get('host')} is at work on it")
+    if status["state"] == "finished" and not own:
+        raise ConfigError(f"resume={value}: this run has finished; to train longer, add trainer.max_epochs=<more>")
+    checkpoint = find_checkpoint(folder)
+    return [
+        *flags,
+        *(f"--config-dir={path}" for path in status["config_dirs"]),
+        *status["overrides"],
+        *own,
+        f"resume={quoted(folder)}",
+        f"hydra.run.dir={quoted(folder)}",
+        *([f"ckpt_path={quoted(checkpoint)}"] if checkpoint else []),
+    ]
+
+
+def _key(argument: str) -> str:
+    """The key that an argument sets, adds or deletes; empty for Hydra's own flags and their values."""
+    if argument.startswith("-") or not ("=" in argument or argument.startswith("~")):
+        return ""
+    return argument.partition("=")[0].lstrip("+~")
+
+
+def _can_go_on(folder: Path) -> bool:
+    return {"state", "overrides", "config_dirs"} <= read_status(folder).keys()
+
+
+def _find_run(value: str) -> Path:
+    if value == LATEST:
+        logs = Path(os.environ["PROJECT_ROOT"]) / "logs"
+        found = [path.parent for path in logs.glob("**/status.json") if _can_go_on(path.parent)]
+        if not found:
+            raise ConfigError(f"resume=latest: no run below {logs}: train first (python -m src.train)")
+        return max(found, key=lambda folder: (folder / "status.json").stat().st_mtime)
+    folder = Path(value)
+    if not folder.is_dir():
+        raise ConfigError(f"resume={value}: no such folder; expected a run's, logs/train/<date_time>, or latest")
+    if (folder / "sweep.json").is_file():
+        raise ConfigError(
+            f"resume={value}: a sweep's folder; a sweep goes on by its own command with hydra.sweep.dir={value}"
+        )
+    if not _can_go_on(folder):
+        raise ConfigError(
+            f"resume={value}: no run's folder: its status.json does not say how it was started; "
+            "ckpt_path=<checkpoint> goes on in a new folder"
+        )
+    return folder
+
+
+def check_difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Compare the config of a checkpoint with the one that is to go on from it, and warn of what differs.
+
+    Args:
+        stored: The checkpoint's config, plain.
+        asked: The new one, plain.
+
+    Raises:
+        ConfigError: If a difference would be without effect, or would not make sense.
+    """
+    old, new = ({key: value for key, value in leaves(config) if _matters(key)} for config in (stored, asked))
+    folders = (str(stored.get("output_dir")), str(asked.get("output_dir")))
+    changed = {
+        key: (old.get(key), new.get(key))
+        for key in old | new
+        if str(old.get(key)).replace(folders[0], "") != str(new.get(key)).replace(folders[1], "")
+    }
+    of_schedule = [key for key in changed if key.startswith("scheduler.")]
+    schedule = stored.get("scheduler") or {}
+    needs_length = (schedule.get("scheduler") or {}).get("total_steps", 0) is None
+    if "trainer.max_epochs" in changed and (needs_length or of_schedule == ["scheduler.scheduler.T_max"]):
+        before, now = changed["trainer.max_epochs"]
+        name = schedule["scheduler"]["_target_"].rpartition(".")[2]
+        raise ConfigError(
+            f"trainer.max_epochs={now}: the run so far was to have {before}, and its schedule, {name}, ends with them; "
+            "start a new run, or one that can be extended with scheduler=step, plateau or []"
+        )
+    for key, (before, now) in changed.items():
+        if needs_length and key in OF_LENGTH:
+            name = schedule["scheduler"]["_target_"].rpartition(".")[2]
+            raise ConfigError(
+                f"{key}={now}: the run so far has {before}, and its schedule, {name}, is made for the steps that come "
+                "of it; leave it so, or start a new run, or one that can be changed with scheduler=step, plateau or []"
+            )
+        if key.partition(".")[0] in KEPT:
+            raise ConfigError(
+                f"{key}={now}: the run so far has {before}, which goes on with its checkpoint; leave it so, or start a "
+                "new run"
+            )
+    if changed:
+        shown = [f"{key}: {before} -> {now}" for key, (before, now) in changed.items()]
+        more = f", and {len(shown) - MAX_SHOWN} more" if len(shown) > MAX_SHOWN else ""
+        log.warning(f"not an exact continuation: the config differs: {', '.join(shown[:MAX_SHOWN])}{more}")
+
+
+def _matters(key: str) -> bool:
+    return key.partition(".")[0] not in BESIDE
+
+
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The plain values of a nested config, by their full keys; lists are values."""
+    if isinstance(node, Mapping) and node:
+        for key, child in node.items():
+            yield from leaves(child, f"{path}.{key}".lstrip("."))
+    else:
+        yield path, node
+
+
+def quoted(value: object) -> str:
+    """A text in the quotes that Hydra's overrides need around = and commas."""
+    return QuotedString(str(value), Quote.single).with_quotes()

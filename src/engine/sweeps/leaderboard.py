@@ -1,0 +1,199 @@
+"""Which job of a sweep is best: as a table, in sweep.csv and sweep.md, in a figure and in TensorBoard."""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rich.markup import escape
+from rich.table import Table
+
+from src.engine.runs import report
+from src.engine.sweeps.folder import Job
+
+SEED = "seed"  # swept, its jobs are repetitions of one setting
+
+
+class Setting(NamedTuple):
+    """The jobs that differ by their seed alone.
+
+    Args:
+        values: Their swept values, without the seed.
+        jobs: The jobs.
+        scores: The best values of the monitored metric, of the finished jobs.
+    """
+
+    values: Mapping[str, Any]
+    jobs: Sequence[Job]
+    scores: Sequence[float]
+
+    @property
+    def mean(self) -> float:
+        """Mean score; NaN without a finished job."""
+        return statistics.fmean(self.scores) if self.scores else math.nan
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation of the scores; NaN below two."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else math.nan
+
+    @property
+    def tests(self) -> list[float]:
+        """Test accuracies, of the jobs that were tested."""
+        return [job.metrics["test/acc"] for job in self.jobs if "test/acc" in job.metrics]
+
+
+class Leaderboard:
+    """A sweep's settings, best first.
+
+    Args:
+        jobs: The sweep's jobs.
+        monitor: The metric that decides.
+        mode: ``max`` or ``min``.
+    """
+
+    def __init__(self, jobs: Sequence[Job], monitor: str, mode: str) -> None:
+        self.jobs = jobs
+        self.monitor = monitor
+        self.keys = list(dict.fromkeys(key for job in jobs for key in job.values))
+        groups: dict[str, list[Job]] = {}
+        for job in jobs:
+            groups.setdefault(repr(_without_seed(job.values)) if SEED in self.keys else job.name, []).append(job)
+        sign = -1 if mode == "max" else 1
+        # A setting of which a seed failed ranks below those that are complete: one lucky run shall not win.
+        self.settings = sorted(
+            (Setting(_without_seed(group[0].values), group, _scores(group)) for group in groups.values()),
+            key=lambda setting: (-len(setting.scores), sign * setting.mean if setting.scores else 0.0),
+        )
+        self._sign = sign
+
+    @property
+    def winner(self) -> Setting | None:
+        """The best setting; None as long as no job has finished."""
+        return self.settings[0] if self.settings and self.settings[0].scores else None
+
+    @property
+    def best_job(self) -> Job | None:
+        """The winner's best job."""
+        finished = [job for job in self.winner.jobs if _counts(job)] if self.winner else []
+        return min(finished, key=lambda job: self._sign * (job.score or 0.0), default=None)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a job, the best setting's first; what a job lacks is left out."""
+        rows = []
+        for rank, setting in enumerate(self.settings, 1):
+            for job in sorted(setting.jobs, key=lambda job: (not _counts(job), self._sign * (job.score or 0.0))):
+                row = {
+                    "rank": rank,
+                    "job": job.name,
+                    **job.values,
+                    "status": job.status,
+                    f"best {self.monitor}": job.score,
+                }
+                row |= {**job.metrics, "seconds": job.seconds, "checkpoint": job.checkpoint, "error": job.error}
+                rows.append(row)
+        return rows
+
+    def to_csv(self) -> str:
+        """The rows as comma-separated values, numbers in full."""
+        rows = self.rows()
+        file = io.StringIO()
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return file.getvalue()
+
+    def to_markdown(self, title: str) -> str:
+        """A table of the settings, one of the jobs' tests, and the errors."""
+        header, *rows = self.table()
+        lines = [
+            f"# {title}",
+            "",
+            _markdown_row(header),
+            _markdown_row(["---"] * len(header)),
+            *map(_markdown_row, rows),
+        ]
+        lines += ["", *(f"- {line}" for line in self.summary())]
+        return "\n".join(lines) + "\n"
+
+    def table(self) -> list[list[str]]:
+        """A header and a row a setting, as text."""
+        keys = [key for key in self.keys if key != SEED]
+        seeds = SEED in self.keys
+        tested = [setting for setting in self.settings if setting.tests]
+        tests = ["test/acc"] if len(tested) > 1 else []  # the winner's alone stand in the summary
+        header = ["rank", *keys, *(["n"] if seeds else []), f"best {self.monitor}", *tests, "status"]
+        rows = []
+        for rank, setting in enumerate(self.settings, 1):
+            pruned = [job.score for job in setting.jobs if job.status == "pruned" and job.score is not None]
+            score = shown_mean(setting.scores or pruned)
+            status = count(job.status for job in setting.jobs) if seeds else setting.jobs[0].status
+            values = [_shown(setting.values.get(key, "")) for key in keys]
+            number = [str(len(setting.scores))] if seeds else []
+            rows.append([str(rank), *values, *number, score, *(shown_mean(setting.tests) for _ in tests), status])
+        return [header, *rows]
+
+    def summary(self) -> list[str]:
+        """What came out: the best job, its checkpoint, its test, and what failed."""
+        lines = []
+        job = self.best_job
+        if job and self.winner:
+            lines.append(f"best: {job.name}, {self.monitor} {job.score:.4f}")
+            lines.append(f"checkpoint: {report.shown(job.checkpoint) if job.checkpoint else 'none was asked for'}")
+            tests = self.winner.tests
+            if tests:
+                lines.append(f"test/acc: {shown_mean(tests)}" + (f" (n={len(tests)})" if len(tests) > 1 else ""))
+        lines += [
+            f"{job.status}: {job.name}: {job.error.partition(chr(10))[0]}"
+            for job in self.jobs
+            if job.status == "failed"
+        ]
+        return lines
+
+
+def show(board: Leaderboard, title: str) -> None:
+    """Print the leaderboard."""
+    header, *rows = board.table()
+    table = Table(*map(escape, header), title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console = report.make_console()
+    console.print(table)
+    for line in board.summary():
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def shown_mean(scores: Sequence[float]) -> str:
+    """Mean and standard deviation, or the one score."""
+    if not scores:
+        return "-"
+    std = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
+    return f"{statistics.fmean(scores):.4f}{std}"
+
+
+def _without_seed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != SEED}
+
+
+def _counts(job: Job) -> bool:
+    return job.status == "finished" and job.score is not None and math.isfinite(job.score)
+
+
+def _scores(jobs: Iterable[Job]) -> list[float]:
+    return [job.score for job in jobs if _counts(job) and job.score is not None]
+
+
+def count(statuses: Iterable[str]) -> str:
+    """How often each status occurs, as in ``3 finished, 1 failed``."""
+    statuses = list(statuses)
+    return ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _markdown_row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

@@ -1,0 +1,41 @@
+"""Cut poor trials of a search short."""
+
+import warnings
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.trainer.states import TrainerFn
+
+
+class Pruning(pl.Callback):
+    """Reports the monitored metric to a trial of an Optuna study, and stops the run when its pruner says so.
+
+    Args:
+        study: The study's name, in the storage that the environment names.
+        trial: The trial's number.
+        monitor: The metric to report.
+    """
+
+    def __init__(self, study: str, trial: int, monitor: str) -> None:
+        self.study = study
+        self.number = trial
+        self.monitor = monitor
+        self.pruned = False
+        self._trial: Any = None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report the metric; the last epoch is no longer worth pruning."""
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        prune = False
+        if trainer.is_global_zero:
+            if self._trial is None:
+                from src.engine.sweeps.study import open_trial  # here: only a search needs Optuna
+
+                self._trial = open_trial(self.study, self.number)
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # an epoch that a kill has undone
+                self._trial.report(float(trainer.callback_metrics[self.monitor]), step=trainer.current_epoch)
+            prune = bool(self._trial.should_prune())  # NumPy's may be what a pruner says; a checkpoint holds none
+        is_last = trainer.current_epoch + 1 == trainer.max_epochs
+        self.pruned = trainer.strategy.broadcast(prune) and not is_last
+        trainer.should_stop = trainer.should_stop or self.pruned

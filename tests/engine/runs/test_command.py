@@ -1,0 +1,180 @@
+"""Bad input, from the command line: one or two lines, a non-zero exit, nothing left behind."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from src.engine.settings.check import ROOT
+from tests import forks
+from tests.compose import run_command
+
+REJECTED_BEFORE_TORCH = {
+    "optimizer.lrr=0.1": "optimizer.lrr: no such key; did you mean optimizer.lr?",
+    "modell=lenet5": "modell: no such key; did you mean model?",
+    "model=lenet": "model=lenet: no such file in conf/model/; did you mean lenet5?",
+    "data.batch_size=0": "data.batch_size=0: expected a whole number of 1 or more",
+    "data.batch_size=1.5": "data.batch_size=1.5: expected a whole number",
+    "data.batch_size=true": "data.batch_size=True: expected a whole number",
+    "optimizer.lr=-1": "optimizer.lr=-1: expected a number above 0",
+    "optimizer.lr=fast": "optimizer.lr=fast: expected a number above 0",
+    "optimizer.lr=nan": "optimizer.lr=nan: expected a number above 0",
+    "optimizer.betas=[0.9,1]": "optimizer.betas=[0.9, 1]: expected two numbers",
+    "trainer.max_epochs=abc": "trainer.max_epochs=abc: expected a whole number of 1 or more",
+    "trainer.limit_train_batches=1.5": "trainer.limit_train_batches=1.5: expected a whole number",
+    "data.val_size=60000": "data.val_size=60000: expected a whole number from 1 to 59999",
+    "data.source=web": "data.source=web: expected one of auto, files, download, package",
+    "model.net.activation=sigmoid": "model.net.activation=sigmoid: expected one of tanh, relu",
+    "trainer.devices=0": "trainer.devices=0: expected a whole number of 1 or more",
+    "trainer.devices=[]": "trainer.devices=[]: expected a whole number of 1 or more, a list of devices' indices",
+    "+trainer.num_nodes=0": "trainer.num_nodes=0: expected a whole number of 1 or more",
+    "monitor=[]": "monitor=[]: expected text",
+    "mode=best": "mode=best: expected one of min, max",
+    "sweep=lr": "sweep=lr: a sweep needs -m: python -m src.train -m sweep=lr",
+    "seed=-1": "seed=-1: expected a whole number from 0",
+    "ckpt_path=nowhere.ckpt": "ckpt_path=nowhere.ckpt: no such file",
+    f"ckpt_path={Path(__file__).as_posix()}": "not a checkpoint, or a truncated one",
+    "optimizer.lr=${foo}": "optimizer.lr: Interpolation key 'foo' not found",
+    "~optimizer": "optimizer",
+    "~optimizer._target_": "optimizer: expected a node with a _target_",
+    "+callbacks.mine.targt=x": "callbacks.mine: expected a node with a _target_",
+    "optimizer.lr=[": "optimizer.lr=[: expected key=value, with quotes as in",
+    "optimizer": "optimizer: expected key=value",
+    "~ckpt_path": "ckpt_path: cannot be deleted; ckpt_path=null may do",
+    "debuug=fast": "debuug: no such key; did you mean debug?",
+    "callbacks=[default,early_stop]": "callbacks=early_stop: no such file in conf/callbacks/; did you mean early",
+    "+optimizer/mine=adam": "optimizer/mine: no such group in conf/",
+    "output_dir=here": "output_dir: follows hydra.run.dir; set hydra.run.dir=<folder> instead",
+    "callbacks.lr._target_=os.system": "callbacks.lr._target_=os.system: not among what a config may build",
+    "optimizer._target_=torch.optim.Adamm": "torch.optim has no Adamm; did you mean Adam?",
+    f"model.net.activation={'x' * 5000}": f"model.net.activation={'x' * 79}... expected one of tanh, relu",
+}
+
+
+def _lines(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("override", REJECTED_BEFORE_TORCH)
+def test_a_bad_override_is_one_clear_message(override: str, tmp_path: Path) -> None:
+    result = forks.run_command("train", override, PROJECT_ROOT=str(tmp_path))
+    assert result.returncode == 1
+    assert REJECTED_BEFORE_TORCH[override] in result.stderr
+    assert len(_lines(result.stdout + result.stderr)) <= 2
+    assert list(tmp_path.iterdir()) == []
+
+
+SAY_WHETHER_TORCH_IS_IMPORTED = """
+import runpy, sys
+sys.argv[0] = "train"
+try:
+    runpy.run_module("src.train", run_name="__main__")
+except SystemExit:
+    pass
+print("torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("argument", ["--help", "--cfg=job", "optimizer.lr=-1", "optimizer.lrr=1", "model=lenet"])
+def test_what_does_not_train_does_not_import_torch(argument: str) -> None:
+    command = [sys.executable, "-c", SAY_WHETHER_TORCH_IS_IMPORTED, argument]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "False"
+    if argument.startswith("--"):
+        assert "optimizer" in result.stdout
+
+
+def test_the_stack_trace_is_printed_on_request(tmp_path: Path) -> None:
+    result = run_command("train", "optimizer.lr=-1", PROJECT_ROOT=str(tmp_path), HYDRA_FULL_ERROR="1")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "optimizer.lr=-1: expected" in result.stderr
+
+
+@pytest.mark.parametrize("override", ["trainer=gpu", "accelerator=gpu"])
+def test_a_gpu_that_is_not_there_is_said(override: str, tmp_path: Path) -> None:
+    result = forks.run_command("train", override, PROJECT_ROOT=str(tmp_path), CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 1
+    assert _lines(result.stderr) == ["error: accelerator=gpu: torch finds no GPU; use trainer=cpu or mend the driver"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_testing_on_a_gpu_that_is_not_there_is_said(tmp_path: Path) -> None:
+    result = forks.run_command("test", "accelerator=gpu", PROJECT_ROOT=str(tmp_path), CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 1
+    assert "accelerator=gpu: torch finds no GPU" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="a Mac has MPS")
+def test_mps_off_a_mac_is_said(tmp_path: Path) -> None:
+    result = forks.run_command("train", "trainer=mps", PROJECT_ROOT=str(tmp_path))
+    assert result.returncode == 1
+    assert "accelerator=mps: needs a Mac" in result.stderr
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run_command("train", f"hydra.run.dir={tmp_path}/file/run")
+    assert result.returncode == 1
+    assert f"{tmp_path}/file/run" in result.stderr
+    assert "hydra.run.dir=<folder>" in result.stderr
+    assert len(_lines(result.stderr)) == 1
+
+
+def test_damaged_data_are_named(tmp_path: Path, mnist_root: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file in (mnist_root / "MNIST" / "raw").iterdir():
+        (raw / file.name).write_bytes(file.read_bytes()[:-20] if "train-images" in file.name else file.read_bytes())
+    result = forks.run_command(
+        "train", f"data.root={tmp_path}", "data.source=files", "data.md5=null", PROJECT_ROOT=str(tmp_path)
+    )
+    assert result.returncode == 1
+    assert "train-images-idx3-ubyte.gz is damaged" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.glob("logs/train/*/checkpoints"))
+
+
+def test_no_network_is_said_where_a_download_was_asked_for(tmp_path: Path) -> None:
+    result = forks.run_command(
+        "train", "data.source=download", "data.mirrors=[http://127.0.0.1:9/mnist]", PROJECT_ROOT=str(tmp_path)
+    )
+    assert result.returncode == 1
+    assert "http://127.0.0.1:9/mnist: " in result.stderr
+    assert "Connection refused" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+COUNT_PAGE_FAULTS = """
+import gc, os, resource
+from src.engine.runs.command import load_libraries
+load_libraries()
+import torch
+for turn in range(60):
+    if turn == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    kept = [torch.zeros(2_000_000).add_(1) for _ in range(4)]  # 8 MB each, as the layers of a batch
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, gc.isenabled(), torch.cuda.is_available())
+print(repr(os.environ.get("CUDA_VISIBLE_DEVICES")))
+"""
+
+
+def _count_page_faults() -> list[str]:
+    command = [sys.executable, "-c", COUNT_PAGE_FAULTS]
+    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert result.stderr == ""  # at the process's end, too
+    return result.stdout.split()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_a_commands_steps_find_the_memory_of_the_step_before() -> None:
+    faults, gc_enabled, has_gpu, visible = _count_page_faults()
+
+    assert int(faults) < 50 * 4 * 8_000_000 / 4096 / 10  # a tenth of all pages; without, half of them as a rule
+    assert gc_enabled == "True"
+    assert visible == ("None" if has_gpu == "True" else "''")

@@ -1,0 +1,172 @@
+"""src/callbacks/last_checkpoint.py with a user's own module and loader; tests/test_resume.py has the command."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from src.data.loader import BatchLoader
+from src.engine.runs.last_checkpoint import LastCheckpoint
+
+NUM_IMAGES, BATCH_SIZE = 40, 4
+Loader = DataLoader | BatchLoader
+
+
+class UsersModule(pl.LightningModule):
+    """Logs as Lightning's documentation does, and draws random numbers of all three kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 3))
+        self.accuracy = MulticlassAccuracy(3)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        logits = self.net(images + random.random() + float(np.random.rand()))
+        loss = nn.functional.cross_entropy(logits, labels)
+        self.accuracy(logits, labels)
+        self.log("train/loss", loss, on_step=False, on_epoch=True)
+        self.log("train/worst", loss, on_step=False, on_epoch=True, reduce_fx="max")
+        self.log("train/acc", self.accuracy, on_step=False, on_epoch=True)
+        if batch_idx in (1, 8):  # not in each step, nor in the first one behind a resume
+            self.log("train/rare", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters())
+
+
+class Kill(BaseException):
+    """What leaves a trainer no time for anything, as a kill."""
+
+
+class KillAfter(Callback):
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, idx: int) -> None:
+        if trainer.global_step == self.steps:
+            raise Kill
+
+
+def make_loader(kind: str) -> Loader:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(NUM_IMAGES, 8, generator=generator)
+    labels = torch.randint(3, (NUM_IMAGES,), generator=generator)
+    if kind == "BatchLoader":
+        return BatchLoader(images, labels, BATCH_SIZE, shuffle=True)
+    return DataLoader(TensorDataset(images, labels), BATCH_SIZE, shuffle=True)
+
+
+def fit(folder: Path, kind: str, *callbacks: Callback, ckpt_path: Path | None = None) -> dict[str, Any]:
+    """Train for three epochs; what Lightning's checkpoint at the end would hold, and the curves."""
+    pl.seed_everything(1 if ckpt_path is None else 2, verbose=False)  # other numbers, were they not restored
+    trainer = pl.Trainer(
+        max_epochs=3, accelerator="cpu", logger=CSVLogger(folder, name="", version=""), callbacks=list(callbacks),
+        default_root_dir=folder, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+        enable_checkpointing=bool(callbacks),
+    )  # fmt: skip
+    module = UsersModule()
+    try:
+        trainer.fit(module, make_loader(kind), ckpt_path=ckpt_path, weights_only=True)
+    except Kill:
+        return {}
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {"weights": module.state_dict(), "random": (random.random(), np.random.rand(), torch.rand(1)), **metrics}
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty")
+@pytest.mark.parametrize(
+    ("kind", "kill_at", "every_n_steps"),
+    [("DataLoader", 17, None), ("BatchLoader", 17, 3), ("BatchLoader", 20, 2), ("BatchLoader", 27, 5)],
+)
+def test_a_users_module_goes_on_exactly(kind: str, kill_at: int, every_n_steps: int | None, tmp_path: Path) -> None:
+    whole = fit(tmp_path / "whole", kind, LastCheckpoint(str(tmp_path / "whole"), every_n_steps))
+    path = tmp_path / "part" / "last.ckpt"
+    assert fit(tmp_path / "part", kind, LastCheckpoint(str(path.parent), every_n_steps), KillAfter(kill_at)) == {}
+    assert torch.load(path, weights_only=True)["global_step"] == {None: 10, 3: 15, 2: 20, 5: 25}[every_n_steps]
+    rest = fit(tmp_path / "part", kind, LastCheckpoint(str(path.parent), every_n_steps), ckpt_path=path)
+
+    assert rest.keys() == whole.keys()
+    assert rest.pop("random") == whole.pop("random")
+    for name, weights in whole.pop("weights").items():
+        assert torch.equal(weights, rest["weights"][name]), name
+    del rest["weights"]
+    assert rest == whole
+
+
+@pytest.mark.filterwarnings("ignore:(Experiment logs|Checkpoint) directory .* exists and is not empty")
+def test_beside_it_lightnings_own_checkpoint_will_do(tmp_path: Path) -> None:
+    def callbacks(name: str) -> list[Callback]:
+        theirs = ModelCheckpoint(tmp_path / name, filename="theirs", enable_version_counter=False)
+        return [theirs, LastCheckpoint(str(tmp_path / name))]
+
+    whole = fit(tmp_path / "whole", "DataLoader", *callbacks("whole"))
+    fit(tmp_path / "part", "DataLoader", *callbacks("part"), KillAfter(17))
+    rest = fit(tmp_path / "part", "DataLoader", *callbacks("part"), ckpt_path=tmp_path / "part" / "theirs.ckpt")
+    assert torch.equal(whole.pop("weights")["net.0.weight"], rest.pop("weights")["net.0.weight"])
+    assert whole == rest
+
+
+@pytest.mark.filterwarnings("ignore:(Experiment logs|Checkpoint) directory .* exists and is not empty")
+def test_from_lightnings_own_checkpoint_it_would_not(tmp_path: Path) -> None:
+    whole = fit(tmp_path / "whole", "DataLoader")
+    theirs = ModelCheckpoint(tmp_path / "part", filename="theirs", enable_version_counter=False)
+    fit(tmp_path / "part", "DataLoader", theirs, KillAfter(17))
+    rest = fit(tmp_path / "part", "DataLoader", theirs, ckpt_path=tmp_path / "part" / "theirs.ckpt")
+    assert not torch.equal(whole["weights"]["net.0.weight"], rest["weights"]["net.0.weight"])
+
+
+def test_without_a_stop_training_is_as_without_it(tmp_path: Path) -> None:
+    with_it = fit(tmp_path / "with", "BatchLoader", LastCheckpoint(str(tmp_path / "with"), every_n_steps=1))
+    without = fit(tmp_path / "without", "BatchLoader")
+    assert with_it.pop("random") == without.pop("random")
+    assert all(torch.equal(with_it["weights"][name], weights) for name, weights in without["weights"].items())
+
+
+@pytest.mark.filterwarnings("ignore:(Experiment logs|Checkpoint) directory .* exists and is not empty")
+def test_a_checkpoint_of_another_machine_goes_on_and_what_differs_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "last.ckpt"
+    fit(tmp_path, "BatchLoader", LastCheckpoint(str(tmp_path)), KillAfter(12))
+    checkpoint = torch.load(path, weights_only=True)
+    (own,) = checkpoint["processes"]
+    now = torch.cuda.device_count()
+    more_gpus = {**own["random_states"], "torch.cuda": [torch.zeros(16, dtype=torch.uint8)] * (now + 2)}
+    for processes, said in (
+        ([own], ""),
+        ([{**own, "random_states": more_gpus}], f"GPUs in sight: the run had {now + 2}, now {now}: "),
+        ([own, own], "trainer.devices, num_nodes: the run had 2 processes, now 1: "),
+        ([], "trainer.devices, num_nodes: the run had an unknown number of processes, now 1: "),
+    ):
+        torch.save({**checkpoint, "processes": processes}, path)
+        caplog.clear()
+        assert fit(tmp_path, "BatchLoader", LastCheckpoint(str(tmp_path)), ckpt_path=path)
+        warned = [record.getMessage() for record in caplog.records if record.name.startswith("src.")]
+        assert len(warned) == bool(said)
+        assert all(message.startswith(f"not an exact continuation: {said}") for message in warned), warned
+
+
+@pytest.mark.filterwarnings("ignore:(Experiment logs|Checkpoint) directory .* exists and is not empty")
+def test_a_mean_that_is_not_logged_again_in_its_epoch_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "last.ckpt"
+    fit(tmp_path, "BatchLoader", LastCheckpoint(str(tmp_path), every_n_steps=3), KillAfter(19))
+    assert torch.load(path, weights_only=True)["global_step"] == 18
+    checkpoint = torch.load(path, weights_only=True)
+    (own,) = checkpoint["processes"]
+    own["means"]["training_step.gone"] = own["means"]["training_step.train/rare"]
+    torch.save(checkpoint, path)
+    fit(tmp_path, "BatchLoader", LastCheckpoint(str(tmp_path)), ckpt_path=path)
+    assert "training_step.gone: not logged since: the epoch's figure is missing" in caplog.text
+    assert "train/rare" not in caplog.text
+    assert "training_step.gone" not in torch.load(path, weights_only=True)["processes"][0]["means"]

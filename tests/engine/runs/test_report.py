@@ -1,0 +1,51 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.metrics import recall_score
+
+from src.engine.runs.report import class_accuracies, describe_data, print_next, print_table, shown, write_json
+
+
+def test_class_accuracies_are_sklearns_recalls() -> None:
+    labels, predictions = [0, 0, 0, 1, 1, 2], [0, 1, 0, 1, 1, 0]
+    confusion = torch.zeros(3, 3, dtype=torch.long)
+    for label, prediction in zip(labels, predictions, strict=True):
+        confusion[label, prediction] += 1
+    assert class_accuracies(confusion.tolist()) == pytest.approx(list(recall_score(labels, predictions, average=None)))
+
+
+def test_a_class_without_images_has_no_accuracy() -> None:
+    assert class_accuracies([[3, 1], [0, 0]]) == [0.75, None]
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    write_json(path, {"acc": 0.5})
+    with pytest.raises(TypeError):
+        write_json(path, {"acc": object()})
+    assert json.loads(path.read_text()) == {"acc": 0.5}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_paths_are_shown_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shown(tmp_path / "logs" / "run") == "logs/run"
+    assert shown(tmp_path.parent) == str(tmp_path.parent)
+
+
+def test_data_are_described_in_a_line() -> None:
+    assert describe_data({"source": "files", "num_images": {"train": 55000, "val": 5000}}) == (
+        "files: 55,000 train, 5,000 val"
+    )
+
+
+def test_brackets_in_names_and_paths_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("[draft] 7.png", "x[/old].png", "[bold]", "data\\[1]")
+    print_table("title", {f"the {name}": f"logs/{name}" for name in names})
+    print_next({f"python {name}": f"try {name}" for name in names})
+    said = capsys.readouterr().out
+    for name in names:
+        for text in (f" the {name} ", f" logs/{name} ", f"  python {name}  # try {name}\n"):
+            assert text in said

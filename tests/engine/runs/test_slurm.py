@@ -1,0 +1,370 @@
+"""Sweeps and runs on a real Slurm: job arrays, several processes a job, time limits and requeueing."""
+
+import csv
+import importlib.util
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.plugins.hparams.metadata import SESSION_END_INFO_TAG
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from hydra_plugins.slurm_launcher import _queued
+from src.engine.settings.check import ROOT
+from tests.compose import run_command
+from tests.engine.equality import assert_equal, assert_same_run, content, scalars
+from tests.engine.slurm import PROGRAMS, ask, find_program, serve_slurm, wait_until
+from tests.readme.table import words_of
+
+missing = [name for name in PROGRAMS if not find_program(name)]
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(bool(missing), reason=f"Slurm is not installed: no {', '.join(missing)}"),
+    pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="needs pip install -e '.[slurm]'"),
+]
+
+SMALL = ("data=mnist5k", "trainer.limit_train_batches=20", "trainer.log_every_n_steps=10", "callbacks=minimal")
+TWO_TASKS = ("hydra.launcher.tasks_per_node=2", "trainer=ddp_cpu")
+LONG = ("trainer.max_epochs=3", "optimizer.lr=0.01")
+
+# A callback that notes each step, and makes those of an epoch last, the first time that the job runs.
+SLOW_SOURCE = """
+import os, time
+from pathlib import Path
+from pytorch_lightning.callbacks import Callback
+
+class Slow(Callback):
+    def __init__(self, epoch, seconds):
+        self.epoch, self.seconds = epoch, seconds
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+        if trainer.is_global_zero:
+            with (Path(trainer.default_root_dir) / f"steps{restarts}").open("a") as file:
+                file.write(f"{trainer.current_epoch * 20 + batch_idx}\\n")
+            if restarts == "0" and trainer.current_epoch == self.epoch:
+                time.sleep(self.seconds)
+
+class Hold(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        while trainer.global_rank == 1 and batch_idx == 15 and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+            Path(trainer.default_root_dir, "held").touch()
+            time.sleep(0.1)
+"""
+
+
+def slow(epoch: int, seconds: float) -> str:
+    return f"+callbacks.slow={{_target_: slow.Slow, epoch: {epoch}, seconds: {seconds}}}"
+
+
+def steps(folder: Path, restarts: int) -> list[int]:
+    """The steps of a run, counted from 0, since it was started for the first or a later time."""
+    path = folder / f"steps{restarts}"
+    return [int(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class Sweep(NamedTuple):
+    """A sweep that has ended: its folder, its exit status and what it said."""
+
+    path: Path
+    returncode: int
+    stderr: str
+
+    def rows(self) -> dict[str, dict[str, str]]:
+        with (self.path / "sweep.csv").open() as file:
+            return {row["job"]: row for row in csv.DictReader(file)}
+
+    def tested(self) -> list[str]:
+        return [path.parents[1].name for path in self.path.glob("*/test/metrics.json")]
+
+    def logs(self, rank: int) -> list[str]:
+        """What a rank of each job has said."""
+        return [path.read_text() for path in sorted(self.path.glob(f".submitit/*/*_{rank}_log.err"))]
+
+
+def metrics(folder: Path) -> dict[str, float]:
+    """The last validation's metrics of a run."""
+    found: dict[str, Any] = json.loads((folder / "metrics.json").read_text())["metrics"]
+    return {name: value for name, value in found.items() if name.startswith("val/")}
+
+
+def epochs(log: str) -> list[str]:
+    return re.findall(r"^epoch (\d+)/", log, re.MULTILINE)
+
+
+def writers(folder: Path) -> int:
+    """Number of processes that have written TensorBoard's scalars of a run."""
+    return len({path.name.split(".")[-2] for path in folder.glob("events.*") if path.suffix != ".hparams"})
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of commands on a cluster of one node."""
+    folder = tmp_path_factory.mktemp("slurm")
+    (folder / "slow.py").write_text(SLOW_SOURCE)
+    with serve_slurm(folder) as env:
+        yield {**env, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{folder}", "ALLOWED_TARGETS": "slow"}
+
+
+@contextmanager
+def started_sweep(cluster: dict[str, str], path: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A sweep at work, as the head of a group of processes, which a terminal's Ctrl-C would reach."""
+    row = words_of("Slurm, a sweep as a job array")
+    command = [*row, *SMALL, "trainer.max_epochs=1", f"hydra.sweep.dir={path}", *arguments]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **cluster}, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ended(path: Path, process: subprocess.Popen[str]) -> Sweep:
+    _, stderr = process.communicate(timeout=500)
+    return Sweep(path, process.returncode, stderr)
+
+
+def sweep(cluster: dict[str, str], path: Path, *arguments: str) -> Sweep:
+    with started_sweep(cluster, path, *arguments) as process:
+        return ended(path, process)
+
+
+@pytest.fixture(scope="module")
+def held(
+    cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
+    """A sweep of one job in two processes, with two minutes to run, that will not end within these."""
+    path = tmp_path_factory.mktemp("held")
+    timeout = ("hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=30", "hydra.launcher.max_num_timeout=1")
+    job = (*TWO_TASKS, LONG[0], "optimizer.lr=choice(0.01)", slow(2, 6))
+    with started_sweep(cluster, path, *timeout, *job) as process:
+        yield path, process
+
+
+@pytest.fixture(scope="module")
+def array(cluster: dict[str, str], held: object, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """Three jobs, one of which fails, while another sweep waits for its end."""
+    where = "+slurm='${oc.env:SLURM_ARRAY_JOB_ID}_${oc.env:SLURM_ARRAY_TASK_ID}'"
+    return sweep(cluster, tmp_path_factory.mktemp("array"), "optimizer.lr=0.001,0.01,-1", "trainer=cpu", where)
+
+
+@pytest.fixture(scope="module")
+def pair(cluster: dict[str, str], array: object, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """A job of two processes, which is one of the array's."""
+    # At 0.001, not at 0.01, where Adam makes a difference of 1e-3 of two sums' rounding within twenty steps.
+    return sweep(cluster, tmp_path_factory.mktemp("pair"), "optimizer.lr=choice(0.001)", *TWO_TASKS)
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: dict[str, str], pair: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in two processes by srun, from beginning to end."""
+    folder = tmp_path_factory.mktemp("whole")
+    command = [*words_of("Slurm, a run", name=folder.name), f"hydra.run.dir={folder}", *SMALL, *LONG, "test=false"]
+    result = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **cluster}, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert epochs(result.stderr) == ["1", "2", "3"]
+    assert result.stdout.count("trained") == 1
+    return folder
+
+
+def queue(cluster: dict[str, str], name: str) -> dict[str, str]:
+    """The state of each job of a name that has not ended."""
+    lines = ask(cluster, "squeue", f"--name={name}", "--array", "--noheader", "--format=%i %T").splitlines()
+    return dict(line.split() for line in lines)
+
+
+def train(folder: Path, *arguments: str) -> list[str]:
+    """A command for srun."""
+    folder_override = f"hydra.run.dir={folder}"
+    return [
+        sys.executable, "-m", "src.train", TWO_TASKS[1], *SMALL, *LONG, "test=false", folder_override, *arguments
+    ]  # fmt: skip
+
+
+def test_a_sweep_is_a_job_array_whose_jobs_fail_alone(array: Sweep) -> None:
+    good, bad = ("optimizer.lr=0.001", "optimizer.lr=0.01"), "optimizer.lr=-1"
+    assert array.returncode == 1
+    assert "1 of 3 jobs failed" in array.stderr
+    rows = array.rows()
+    assert {job: row["status"] for job, row in rows.items()} == {**dict.fromkeys(good, "finished"), bad: "failed"}
+    assert rows[bad]["error"] == f"{bad}: expected a number above 0"
+    assert array.tested() == [next(iter(rows))]
+    tasks = [yaml.safe_load((array.path / job / "config.yaml").read_text())["slurm"] for job in good]
+    assert [task.split("_")[1] for task in tasks] == ["0", "1"]
+    assert len({task.split("_")[0] for task in tasks}) == 1
+    runs = EventMultiplexer().AddRunsFromDirectory(str(array.path)).Reload().Runs()
+    assert set(runs) == {".", *good, bad}
+
+
+def test_a_job_that_slurm_ends_is_a_failed_one_and_the_others_finish(cluster: dict[str, str], tmp_path: Path) -> None:
+    two_at_a_time = ("hydra.launcher.name=three", "hydra.launcher.array_parallelism=2", "trainer=cpu", "test=false")
+    short, long, later = (f"trainer.max_epochs={number}" for number in (1, 100000, 2))
+    with started_sweep(
+        cluster, tmp_path, "optimizer.lr=0.01", "trainer.max_epochs=1,100000,2", *two_at_a_time
+    ) as process:
+        wait_until((tmp_path / long / "config.yaml").exists, 300)
+        (array,) = {job.split("_")[0] for job in queue(cluster, "three")}
+        ask(cluster, "scancel", f"{array}_1")
+        result = ended(tmp_path, process)
+    assert result.returncode == 1
+    assert "1 of 3 jobs failed" in result.stderr
+    rows = result.rows()
+    statuses = {job: row["status"] for job, row in rows.items()}
+    assert statuses == {short: "finished", long: "failed", later: "finished"}
+    error = f"Slurm job {array}_1 ended without a result (CANCELLED); see {tmp_path}/.submitit/"
+    assert rows[long]["error"].startswith(error)
+    assert f"  {long}: {error}" in result.stderr
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130)])
+def test_a_sweep_that_is_stopped_cancels_its_jobs(
+    signum: signal.Signals, status: int, cluster: dict[str, str], tmp_path: Path
+) -> None:
+    one_at_a_time = ("hydra.launcher.name=stopped", "hydra.launcher.array_parallelism=1", "trainer=cpu")
+    long = ("trainer.max_epochs=100000", "logger=[]")
+    with started_sweep(cluster, tmp_path, "optimizer.lr=0.001,0.01", *one_at_a_time, *long) as process:
+        wait_until((tmp_path / "optimizer.lr=0.001" / "config.yaml").exists, 300)
+        assert sorted(queue(cluster, "stopped").values()) == ["PENDING", "RUNNING"]
+        os.killpg(process.pid, signum)
+        result = ended(tmp_path, process)
+        assert queue(cluster, "stopped") == {}
+    assert result.returncode == status
+    assert "stopped: the same command with" in result.stderr
+    assert not (tmp_path / "optimizer.lr=0.01" / "config.yaml").exists()
+
+
+def test_a_controller_that_does_not_answer_ends_no_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "slurm.conf").touch()
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    assert _queued(["1_0", "1_1"]) == {"1_0", "1_1"}
+
+
+def test_submitits_own_processes_refuse_jobs_that_would_start_more(tmp_path: Path) -> None:
+    launcher = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10", "trainer=ddp_cpu")
+    result = run_command("train", "-m", *launcher, *SMALL, "optimizer.lr=0.001,0.01", PROJECT_ROOT=str(tmp_path))
+    assert result.returncode == 1
+    assert "trainer.devices=2: in a sweep this needs hydra/launcher=one_process" in result.stderr
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_machine_without_slurm_is_said(tmp_path: Path) -> None:
+    sweep = ("-m", "hydra/launcher=submitit_slurm", "seed=1,2")
+    result = run_command("train", *sweep, PATH=str(tmp_path), PROJECT_ROOT=str(tmp_path))
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: hydra/launcher=submitit_slurm: no sbatch on the PATH; ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_tasks_train_one_model_and_the_first_alone_writes(pair: Sweep, array: Sweep) -> None:
+    assert pair.returncode == 0, pair.stderr
+    rows = pair.rows()
+    assert [row["status"] for row in rows.values()] == ["finished"]
+    assert pair.tested() == [next(iter(rows))]
+    assert [epochs(log) for log in pair.logs(0)] == [["1"]]
+    assert [epochs(log) for log in pair.logs(1)] == [[]]
+    for job in rows:
+        assert writers(pair.path / job) == 1
+        assert metrics(pair.path / job) == pytest.approx(metrics(array.path / job), rel=1e-5)
+
+
+def test_srun_starts_the_processes_of_a_run(whole: Path) -> None:
+    assert writers(whole) == 1
+    assert metrics(whole)["val/acc"] > 0.8
+    assert not (whole / "train.log").exists() or "error" not in (whole / "train.log").read_text()
+
+
+def test_processes_by_srun_need_a_folder_that_they_all_know(cluster: dict[str, str], tmp_path: Path) -> None:
+    command = ["srun", "--ntasks-per-node=2", "--time=5", sys.executable, "-m", "src.train", "trainer=ddp_cpu"]
+    env = {**os.environ, **cluster, "PROJECT_ROOT": str(tmp_path)}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 1
+    said = [line for line in result.stderr.splitlines() if not line.startswith("srun: ")]
+    assert len(said) == 1
+    assert said[0].startswith("error: hydra.run.dir: several processes were started for this run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["scontrol requeue {job}", "scancel --signal=USR1 {job}"])
+def test_a_preempted_run_goes_on_as_if_it_had_not_stopped(
+    how: str, cluster: dict[str, str], whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    script = tmp_path / "job.sh"
+    script.write_text(f"#!/bin/bash\nsrun {shlex.join(train(run, slow(1, 1)))}\n")
+    submit = ["sbatch", "--parsable", "--ntasks-per-node=2", "--time=15", "--requeue", "--signal=USR1@60"]
+    job = ask(cluster, *submit, "--open-mode=append", f"--output={tmp_path}/log", str(script))
+    try:
+        wait_until(lambda: len(steps(run, 0)) > 22, 300)
+        ask(cluster, *how.format(job=job).split())
+        wait_until(lambda: ask(cluster, "squeue", "--noheader", "--jobs", job) == "", 500)
+    finally:
+        ask(cluster, "scancel", job)
+    assert steps(run, 0)[-1] < 39, "it has not stopped within an epoch"
+    assert steps(run, 0) + steps(run, 1) == list(range(60))
+    assert epochs((tmp_path / "log").read_text()) == ["1", "2", "3"]
+    assert_same_run(whole, run)
+
+
+@pytest.mark.parametrize("how", ["scontrol requeue {job}", "scancel --signal=USR1 {job}"])
+def test_a_run_that_waits_for_a_process_is_requeued_and_goes_on_from_its_start(
+    how: str, cluster: dict[str, str], whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    script = tmp_path / "job.sh"
+    hold = "+callbacks.hold._target_=slow.Hold"
+    script.write_text(f"#!/bin/bash\nsrun {shlex.join(train(run, slow(9, 0), hold))}\n")
+    submit = ["sbatch", "--parsable", "--ntasks-per-node=2", "--time=15", "--requeue", "--signal=USR1@60"]
+    job = ask(cluster, *submit, "--open-mode=append", f"--output={tmp_path}/log", str(script))
+    try:
+        wait_until((run / "held").exists, 300)
+        assert not list(run.rglob("*.ckpt"))
+        ask(cluster, *how.format(job=job).split())
+        wait_until(lambda: ask(cluster, "squeue", "--noheader", "--jobs", job) == "", 500)
+    finally:
+        ask(cluster, "scancel", job)
+    assert steps(run, 1) == list(range(60))
+    assert_same_run(whole, run)
+
+
+def test_a_job_out_of_time_is_requeued_and_goes_on(held: tuple[Path, subprocess.Popen[str]], whole: Path) -> None:
+    result = ended(*held)
+    assert result.returncode == 0, result.stderr
+    (log,) = result.logs(0)
+    assert "Caught signal SIGUSR2" in log
+    assert epochs(log) == ["1", "2", "3"]
+    assert {job: row["status"] for job, row in result.rows().items()} == {"optimizer.lr=0.01": "finished"}
+    folder = result.path / "optimizer.lr=0.01"
+    assert steps(folder, 0) + steps(folder, 1) == list(range(60))
+    assert_equal(content(whole / "checkpoints" / "last.ckpt"), content(folder / "checkpoints" / "last.ckpt"))
+    curves = scalars(folder)
+    assert curves.pop("best/val/acc")  # the sweep's, for the HPARAMS tab
+    assert curves == scalars(whole)
+    assert result.tested() == [folder.name]
+    assert not (folder / "error.txt").exists()
+    (session,) = folder.glob("events.*.hparams")  # none of a failure, though the second process has lost the first
+    plugin = EventAccumulator(str(session)).Reload().SummaryMetadata(SESSION_END_INFO_TAG).plugin_data
+    assert HParamsPluginData.FromString(plugin.content).session_end_info.status == 1
+
+
+def test_a_run_outside_of_slurm_is_not_told_of_srun(tmp_path: Path) -> None:
+    result = run_command("train", "debug=fast", "data=mnist5k", "trainer=cpu", PROJECT_ROOT=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "srun" not in result.stderr

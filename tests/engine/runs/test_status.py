@@ -1,0 +1,103 @@
+"""src/status.py: what a run's folder says of it."""
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from src.engine.errors import ConfigError
+from src.engine.runs.status import describe_start, is_held, read_status, tracked, write_status
+
+START = {"overrides": ["seed=1"], "config_dirs": []}
+
+
+@pytest.mark.parametrize(
+    ("end", "state"),
+    [
+        (None, "finished"),
+        (RuntimeError(), "failed"),
+        (SystemExit(1), "failed"),
+        (SystemExit("error"), "failed"),
+        (SystemExit(143), "interrupted"),
+        (KeyboardInterrupt(), "interrupted"),
+    ],
+)
+def test_a_run_says_how_it_stands_and_how_it_ended(end: BaseException | None, state: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with suppress(BaseException), tracked(folder, START):
+        assert read_status(folder)["state"] == "running"
+        assert is_held(folder)
+        if end:
+            raise end
+    status = read_status(folder)
+    assert (status["state"], status["overrides"], status["process"]) == (state, ["seed=1"], os.getpid())
+    assert not is_held(folder)
+
+
+def test_a_folder_in_which_a_run_is_at_work_is_refused(tmp_path: Path) -> None:
+    with tracked(tmp_path, START):
+        with pytest.raises(ConfigError, match=rf"process {os.getpid()} on \S+ is at work there"), tracked(tmp_path, {}):
+            pass
+        assert read_status(tmp_path)["state"] == "running"
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [("finished", "finished"), ("interrupted", "failed"), ("running", "failed")]
+)
+def test_an_attempt_that_comes_to_nothing_changes_nothing_in_how_the_run_was_started(
+    first: str, then: str, tmp_path: Path
+) -> None:
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.parent.mkdir()
+    last.touch()
+    write_status(tmp_path, first, START)
+    attempt = {"overrides": ["seed=1", "optimizer.lr=5"], "config_dirs": []}
+    with suppress(ConfigError), tracked(tmp_path, attempt):
+        assert read_status(tmp_path)["overrides"] == attempt["overrides"]  # what a killed one is to go on with
+        raise ConfigError("another learning rate")
+    assert read_status(tmp_path) | START | {"state": then} == read_status(tmp_path)
+
+    with suppress(RuntimeError), tracked(tmp_path, attempt):
+        os.utime(last, ns=(1, 1))
+        raise RuntimeError("behind a checkpoint")
+    assert read_status(tmp_path) | attempt | {"state": "failed"} == read_status(tmp_path)
+
+
+def test_the_error_of_a_run_is_not_hidden_by_a_status_that_cannot_be_written(tmp_path: Path) -> None:
+    def fail_without_a_folder() -> None:
+        with tracked(tmp_path / "run", START):
+            shutil.rmtree(tmp_path / "run")
+            raise RuntimeError("the error")
+
+    with pytest.raises(RuntimeError, match="the error"):
+        fail_without_a_folder()
+
+
+def test_a_status_keeps_how_the_run_was_started(tmp_path: Path) -> None:
+    write_status(tmp_path, "queued", START)
+    write_status(tmp_path, "running")
+    assert json.loads((tmp_path / "status.json").read_text())["overrides"] == ["seed=1"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[1", b"[1]", b'{"state": "\xff"}', bytes(100)])
+def test_without_a_readable_file_there_is_no_status(content: bytes | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "status.json").write_bytes(content)
+    assert read_status(tmp_path) == {}
+
+
+def test_a_resumed_run_was_started_as_the_first_time_with_what_was_added() -> None:
+    sources = [{"provider": "main", "path": "conf"}, {"provider": "command-line", "path": "mine"}]
+    task = ["seed=1", "ckpt_path=first.ckpt", "trainer.max_epochs=5"]
+    hydra = OmegaConf.create(
+        {"overrides": {"task": task}, "runtime": {"config_sources": sources}, "run": {"dir": "run"}}
+    )
+    assert describe_start(hydra) == {"overrides": task, "config_dirs": ["mine"]}
+    hydra.overrides.task = [*task, "resume=run", "ckpt_path='run/checkpoints/last.ckpt'"]
+    assert describe_start(hydra)["overrides"] == task  # the first checkpoint is where the run has begun
+    hydra.overrides.task = [*task, "ckpt_path=null", "resume=run"]
+    assert describe_start(hydra)["overrides"] == [*task, "ckpt_path=null"]

@@ -1,0 +1,116 @@
+"""An error in a line or two, whatever was raised."""
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from src.engine.errors import ConfigError, SweepError
+from src.engine.settings.check import CONF
+from src.engine.settings.explain import explain
+
+
+class DistNetworkError(RuntimeError):
+    """As torch.distributed has one."""
+
+
+def _raised(error: Exception, cause: Exception | None = None) -> Exception:
+    try:
+        raise error from cause
+    except Exception as caught:
+        return caught
+
+
+def _unresolved() -> Exception:
+    with pytest.raises(OmegaConfBaseException) as caught:
+        OmegaConf.to_container(OmegaConf.create({"a": {"b": "${nope}"}}), resolve=True)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConfigError("lr=-1: expected\n a number"), "error: lr=-1: expected a number"),
+        (SweepError("2 jobs failed:\n  a\n  b"), "error: 2 jobs failed:\n  a\n  b"),
+        (HydraException("one\ntwo"), "error: one two"),
+        (FileNotFoundError("no weights"), "error: no weights"),
+        (
+            PermissionError(13, "Permission denied", "/data/x"),
+            "error: /data/x: Permission denied; mend that or choose another folder with hydra.run.dir=<folder>",
+        ),
+        (
+            _raised(InstantiationException("Error in call\nfull_key: optimizer"), TypeError("no such argument\nmore")),
+            "error: optimizer: no such argument",
+        ),
+        (
+            _raised(InstantiationException("Error in call\nfull_key: data"), ConfigError("val_size=0: expected 1")),
+            "error: val_size=0: expected 1",
+        ),
+        (_raised(InstantiationException("Error:\nthe reason\nmore")), "error: config: Error: the reason"),
+        (_raised(InstantiationException("Error\nfull_key: data"), AssertionError()), "error: data: AssertionError()"),
+        (
+            _raised(
+                InstantiationException("Error in call to target 'src.models.lenet5.LeNet5':\nfull_key: model.net"),
+                TypeError("LeNet5.__init__() got an unexpected keyword argument 'foo'"),
+            ),
+            "error: model.net.foo: src.models.lenet5.LeNet5 takes no such argument",
+        ),
+        (
+            TypeError("Trainer.__init__() got an unexpected keyword argument 'foo'"),
+            "error: trainer.foo: pytorch_lightning.Trainer takes no such argument",
+        ),
+        (
+            MissingConfigException("missing", "model/le\nnet", ["lenet5"]),
+            "error: model=le net: no such file in conf/model/; did you mean lenet5?",
+        ),
+        (_unresolved(), "error: a.b: Interpolation key 'nope' not found"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(error: Exception, said: str) -> None:
+    assert explain(error) == said
+
+
+@pytest.mark.parametrize(("option", "extra"), [("submitit_slurm", "slurm"), ("ray", "ray")])
+def test_an_extra_that_is_not_installed_is_named(option: str, extra: str) -> None:
+    error = MissingConfigException("missing", f"hydra/launcher/{option}", ["basic", "process"])
+    assert explain(error) == f"error: hydra/launcher={option}: not installed; pip install -e '.[{extra}]' does it"
+
+
+def test_what_the_other_processes_cause_is_said() -> None:
+    said = explain(DistNetworkError("[/pytorch/gloo/transport/tcp/pair.cc:1] Connection closed by peer. This is bad"))
+    assert said.startswith("error: another process of this run has ended or does not answer: Connection closed by peer")
+    assert "GLOO_SOCKET_IFNAME" in explain(RuntimeError("gloo/x.cc] connectFullMesh failed in /gloo/rendezvous"))
+
+
+def test_a_label_that_the_model_has_no_class_for_is_said() -> None:
+    with pytest.raises(IndexError) as caught:
+        torch.nn.functional.cross_entropy(torch.zeros(2, 5), torch.tensor([1, 9]))
+    assert explain(caught.value) == "error: model.num_classes: the data have a class 9; expected 10 or more"
+
+
+def test_a_bug_is_said_with_its_place_and_where_the_stack_trace_is() -> None:
+    first, second = explain(_raised(ZeroDivisionError("division by zero\nand more"))).splitlines()
+    assert first.startswith("error: ZeroDivisionError: division by zero (test_errors.py, line ")
+    assert second == "The stack trace is in the run's log; HYDRA_FULL_ERROR=1 prints it."
+    assert (
+        explain(_raised(ZeroDivisionError()), "train").splitlines()[1] == "HYDRA_FULL_ERROR=1 prints the stack trace."
+    )
+
+
+@pytest.mark.parametrize("override", ["seed=[1\n\n2", "data.root='a\n\tb", "se\ned=1"])
+def test_line_breaks_in_an_override_are_not_printed(override: str) -> None:
+    with pytest.raises(HydraException) as caught, initialize_config_dir(str(CONF), version_base="1.3"):
+        compose("train", [override])
+    said = explain(caught.value, "train")
+    assert said.startswith(f"error: {' '.join(override.split())}: expected key=value")
+    assert "\n" not in said
+
+
+def test_an_endless_value_is_cut() -> None:
+    said = explain(ConfigError(f"mode={'x' * 5000}: expected one of min, max"))
+    assert said.endswith("xxx... expected one of min, max")
+    assert len(said) < 200
+    path = "/".join(["folder"] * 40)
+    assert explain(ConfigError(f"root={path}: no such folder")) == f"error: root={path}: no such folder"

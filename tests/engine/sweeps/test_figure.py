@@ -1,0 +1,99 @@
+"""The figure of a sweep, on its axes and in TensorBoard's files."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from src.sweeps import figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from src.engine.sweeps.folder import Job
+from src.engine.sweeps.leaderboard import Leaderboard
+from tests.engine.sweeps.test_leaderboard import make_board
+
+
+def drawn(board: Leaderboard, key: str) -> Axes:
+    axes = Figure().subplots()
+    figure._draw_panel(axes, board, key, connected=True)
+    return axes
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "scale"),
+    [
+        ("optimizer.lr", [0.001, 0.002], "log"),
+        ("optimizer.weight_decay", [1e-4, 2e-4], "log"),
+        ("optimizer.weight_decay", [0, 1e-4], "linear"),
+        ("data.batch_size", [32, 64], "linear"),
+        ("data.batch_size", [8, 800], "log"),
+        ("model.net.activation", ["relu", "tanh"], "linear"),
+        ("optimizer.nesterov", [True, False], "linear"),
+    ],
+)
+def test_the_axis_suits_the_values(key: str, values: list[Any], scale: str) -> None:
+    assert drawn(make_board({value: [0.5] for value in values}, key=key), key).get_xscale() == scale
+
+
+def test_means_stand_over_their_values_and_the_best_is_marked() -> None:
+    axes = drawn(make_board({0.001: [0.5, 0.7], 0.01: [0.9, 0.8], 0.1: [None, None]}), "optimizer.lr")
+    points, star = axes.lines[1], axes.lines[-1]
+    np.testing.assert_allclose(np.array(points.get_xydata()), [[0.001, 0.6], [0.01, 0.85]])
+    np.testing.assert_allclose(np.array(star.get_xydata()), [[0.01, 0.85]])
+    assert star.get_label() == "best"
+    (bars,) = axes.collections
+    ends = np.array([path.vertices for path in bars.get_paths()])[:, :, 1]
+    np.testing.assert_allclose(ends, [[0.6 - 0.02**0.5, 0.6 + 0.02**0.5], [0.85 - 0.005**0.5, 0.85 + 0.005**0.5]])
+
+
+def test_categories_are_labelled() -> None:
+    axes = drawn(make_board({"relu": [0.5], "tanh": [0.6], None: [0.4]}, key="activation"), "activation")
+    labels = {label.get_text(): float(x) for label, x in zip(axes.get_xticklabels(), axes.get_xticks(), strict=True)}
+    assert {name: labels[name] for name in ("tanh", "relu", "None")} == {"relu": 0, "tanh": 1, "None": 2}
+    assert axes.lines[-1].get_xdata() == [labels["tanh"]]
+
+
+@pytest.mark.parametrize(
+    "board",
+    [
+        make_board({0.001: [0.5, 0.7], 0.01: [0.9, None]}),
+        make_board({0.001: [None]}),
+        Leaderboard([Job("job", {}, "finished", 0.5)], "val/acc", "max"),
+        Leaderboard([Job("a", {f"k{i}": "v" * i for i in range(9)}, "finished", 0.5)], "val/acc", "max"),
+        Leaderboard([Job("a", {"lr": 1e30}, "finished", 1e30), Job("b", {"lr": -1}, "failed")], "val/loss", "min"),
+    ],
+    ids=["seeds", "all failed", "nothing swept", "many keys", "extreme"],
+)
+def test_any_board_is_drawn(board: Leaderboard) -> None:
+    image = matplotlib.image.imread(io.BytesIO(figure.draw(board)))
+    assert image.shape[0] == 360
+    assert image.std() > 0
+
+
+def test_the_same_board_is_the_same_picture_and_another_is_not() -> None:
+    first = make_board({0.001: [0.5], 0.01: [0.9]})
+    assert figure.draw(first) == figure.draw(make_board({0.001: [0.5], 0.01: [0.9]}))
+    assert figure.draw(first) != figure.draw(make_board({0.001: [0.9], 0.01: [0.5]}))
+
+
+def test_tensorboard_holds_the_newest_picture_alone(tmp_path: Path) -> None:
+    for scores in ([0.1], [0.2]):
+        png = figure.draw(make_board({0.001: scores}))
+        figure.log_image(tmp_path, png)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (image,) = events.Images("sweep")
+    assert image.encoded_image_string == png
+    assert (image.height, image.width) == matplotlib.image.imread(io.BytesIO(png)).shape[:2]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_jobs_row_in_the_hparams_tab_is_written_once(tmp_path: Path) -> None:
+    for _ in range(2):
+        figure.log_hparams(tmp_path, Job("a", {"lr": 0.1}, "finished", 0.5), "val/acc")
+    (event,) = EventAccumulator(str(tmp_path)).Reload().Scalars("best/val/acc")
+    assert event.value == 0.5
+    assert len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,112 @@
+"""Which job is best, by the numbers of numpy and the standard library."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src.engine.sweeps.folder import Job
+from src.engine.sweeps.leaderboard import Leaderboard, shown_mean
+
+SCORES = st.lists(st.floats(0, 1, allow_subnormal=False), min_size=1, max_size=6)
+
+
+def make_board(
+    scores: Mapping[Any, Sequence[float | None]], mode: str = "max", failed: str = "failed", key: str = "optimizer.lr"
+) -> Leaderboard:
+    """A board of a swept key's values, each with the scores of seeds 0, 1...; None: this one has failed."""
+    jobs = [
+        Job(f"{value},{seed}", {key: value, "seed": seed}, failed if score is None else "finished", score)
+        for value, column in scores.items()
+        for seed, score in enumerate(column)
+    ]
+    return Leaderboard(jobs, "val/acc", mode)
+
+
+def ranking(board: Leaderboard) -> list[Any]:
+    return [value for setting in board.settings for key, value in setting.values.items() if key != "seed"]
+
+
+@pytest.mark.parametrize(("mode", "order"), [("max", [3, 1, 2]), ("min", [2, 1, 3])])
+def test_settings_rank_by_their_mean_over_seeds(mode: str, order: list[int]) -> None:
+    board = make_board({1: [0.5, 0.6], 2: [0.1, 0.9], 3: [0.6, 0.61]}, mode)
+    assert ranking(board) == order
+    assert board.winner is board.settings[0]
+    assert [row["optimizer.lr"] for row in board.rows()] == [value for value in order for _ in range(2)]
+    assert [row["rank"] for row in board.rows()] == [1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize(("mode", "best"), [("max", "2,1"), ("min", "1,0")])
+def test_the_best_job_is_the_winners_best_seed(mode: str, best: str) -> None:
+    board = make_board({1: [0.0, 0.95], 2: [0.7, 0.9]}, mode)
+    assert board.best_job is not None
+    assert board.best_job.name == best
+
+
+@given(SCORES)
+def test_mean_and_deviation_are_numpys(scores: list[float]) -> None:
+    (setting,) = make_board({1: scores}).settings
+    assert setting.mean == pytest.approx(np.mean(scores))
+    if len(scores) > 1:
+        assert setting.std == pytest.approx(np.std(scores, ddof=1), abs=1e-12)
+        assert shown_mean(scores) == f"{np.mean(scores):.4f} ± {np.std(scores, ddof=1):.4f}"
+    else:
+        assert math.isnan(setting.std)
+        assert shown_mean(scores) == f"{scores[0]:.4f}"
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+@pytest.mark.parametrize("missing", [None, math.nan, math.inf])
+def test_a_setting_with_a_failed_seed_ranks_below_the_complete_ones(mode: str, missing: float | None) -> None:
+    lucky = 0.9 if mode == "max" else 0.1
+    board = make_board({1: [lucky, missing], 2: [missing, missing], 3: [0.5, 0.5]}, mode)
+    assert ranking(board) == [3, 1, 2]
+    assert [len(setting.scores) for setting in board.settings] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("status", ["failed", "waiting", "started", "pruned"])
+def test_without_a_finished_job_there_is_no_winner(status: str) -> None:
+    board = Leaderboard([Job("a", {"seed": 0}, status, 0.9 if status == "pruned" else None)], "val/acc", "max")
+    assert board.winner is None
+    assert board.best_job is None
+    assert not any(line.startswith("best") for line in board.summary())
+
+
+def test_a_pruned_job_never_wins() -> None:
+    jobs = [Job("a", {"x": 1}, "pruned", 0.9), Job("b", {"x": 2}, "finished", 0.1)]
+    board = Leaderboard(jobs, "val/acc", "max")
+    assert board.best_job is jobs[1]
+    assert [row[-1] for row in board.table()[1:]] == ["finished", "pruned"]
+
+
+def test_the_csv_file_holds_every_number_in_full() -> None:
+    score = 0.1 + 0.2
+    jobs = [
+        Job("a", {"x": 1e-5}, "finished", score, {"val/loss": 1 / 3, "test/acc": 0.25}, "runs/a b/best.ckpt", 1.5),
+        Job("b", {"x": "relu,tanh"}, "failed", error='no "memory",\nat all'),
+    ]
+    rows = list(csv.DictReader(io.StringIO(Leaderboard(jobs, "val/acc", "max").to_csv())))
+    assert [row["job"] for row in rows] == ["a", "b"]
+    assert [float(rows[0][key]) for key in ("x", "best val/acc", "val/loss", "test/acc")] == [1e-5, score, 1 / 3, 0.25]
+    assert (rows[0]["checkpoint"], rows[0]["error"]) == ("runs/a b/best.ckpt", "")
+    assert (rows[1]["x"], rows[1]["status"], rows[1]["best val/acc"]) == ("relu,tanh", "failed", "")
+    assert rows[1]["error"] == 'no "memory",\nat all'
+
+
+def test_the_markdown_table_has_a_row_a_setting() -> None:
+    board = make_board({"a|b": [0.5, 0.7], "c": [0.4, None]}, key="model")
+    lines = board.to_markdown("Sweep x").splitlines()
+    assert lines[:4] == [
+        "# Sweep x",
+        "",
+        "| rank | model | n | best val/acc | status |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    assert lines[4] == r"| 1 | a\|b | 2 | 0.6000 ± 0.1414 | 2 finished |"
+    assert lines[5] == "| 2 | c | 1 | 0.4000 | 1 finished, 1 failed |"

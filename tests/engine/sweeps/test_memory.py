@@ -1,0 +1,45 @@
+"""Many jobs in one process: what one leaves in memory, a thousand would leave a thousand times."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from src.engine.settings.check import ROOT
+
+NUM_JOBS = 50
+
+
+def resident_memory(pid: int) -> float:
+    """MiB that a process holds."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    assert found, status
+    return int(found.group(1)) / 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_fifty_jobs_in_one_process_hold_no_more_memory_than_five(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "src.train", "-m", f"seed=range({NUM_JOBS})", f"hydra.sweep.dir={tmp_path}/sweep",
+        "data=mnist5k", "trainer=cpu", "trainer.max_epochs=1", "trainer.limit_train_batches=2",
+        "trainer.limit_val_batches=1", "test=false",
+    ]  # fmt: skip
+    memory = []
+    with (
+        (tmp_path / "log").open("wb") as log,
+        subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PROJECT_ROOT": str(tmp_path)}, stderr=log) as process,
+    ):
+        for seed in range(NUM_JOBS):
+            while not (tmp_path / "sweep" / f"seed={seed}" / "metrics.json").is_file():
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.01)
+            memory.append(resident_memory(process.pid))
+    assert process.returncode == 0, (tmp_path / "log").read_text()
+    print(f"MiB after job 1, 5, 10, ..., 50: {[round(memory[0]), *(round(mib) for mib in memory[4::5])]}")
+    assert memory[49] == pytest.approx(memory[4], rel=0.1)

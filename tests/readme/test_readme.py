@@ -1,0 +1,219 @@
+"""Every command and every code block of the README does what it says."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.engine.settings.check import CONF, ROOT
+from tests.conftest import free_port
+from tests.readme.table import read_table, words_of
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+# A tenth of a second each; a command's own settings stay, as later ones win.
+SHORT = ["data.source=package", "trainer.max_epochs=1", "trainer.limit_train_batches=3", "trainer.log_every_n_steps=1"]
+SWEEP = "python -m src.train -m optimizer.lr=0.001,0.003,0.01"  # the others are slow tests
+# The table "From laptop to cluster": who runs the rows that are not among the commands above.
+HERE = {
+    "what there is": [],
+    "two processes on the CPU": [],
+    "a sweep of such runs": ["test=false"],
+}
+ON_GPU = ("one GPU", "a Mac's GPU", "all GPUs of a machine", "the same, the model divided among them")
+TORCHRUN = "two machines, on each"
+ELSEWHERE = {
+    "Slurm, a run": "engine/runs/test_slurm.py",
+    "Slurm, a sweep as a job array": "engine/runs/test_slurm.py",
+    "Ray, a sweep": "engine/runs/test_ray.py",
+}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project, in a path with spaces, with the files that the README shows."""
+    project = tmp_path_factory.mktemp("my project")
+    for name in ("src", "hydra_plugins", "conf", "logs"):
+        shutil.copytree(
+            ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__", "train", "multirun", "test")
+        )
+    blocks = re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 4
+    for path, content in blocks:
+        assert not (project / path).exists()
+        (project / path).write_text(content)
+    return project
+
+
+def _run(project: Path, command: str, *more: str) -> subprocess.CompletedProcess[str]:
+    words = shlex.split(command)
+    assert words[0] == "python"
+    return _run_words(project, [sys.executable, *words[1:]], *more)
+
+
+def _run_words(project: Path, words: list[str], *more: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*words, *more], cwd=project, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **env},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=pytest.mark.slow) if "-m src.train -m" in command and command != SWEEP else command
+        for command in COMMANDS
+    ],
+)
+def test_each_command_does_what_it_says(command: str, project: Path) -> None:
+    if command.startswith("make "):
+        target = command.split()[1]
+        dry = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert dry.returncode == 0, dry.stderr  # CI runs them
+        assert "-m" in dry.stdout
+    elif command.startswith("tensorboard "):
+        _assert_tensorboard_serves(command, project)
+    elif command == "python -m src.train trainer=gpu":
+        result = _run(project, command, *SHORT)
+        assert "torch finds no GPU" in result.stderr
+    elif "digits8x8" in command:
+        result = _run(project, command, "trainer.max_epochs=3")
+        assert result.returncode == 0, result.stderr
+        assert "test/acc" in result.stdout
+    elif "src.train -m" in command:
+        short = {"optuna": ["hydra.sweeper.n_trials=2"], "process": ["optimizer.lr=0.001,0.01"], "": []}
+        result = _run(project, command, *SHORT, *next(short[word] for word in short if word in command))
+        assert result.returncode == 0, result.stderr
+        assert re.search(r"^  best: .*, val/acc 0\.\d+$", result.stdout, re.MULTILINE)
+        assert "test/acc" in result.stdout
+    elif "src.train" in command:
+        result = _run(project, command, *SHORT)
+        assert result.returncode == 0, result.stderr
+        assert "test/acc" in result.stdout
+    else:
+        assert command == "python -m src.test"
+        result = _run(project, command)
+        assert result.returncode == 0, result.stderr
+        assert "test/acc" in result.stdout
+
+
+def _assert_tensorboard_serves(command: str, project: Path) -> None:
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tensorboard.main", *command.split()[1:], "--port", str(port)],
+        cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 300
+        runs = ""
+        while not ("train/" in runs and "multirun/" in runs):  # it finds one run after the other
+            assert time.monotonic() < deadline, runs
+            time.sleep(0.2)
+            with (
+                suppress(OSError),
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=30) as response,
+            ):
+                runs = response.read().decode()
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_a_machines_own_settings_go_before_the_defaults(project: Path) -> None:
+    local = project / "conf" / "local" / "default.yaml"
+    local.parent.mkdir()
+    local.write_text("# @package _global_\ndefaults:\n  - override /accelerator: cpu\ndata:\n  root: elsewhere\n")
+    shown = _run(project, "python -m src.train --cfg job --resolve --package data").stdout
+    accelerator = _run(project, "python -m src.train --cfg job --resolve --package trainer").stdout
+    local.unlink()
+    assert "root: elsewhere" in shown
+    assert "accelerator: cpu" in accelerator
+
+
+def test_the_groups_and_options_are_those_of_conf() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (`[^|]*`) \|", README, re.MULTILINE)
+    listed = {group: set(re.findall(r"`([\w]+)`", options)) for group, options in rows}
+    there = {
+        folder.name: {path.stem for path in folder.glob("*.yaml")}
+        for folder in CONF.iterdir()
+        if folder.is_dir() and folder.name not in ("hydra", "local")
+    }
+    assert listed == there
+
+
+def test_the_error_shown_is_the_one_said(project: Path) -> None:
+    command, shown = re.findall(r"```\n\$ (python .*)\n(.*)\n```", README)[0]
+    assert _run(project, command).stderr.strip() == shown
+
+
+def test_each_row_from_laptop_to_cluster_is_run() -> None:
+    others = {row for row, command in read_table().items() if command not in COMMANDS}
+    assert others - {*ON_GPU, TORCHRUN} == {*HERE, *ELSEWHERE}
+    for row, file in ELSEWHERE.items():
+        assert f'words_of("{row}"' in (ROOT / "tests" / file).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", HERE)
+def test_a_row_for_this_machine_trains(row: str, project: Path) -> None:
+    result = _run_words(project, words_of(row), *SHORT, *HERE[row], OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    assert ("best: optimizer.lr=" if "sweep" in row else "test/acc") in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ON_GPU)
+def test_a_row_for_gpus_says_that_there_is_none(row: str, project: Path) -> None:
+    result = _run_words(project, words_of(row), *SHORT)
+    if sys.platform == "darwin" and result.returncode == 0:
+        pytest.skip("a Mac with a GPU")
+    assert result.returncode == 1
+    accelerator = "mps" if "Mac" in row else "gpu"
+    (line,) = result.stderr.splitlines()
+    assert re.fullmatch(rf"error: accelerator={accelerator}: .*; use trainer=cpu or .*", line)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("row", [row for row in ON_GPU if "Mac" not in row])
+def test_a_row_for_gpus_trains(row: str, project: Path) -> None:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+    result = _run_words(project, words_of(row), *SHORT, CUDA_VISIBLE_DEVICES=visible)
+    assert result.returncode == 0, result.stderr
+    assert "test/acc" in result.stdout
+
+
+@pytest.mark.slow
+def test_the_row_for_two_machines_trains_one_model_on_loopback(project: Path, tmp_path: Path) -> None:
+    port = free_port()
+    hosts = []
+    for rank in range(2):
+        words = words_of(TORCHRUN, **{"0_or_1": rank, "the_first": "127.0.0.1", "name": "two"})
+        (number,) = [index for index, word in enumerate(words) if word.startswith("--master-port=")]
+        words[number] = f"--master-port={port}"
+        with (tmp_path / f"log{rank}").open("w") as log:
+            env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+            hosts.append(subprocess.Popen([*words, *SHORT], cwd=project, env=env, stdout=log, stderr=log))
+    try:
+        codes = [host.wait(300) for host in hosts]
+    finally:
+        for host in hosts:
+            host.terminate()  # which ends its processes, too
+            try:
+                host.wait(30)
+            except subprocess.TimeoutExpired:
+                host.kill()
+                host.wait()
+    said = [(tmp_path / f"log{rank}").read_text() for rank in range(2)]
+    assert codes == [0, 0], said
+    assert "test/acc" in said[0]
+    assert "test/acc" not in said[1]
+    assert (project / "logs" / "train" / "two" / "metrics.json").is_file()
