@@ -215,12 +215,12 @@ class Preflight(Callback):
 def _check(cfg: DictConfig) -> None:
     """Check a command's config and the checkpoint that it names."""
     check(cfg)
+    if _check_more:
+        _check_more(cfg)
     if cfg.get("ckpt_path"):
         check_checkpoint(cfg.ckpt_path)
     elif "seed" not in cfg:  # all commands but training take one
         newest_checkpoint(Path(cfg.root_dir) / "logs")
-    if _check_more:
-        _check_more(cfg)
 
 
 def _require_own_process(cfg: DictConfig) -> None:
