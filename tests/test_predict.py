@@ -22,8 +22,8 @@ from src.engine.runs.build import restore
 from src.engine.settings.check import check
 from src.predict import COLUMNS, find_reader, predict, predict_files, print_rows
 from tests.compose import compose_cfg
-from tests.conftest import write_idx
 from tests.forks import run_command
+from tests.mnist.files import write_idx
 
 CPU = {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
 

@@ -16,7 +16,7 @@ from src.data.mnist import MNISTDataModule
 from src.data.sources import CHECKSUMS, Digits
 from src.engine.errors import DataError
 from src.engine.settings.explain import explain
-from tests.conftest import NUM_TEST, NUM_TRAIN, Mirror, write_digits
+from tests.mnist.files import NUM_TEST, NUM_TRAIN, Mirror, write_digits
 
 LONG_AGO = 1_600_000_000_000_000_000  # in ns: a file this old may stand in the list of checksums
 NUM_EACH = 50  # by gzipped or not, with checksums or without: 200

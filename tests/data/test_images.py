@@ -13,7 +13,7 @@ from src.data.images import read_digits, read_like
 from src.data.sources import read_package
 from src.engine.errors import ConfigError
 from src.predict import find_inputs
-from tests.conftest import write_idx
+from tests.mnist.files import write_idx
 
 Pixels = NDArray[np.uint8]
 

@@ -21,7 +21,8 @@ from torchvision.transforms import v2
 from src.data.mnist import MNISTDataModule, preprocess
 from src.data.sources import Digits, read_files, read_package
 from src.engine.errors import DataError
-from tests.conftest import NUM_TEST, NUM_TRAIN, ROOT, Mirror, write_digits
+from src.engine.settings.check import CONF
+from tests.mnist.files import NUM_TEST, NUM_TRAIN, Mirror, write_digits
 
 NUM_VAL = 60
 
@@ -208,7 +209,7 @@ def test_missing_files_are_downloaded(
 
 @pytest.mark.full_mnist
 def test_official_files_have_their_checksums_and_sizes(full_mnist_root: Path) -> None:
-    md5 = yaml.safe_load((ROOT / "conf" / "data" / "mnist.yaml").read_text())["md5"]
+    md5 = yaml.safe_load((CONF / "data" / "mnist.yaml").read_text())["md5"]
     datamodule = ready(full_mnist_root, source="auto", md5=md5, val_size=5000)
 
     assert datamodule.used_source == "files"

@@ -25,7 +25,7 @@ from torchvision.datasets import MNIST
 from src.data import sources
 from src.data.sources import CHECKSUMS, IDX_FILES, download, read_files, read_package
 from src.engine.errors import DataError
-from tests.conftest import NUM_TEST, NUM_TRAIN, Mirror, make_digits, write_digits, write_idx
+from tests.mnist.files import NUM_TEST, NUM_TRAIN, Mirror, make_digits, write_digits, write_idx
 
 TRAIN_IMAGES, TRAIN_LABELS = IDX_FILES[:2]
 

@@ -12,7 +12,7 @@ import yaml
 
 from src.engine.runs.build import load_checkpoint
 from tests import forks
-from tests.conftest import Mirror
+from tests.mnist.files import Mirror
 
 NUM_RUNS = 10
 

@@ -13,7 +13,7 @@ from src.engine.runs.evaluate import test_checkpoint as run_test_checkpoint  # p
 from src.engine.settings.check import check
 from src.train import train
 from tests.compose import compose_cfg
-from tests.conftest import NUM_TRAIN
+from tests.mnist.files import NUM_TRAIN
 
 NUM_PARAMETERS = 61_706  # of LeNet-5, by hand: 156 + 2,416 + 48,120 + 10,164 + 850
 STEPS = 2
