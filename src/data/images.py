@@ -8,6 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from src.data.sources import parse_idx
+from src.engine.errors import DataError
+
 SIZE = 28
 BOX = 20  # a digit's longer side
 MASS_CENTRE = 14  # the pixel at which a digit's centre of mass lies, both ways: measured on MNIST
@@ -57,9 +60,6 @@ def read_like(path: Path) -> NDArray[np.uint8]:
 
 
 def _read_idx(path: Path) -> NDArray[np.uint8]:
-    from src.data.sources import parse_idx  # here: it imports torch
-    from src.engine.errors import DataError  # here: it imports torch
-
     try:
         images: NDArray[np.uint8] = parse_idx(path.read_bytes(), path).numpy()
         return images

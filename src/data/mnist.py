@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from numpy.typing import NDArray
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn import functional as F
 
 from src.data.augment import random_affine, random_elastic
+from src.data.images import read_digits, read_like
 from src.data.loader import BatchLoader
 from src.data.sources import NUM_CLASSES, Digits, MissingFileError, download, read_files, read_package
 from src.engine.errors import DataError
@@ -246,6 +248,21 @@ class MNISTDataModule(pl.LightningDataModule):
         if self.augment != "none" and self.trainer is not None and self.trainer.training:
             images = AUGMENTATIONS[self.augment](images, BACKGROUND)
         return images, labels
+
+    def read_images(self, path: Path) -> NDArray[np.uint8]:
+        """Read an image file, or an IDX file of many, as the loaders would yield what it shows.
+
+        Args:
+            path: The file. Only digits are fitted into MNIST's frame; pictures of other data sets must have it already.
+
+        Returns:
+            uint8 images, (N, 28, 28).
+
+        Raises:
+            ValueError: If it is no picture that can be used; the message does not name the file.
+            OSError: If it cannot be read.
+        """
+        return read_digits(path) if self.name == "MNIST" else read_like(path)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: what the images were, and which of them this epoch has seen.

@@ -14,6 +14,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
+from PIL import Image, ImageDraw
 from pytorch_lightning.callbacks import LambdaCallback
 from torch import Tensor
 from torchvision.transforms import v2
@@ -54,6 +55,16 @@ def test_preprocess_does_what_torchvision_does() -> None:
 
     torch.testing.assert_close(preprocess(images), truth(images.unsqueeze(1)))
     assert torch.equal(images, before)
+
+
+def test_pictures_are_fitted_into_the_frame_where_they_are_of_digits(tmp_path: Path) -> None:
+    image = Image.new("L", (60, 60), 255)
+    ImageDraw.Draw(image).line([(5, 50), (30, 5)], fill=0, width=4)
+    image.save(tmp_path / "one.png")
+
+    assert MNISTDataModule(str(tmp_path)).read_images(tmp_path / "one.png").shape == (1, 28, 28)
+    with pytest.raises(ValueError, match="not 28x28"):
+        MNISTDataModule(str(tmp_path), name="FashionMNIST").read_images(tmp_path / "one.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,10 +8,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
+from src.data import mnist
 from src.data.mnist import preprocess
 from src.engine.runs.build import build_datamodule, build_module, build_trainer
 from src.models.lenet5_1998 import (
+    MEAN,
     RBF,
+    STD,
     GlobalRates,
     OriginalLeNet5,
     PenaltyLoss,
@@ -202,6 +205,10 @@ def _count_holes(cells: NDArray[np.bool_]) -> int:
                 background[row, column] = False
                 todo += [(row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)]
     return regions - 1
+
+
+def test_pixels_are_taken_for_what_the_data_module_makes_of_them() -> None:
+    assert (MEAN, STD) == (mnist.MEAN, mnist.STD)
 
 
 def test_input_is_scaled_from_the_data_modules_to_the_papers() -> None:
