@@ -15,8 +15,12 @@ import torch
 from src.engine.settings.check import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
+# Besides the commands: TensorBoard, which is imported when the first curve is written.
 CONTEXT.set_forkserver_preload(
-    ["src.train", "src.engine.runs.build", "src.engine.runs.report", "src.engine.runs.last_checkpoint", "torchvision"]
+    [
+        *("src.train", "src.engine.runs.build", "src.engine.runs.report", "src.engine.runs.last_checkpoint"),
+        *("torchvision", "torch.utils.tensorboard"),
+    ]
 )
 
 

@@ -46,7 +46,8 @@ def assert_equal(one: Any, other: Any, path: str = "") -> None:
 def content(path: Path) -> dict[str, Any]:
     """What a checkpoint holds, but for the names of folders and for what clocks say."""
     checkpoint = load_checkpoint(path)
-    del checkpoint["hyper_parameters"]
+    for name in ("config", "hyper_parameters"):
+        checkpoint.pop(name, None)
     checkpoint["metrics"].pop("train/images_per_second", None)
     checkpoint["callbacks"].pop("Speed", None)
     for state in checkpoint["callbacks"].values():

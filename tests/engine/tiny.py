@@ -19,7 +19,10 @@ from src.engine.settings.check import CONF
 
 TINY_CONF = Path(__file__).with_name("conf")
 # For commands: python -m src.train *TINY
-TINY = (f"--config-dir={TINY_CONF}", "data=tiny", "model=tiny", "trainer=cpu", "scheduler=[]")
+TINY = (
+    f"--config-dir={TINY_CONF}", "data=tiny", "model=tiny", "scheduler=[]", "trainer=cpu",
+    "trainer.log_every_n_steps=3",
+)  # fmt: skip
 
 
 def compose_tiny(output_dir: Path, *overrides: str, config_name: str = "train") -> DictConfig:
@@ -32,8 +35,8 @@ def compose_tiny(output_dir: Path, *overrides: str, config_name: str = "train") 
 class TinyNet(nn.Sequential):
     """Maps rows (B, 4) to logits (B, 2)."""
 
-    def __init__(self, num_hidden: int = 8) -> None:
-        super().__init__(nn.Linear(4, num_hidden), nn.ReLU(), nn.Dropout(0.1), nn.Linear(num_hidden, 2))
+    def __init__(self, num_hidden: int = 8, dropout: float = 0.1) -> None:
+        super().__init__(nn.Linear(4, num_hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(num_hidden, 2))
 
 
 class TinyTask(pl.LightningModule):
@@ -75,10 +78,9 @@ class TinyTask(pl.LightningModule):
         optimizer = self.optimizer(self.parameters())
         if not self.scheduler:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {**self.scheduler, "scheduler": self.scheduler["scheduler"](optimizer)},
-        }
+        make = self.scheduler["scheduler"]
+        steps = {"total_steps": int(self.trainer.estimated_stepping_batches)} if "total_steps" in make.keywords else {}
+        return {"optimizer": optimizer, "lr_scheduler": {**self.scheduler, "scheduler": make(optimizer, **steps)}}
 
 
 class TinyLoader:
@@ -113,13 +115,16 @@ class TinyLoader:
 
 
 class TinyData(pl.LightningDataModule):
-    """Rows of four numbers, of the class that says whether their sum is above 0; each process has a share of them."""
+    """Rows of four numbers, of the class that says whether their sum is above 0; each process has a share of them.
 
-    def __init__(self, num_rows: int = 240, batch_size: int = 20, seed: int = 0) -> None:
+    ``noise`` is drawn for each batch to train on, as an augmentation is.
+    """
+
+    def __init__(self, num_rows: int = 240, batch_size: int = 20, seed: int = 0, noise: float = 0.0) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected 1 or more")
-        self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
+        self.num_rows, self.batch_size, self.seed, self.noise = num_rows, batch_size, seed, noise
         self._loader: TinyLoader | None = None
         self._state: dict[str, int] | None = None
 
@@ -141,6 +146,12 @@ class TinyData(pl.LightningDataModule):
 
     def test_dataloader(self) -> TinyLoader:
         return self._make_loader(self.num_rows // 4, 2)
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        rows, labels = batch
+        if self.noise and self.trainer and self.trainer.training:
+            rows = rows + self.noise * torch.randn_like(rows)
+        return rows, labels
 
     def state_dict(self) -> dict[str, Any]:
         return {"loader": self._loader.state_dict() if self._loader else None}

@@ -8,18 +8,15 @@ from torch import Tensor
 
 from src.engine.runs.build import load_checkpoint
 from src.train import train
-from tests.compose import compose_cfg, run_command
+from tests.compose import run_command
+from tests.engine.tiny import TINY, compose_tiny
+
+COMMON = ("data.noise=0.1", "trainer.max_epochs=2", "callbacks=minimal", "logger=[]", "test=false")
 
 
-def weights(folder: Path, data: Path, *overrides: str) -> Tensor:
-    """Train for two epochs with augmentation, and read the weights at the end."""
-    train(
-        compose_cfg(
-            folder, f"data.root={data}", "data.source=files", "data.md5=null", "data.val_size=50",
-            "data.augment=affine", "data.batch_size=16", "trainer=cpu", "trainer.max_epochs=2", "logger=[]",
-            "callbacks=minimal", "test=false", *overrides,
-        )
-    )  # fmt: skip
+def weights(folder: Path, *overrides: str) -> Tensor:
+    """Train for two epochs with noise, and read the weights at the end."""
+    train(compose_tiny(folder, *COMMON, *overrides))
     return flat(folder / "checkpoints" / "last.ckpt")
 
 
@@ -29,21 +26,20 @@ def flat(checkpoint: Path) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Tensor:
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
     """The weights of the run that the others are compared with: seed 0, and nothing beside the training."""
-    return weights(tmp_path_factory.mktemp("plain"), mnist_root, "seed=0", "callbacks.progress=null")
+    return weights(tmp_path_factory.mktemp("plain"), "seed=0", "callbacks.progress=null")
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
         [],
-        ["logger=tensorboard", "callbacks=default", "trainer.log_every_n_steps=1"],
-        ["logger=csv", "trainer.log_every_n_steps=1"],
-        ["logger=[tensorboard,csv]", "callbacks=default", "trainer.log_every_n_steps=3"],
+        ["logger=[tensorboard,csv]", "trainer.log_every_n_steps=1"],
+        ["+callbacks.lr._target_=pytorch_lightning.callbacks.LearningRateMonitor", "logger=csv"],
         ["trainer.check_val_every_n_epoch=2"],
-        ["trainer.num_sanity_val_steps=2", "data.eval_batch_size=7"],
-        ["trainer.limit_val_batches=0.5", "data.eval_batch_size=10"],
+        ["trainer.num_sanity_val_steps=2"],
+        ["trainer.limit_val_batches=0.5"],
         ["callbacks.last.every_n_steps=3"],
         ["trainer.profiler=simple", "trainer.enable_model_summary=true"],
         ["test=true"],
@@ -51,51 +47,20 @@ def plain(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Tensor:
     ],
     ids=" ".join,
 )
-def test_what_is_beside_the_training_does_not_change_it(
-    overrides: list[str], plain: Tensor, mnist_root: Path, tmp_path: Path
-) -> None:
-    assert torch.equal(plain, weights(tmp_path, mnist_root, "seed=0", *overrides))
+def test_what_is_beside_the_training_does_not_change_it(overrides: list[str], plain: Tensor, tmp_path: Path) -> None:
+    assert torch.equal(plain, weights(tmp_path, "seed=0", *overrides))
 
 
-def test_another_seed_gives_other_weights(plain: Tensor, mnist_root: Path, tmp_path: Path) -> None:
-    assert not torch.equal(plain, weights(tmp_path / "one", mnist_root, "seed=1"))
-    # The order of the batches alone follows data.seed, weights and augmentation the seed: both count.
-    assert not torch.equal(plain, weights(tmp_path / "order", mnist_root, "seed=0", "data.seed=1"))
-    assert not torch.equal(plain, weights(tmp_path / "rest", mnist_root, "seed=1", "data.seed=0"))
+def test_another_seed_gives_other_weights(plain: Tensor, tmp_path: Path) -> None:
+    assert not torch.equal(plain, weights(tmp_path / "one", "seed=1"))
+    # Only the order of the batches follows data.seed; weights, dropout and noise follow the seed: both count.
+    assert not torch.equal(plain, weights(tmp_path / "order", "seed=0", "data.seed=1"))
+    assert not torch.equal(plain, weights(tmp_path / "rest", "seed=1", "data.seed=0"))
 
 
 @pytest.mark.slow
-def test_a_command_comes_to_the_weights_of_a_call(tmp_path: Path) -> None:
-    common = ("data=mnist5k", "trainer=cpu", "trainer.max_epochs=1", "callbacks=minimal", "logger=[]", "test=false")
-    train(compose_cfg(tmp_path / "call", *common))
-    result = run_command("train", *common, f"hydra.run.dir={tmp_path / 'command'}")
+def test_a_command_comes_to_the_weights_of_a_call(plain: Tensor, tmp_path: Path) -> None:
+    shown = ("callbacks=minimal", "logger=[tensorboard,csv]")
+    result = run_command("train", *TINY, *COMMON, *shown, "seed=0", f"hydra.run.dir={tmp_path}")
     assert result.returncode == 0, result.stderr
-    found = [flat(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("call", "command")]
-    assert torch.equal(*found)
-
-
-@pytest.mark.slow
-def test_two_processes_come_to_the_same_weights(tmp_path: Path) -> None:
-    found = []
-    for name, overrides in {"a": ["logger=[]", "callbacks=minimal"], "b": ["logger=[tensorboard,csv]"]}.items():
-        result = run_command(
-            "train", "seed=0", "data=mnist5k", "data.augment=affine", "trainer=cpu", "trainer.max_epochs=2",
-            f"hydra.run.dir={tmp_path / name}", *overrides,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        found.append(flat(tmp_path / name / "checkpoints" / "last.ckpt"))
-    assert torch.equal(*found)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
-def test_deterministic_on_a_gpu_gives_the_same_weights(precision: str, tmp_path: Path) -> None:
-    found = []
-    for name, overrides in {"a": ["logger=[]", "callbacks=minimal"], "b": []}.items():
-        result = run_command(
-            "train", "seed=0", "data=mnist5k", "data.augment=affine", "trainer=gpu", "trainer.deterministic=true",
-            f"trainer.precision={precision}", "trainer.max_epochs=3", f"hydra.run.dir={tmp_path / name}", *overrides,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        found.append(flat(tmp_path / name / "checkpoints" / "last.ckpt"))
-    assert torch.equal(*found)
+    assert torch.equal(plain, flat(tmp_path / "checkpoints" / "last.ckpt"))

@@ -1,0 +1,75 @@
+"""The range test: the rate that it finds trains as if it had been given."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from src.engine.errors import ConfigError
+from src.engine.runs.build import load_checkpoint
+from src.train import train
+from tests.compose import run_command
+from tests.engine.equality import assert_equal
+from tests.engine.tiny import TINY, compose_tiny
+
+COMMON = ("trainer.max_epochs=2", "test=false")
+
+
+@pytest.mark.parametrize("scheduler", ["onecycle", "step", "[]"])
+def test_the_rate_that_is_found_trains_as_if_it_had_been_given(scheduler: str, tmp_path: Path) -> None:
+    find = ("callbacks=[minimal,lr_find]", "callbacks.lr_find.num_training_steps=20", "callbacks.lr_find.max_lr=0.1")
+    train(compose_tiny(tmp_path / "found", *COMMON, *find, f"scheduler={scheduler}", "logger=tensorboard"))
+    events = EventAccumulator(str(tmp_path / "found"))
+    events.Reload()
+    assert events.Tags()["images"] == ["lr_find"]
+    (image,) = events.Images("lr_find")
+    page = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB")).astype(int)  # (H, W, 3)
+    blue = (np.abs(page - (31, 119, 180)).max(axis=2) < 40).any(axis=0).nonzero()[0]  # columns with the curve
+    assert len(blue) > 0.5 * page.shape[1]
+    dotted = (page.max(axis=2) < 60).sum(axis=0)[blue.min() + 1 : blue.max()]  # black pixels a column, by the curve
+    assert dotted.max() > 0.2 * page.shape[0]  # the rate that was taken
+    assert (dotted > 0.2 * page.shape[0]).sum() <= 3
+    (suggestion,) = (event.value for event in events.Scalars("lr_find/suggestion"))
+    assert 1e-6 < suggestion < 0.1
+    assert suggestion != pytest.approx(0.004)
+    # TensorBoard's number is of 32 bits; the rates that were tested are a geometric row.
+    rate = min((1e-6 * (0.1 / 1e-6) ** (step / 20) for step in range(1, 22)), key=lambda lr: abs(lr - suggestion))
+    train(compose_tiny(tmp_path / "given", *COMMON, f"optimizer.lr={rate!r}", f"scheduler={scheduler}"))
+    one, other = (load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("found", "given"))
+    assert_equal(one["state_dict"], other["state_dict"])
+    assert list((tmp_path / "found").glob(".lr_find*")) == []
+
+
+@pytest.mark.slow
+def test_two_processes_find_one_rate_and_say_so_once(tmp_path: Path) -> None:
+    result = run_command(
+        "train", *TINY, "trainer=ddp_cpu", "data.num_rows=2000", "trainer.max_epochs=2",
+        "callbacks=[minimal,lr_find]", "logger=[]", PROJECT_ROOT=str(tmp_path), OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    said = [line.split("  ")[0] for line in result.stderr.splitlines()]
+    assert [line.partition("=")[0] for line in said] == ["optimizer.lr", "epoch 1/2", "epoch 2/2"]
+
+
+def test_a_range_test_longer_than_the_run_is_refused(tmp_path: Path) -> None:
+    cfg = compose_tiny(tmp_path, *COMMON, "callbacks=[minimal,lr_find]")
+    with pytest.raises(ConfigError, match=r"num_training_steps=100: expected at most the steps of the run, 24"):
+        train(cfg)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # as the command ignores it
+def test_a_resumed_run_keeps_the_rate_that_was_found(tmp_path: Path) -> None:
+    find = (
+        *("callbacks=[minimal,lr_find]", "callbacks.lr_find.num_training_steps=20", "scheduler=step", "test=false"),
+        "data.batch_size=10",
+    )
+    train(compose_tiny(tmp_path / "whole", *find, "trainer.max_epochs=2"))
+    train(compose_tiny(tmp_path / "first", *find, "trainer.max_epochs=1"))
+    path = tmp_path / "first" / "checkpoints" / "last.ckpt"
+    train(compose_tiny(tmp_path / "second", *find, "trainer.max_epochs=2", f"ckpt_path={path}"))
+    one, other = (load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("whole", "second"))
+    for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert_equal(one[key], other[key])
