@@ -29,7 +29,7 @@ class Recorder(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.weights.append(flat(pl_module))
-        layer: Any = pl_module.net[0]  # type: ignore[union-attr]
+        layer: Any = pl_module.net[0]  # type: ignore[index]
         layer.register_forward_hook(lambda module, inputs, output: self.dtypes.add(output.dtype))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
