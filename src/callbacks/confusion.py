@@ -1,38 +1,37 @@
 """Which classes are taken for which."""
 
+import math
+
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
-from pytorch_lightning.callbacks import Callback
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
-from src.callbacks.writers import find_writers, get_step
-from src.engine.runs.report import class_accuracies
+from src.callbacks.pictures import Pictures
 
 CELL = 29  # pixels: ten and the margins are 350 wide, as TensorBoard shows a picture
 MARGIN = 30
-MAX_NUMBERED = 30  # more classes are coloured alone
+MAX_NUMBERED = 30  # more classes are only coloured
 RIGHT, WRONG = (9, 105, 218), (207, 34, 46)  # the colours of a whole row on and off the diagonal
 
 
-class Confusion(Callback):
-    """Draws the confusion matrix of each validation, and logs the accuracy of each class, to TensorBoard.
+class Confusion(Pictures):
+    """Draws the confusion matrix of each validation, and logs the accuracy of each class.
 
-    For modules that have it in ``confusion``, (num_classes, num_classes), as ``ImageClassifier`` does.
+    For modules with the matrix in ``confusion``, as ``Pictures`` describes it.
     """
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw and log."""
+    def draw(self, pl_module: pl.LightningModule, writer: SummaryWriter, step: int) -> None:
+        """Draw the matrix; log the accuracy of each class that has images."""
         confusion = getattr(pl_module, "confusion", None)
-        if not isinstance(confusion, Tensor):
+        if not isinstance(confusion, Tensor) or confusion.dim() != 2 or len(confusion) != confusion.shape[1]:
             return
-        for writer in find_writers(trainer):
-            step = get_step(trainer)
-            writer.add_image("val/confusion", draw_confusion(confusion), step, dataformats="HWC")
-            for label, accuracy in enumerate(class_accuracies(confusion.tolist())):
-                if accuracy is not None:
-                    writer.add_scalar(f"val_class_acc/{label}", accuracy, step)
+        writer.add_image("val/confusion", draw_confusion(confusion), step, dataformats="HWC")
+        for label, accuracy in enumerate((confusion.diag() / confusion.sum(dim=1)).tolist()):
+            if not math.isnan(accuracy):
+                writer.add_scalar(f"val_class_acc/{label}", accuracy, step)
 
 
 def draw_confusion(confusion: Tensor) -> NDArray[np.uint8]:
@@ -50,7 +49,7 @@ def draw_confusion(confusion: Tensor) -> NDArray[np.uint8]:
     num_classes = len(counts)
     cell = CELL if num_classes <= MAX_NUMBERED else max(1, CELL * MAX_NUMBERED // num_classes)
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    strength = shares.sqrt().unsqueeze(2)  # the root: few errors shall be seen, too
+    strength = shares.sqrt().unsqueeze(2)  # the root: a few errors must be visible, too
     is_right = torch.eye(num_classes, dtype=torch.bool).unsqueeze(2)
     full = torch.where(is_right, torch.tensor(RIGHT), torch.tensor(WRONG))
     cells = (255 - strength * (255 - full)).byte().numpy().repeat(cell, axis=0).repeat(cell, axis=1)

@@ -1,68 +1,77 @@
 """What a run is, as text beside its curves."""
 
+import json
 import logging
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-import yaml
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import move_data_to_device
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch.utils.tensorboard import SummaryWriter
 
+from src.callbacks.pictures import find_writers
+
 log = logging.getLogger(__name__)
-
-CHARTS = {
-    "train and val": {
-        "loss": ["Multiline", ["train/loss", "val/loss"]],
-        "acc": ["Multiline", ["train/acc", "val/acc"]],
-    },
-    "classes": {"acc of each": ["Multiline", [r"val_class_acc/.*"]]},
-}
-
-CONTAINERS: tuple[type, ...] = (dict, list, tuple)
-PLAIN: tuple[type, ...] = (type(None), bool, int, float, str)
 
 
 class Description(Callback):
-    """Writes to TensorBoard: config and data as text, the net's graph, and charts of train and validation together."""
+    """Writes to TensorBoard: config and data as text, the graph, and charts of training and validation together.
+
+    The config is the run's ``config.yaml``, the data is the ``state_dict`` of the data module, and the graph is that of
+    a module with an ``example_input_array``. There is a chart for each metric of both ``train`` and ``val``.
+    """
+
+    def __init__(self) -> None:
+        self._has_charts = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write all of it at step 0; a run that goes on adds its config, which may be another one."""
-        data = getattr(trainer, "datamodule").state_dict()  # noqa: B009 (mypy does not know of it)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                writer = logger.experiment
-                writer.add_text("config", _as_code(dict(pl_module.hparams)), trainer.global_step)
-                writer.add_text("data", _as_code({key: data[key] for key in data if key != "loader"}))
-                writer.add_custom_scalars(CHARTS)
-                if isinstance(pl_module.example_input_array, torch.Tensor) and trainer.global_step == 0:
-                    _add_graph(writer, pl_module, pl_module.example_input_array.to(pl_module.device))
+        """Write the texts and the graph. A resumed run adds its config, which may have changed."""
+        record = Path(trainer.default_root_dir) / "config.yaml"
+        datamodule = getattr(trainer, "datamodule", None)
+        data = {
+            name: value for name, value in (datamodule.state_dict() if datamodule else {}).items() if name != "loader"
+        }
+        for writer in find_writers(trainer):
+            if record.is_file():
+                writer.add_text("config", _as_code(record.read_text()), trainer.global_step)
+            if data:
+                text = json.dumps(data, indent=2, skipkeys=True, default=lambda value: f"({type(value).__name__})")
+                writer.add_text("data", _as_code(text))
+            if pl_module.example_input_array is not None and trainer.global_step == 0:
+                _add_graph(writer, pl_module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the charts, once, as soon as an epoch has shown what is logged; TensorBoard reads the first ones."""
+        names = [name for name in trainer.callback_metrics if name.startswith("val")]
+        pairs = [(f"train{name[3:]}", name) for name in names if f"train{name[3:]}" in trainer.callback_metrics]
+        if self._has_charts or not pairs:
+            return
+        self._has_charts = True
+        charts = {"train and val": {val[4:]: ["Multiline", [train, val]] for train, val in sorted(pairs)}}
+        if hasattr(pl_module, "confusion"):
+            charts["classes"] = {"acc of each": ["Multiline", [r"val_class_acc/.*"]]}
+        for writer in find_writers(trainer):
+            writer.add_custom_scalars(charts)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the charts of a run of one epoch."""
+        self.on_train_epoch_start(trainer, pl_module)
 
 
-def _add_graph(writer: SummaryWriter, module: pl.LightningModule, images: torch.Tensor) -> None:
-    """Trace the net; one that torch.jit.trace cannot follow trains without its picture."""
+def _add_graph(writer: SummaryWriter, module: pl.LightningModule) -> None:
+    """Trace the module; one that torch.jit.trace cannot follow trains without its picture."""
+    example: Any = move_data_to_device(module.example_input_array, module.device)
     try:
         with warnings.catch_warnings(), isolate_rng():  # dropout draws numbers
             warnings.simplefilter("ignore")  # torch.jit.trace is deprecated, and touches what is, too
-            writer.add_graph(module, images)
-    except Exception as error:  # whatever the user's net raises
+            writer.add_graph(module, example)
+    except Exception as error:  # whatever your net raises
         log.warning("no graph in TensorBoard: %s", str(error).strip().split("\n")[0])
-    finally:
-        torch._C._jit_clear_class_registry()  # else traces are never freed (pytorch#35600): 2 MB a job of a sweep
 
 
-def _as_code(content: dict[str, Any]) -> str:
-    """YAML as a Markdown code block."""
-    return "".join(f"    {line}\n" for line in yaml.safe_dump(_keep_plain(content), sort_keys=False).splitlines())
-
-
-def _keep_plain(value: Any) -> Any:
-    """What YAML has words for; the rest, such as the tensors in the state of a user's data module, is left out."""
-    if isinstance(value, dict):
-        return {str(key): _keep_plain(each) for key, each in value.items() if isinstance(each, CONTAINERS + PLAIN)}
-    if isinstance(value, list | tuple):
-        return [_keep_plain(each) for each in value if isinstance(each, CONTAINERS + PLAIN)]
-    return next((kind(value) for kind in PLAIN[1:] if isinstance(value, kind)), None)  # NumPy's float is a subclass
+def _as_code(text: str) -> str:
+    """A Markdown code block."""
+    return "".join(f"    {line}\n" for line in text.splitlines())

@@ -1,19 +1,17 @@
 """The images that the model gets wrong most clearly."""
 
 import math
-from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
-from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 
 from src.callbacks.layers import to_pixels
-from src.callbacks.writers import find_predictions, find_writers, get_step
+from src.callbacks.pictures import Pictures
 
 SIDE = 64  # pixels of an image as it is drawn
 GAP = 6
@@ -21,58 +19,37 @@ COLUMNS = 5  # 350 pixels, as wide as TensorBoard shows a picture
 CAPTION = 14
 
 
-class HardestImages(Callback):
-    """Draws the images of each validation with the highest loss, the highest first, to TensorBoard.
+class HardestImages(Pictures):
+    """Draws the images of each validation with the highest cross-entropy, the highest first.
 
-    Below each stand its label, the class that it was taken for and the probability that the model gave to that. The
-    loss is the cross-entropy. Of several processes, the first one's share of the images is looked at. For modules whose
-    ``validation_step`` returns logits, (B, num_classes), of batches (images, labels).
+    Below each are its label, the class that it was taken for and the probability that the model gave to that. For
+    modules that return logits from ``validation_step``, as ``Pictures`` describes it.
 
     Args:
         num_images: How many, 1 or more.
     """
 
     def __init__(self, num_images: int = 25) -> None:
+        super().__init__()
         self.num_images = num_images
-        self._writers: list[SummaryWriter] = []
-        self._hardest: tuple[Tensor, ...] = ()  # of the batches so far: losses, images, labels, logits
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start anew."""
-        self._writers = find_writers(trainer)
-        self._hardest = ()
-
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def look(self, pl_module: pl.LightningModule, images: Tensor, labels: Tensor, logits: Tensor) -> None:
         """Keep the hardest of this batch and those before."""
-        if not self._writers or (said := find_predictions(outputs, batch)) is None:
-            return
-        images, labels, logits = said
-        logits = logits.float()
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        order = losses.topk(min(self.num_images, len(losses))).indices
-        found = tuple(part[order] for part in (losses, images, labels, logits))
-        if self._hardest:
-            found = tuple(torch.cat(pair) for pair in zip(self._hardest, found, strict=True))
-        order = found[0].topk(min(self.num_images, len(found[0]))).indices
-        self._hardest = tuple(part[order] for part in found)
+        losses = F.cross_entropy(logits.float(), labels, reduction="none")
+        parts = self._take_hardest((losses, images, labels, logits.float()))
+        if self.seen:
+            parts = self._take_hardest(tuple(torch.cat(pair) for pair in zip(self.seen[0], parts, strict=True)))
+        self.seen = [parts]
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _take_hardest(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        order = parts[0].topk(min(self.num_images, len(parts[0]))).indices
+        return tuple(part[order] for part in parts)
+
+    def draw(self, pl_module: pl.LightningModule, writer: SummaryWriter, step: int) -> None:
         """Draw them."""
-        if not self._hardest:
-            return
-        _, images, labels, logits = self._hardest
-        self._hardest = ()
-        picture = draw_predictions(images, labels, logits)
-        for writer in self._writers:
-            writer.add_image("val/hardest_images", picture, get_step(trainer), dataformats="HWC")
+        for _, images, labels, logits in self.seen:
+            picture = draw_predictions(images, labels, logits)
+            writer.add_image("val/hardest_images", picture, step, dataformats="HWC")
 
 
 def draw_predictions(images: Tensor, labels: Tensor, logits: Tensor) -> NDArray[np.uint8]:

@@ -1,7 +1,5 @@
 """What each layer of a net makes of an image, as numbers and as pictures."""
 
-from collections.abc import Iterator, MutableSequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +16,7 @@ TILE = 32  # pixels of a map at most
 GAP = 3
 MARGIN = 70  # pixels for the layers' names: with the maps 350 in all, as wide as TensorBoard shows a picture
 FONT_SIZE = 11
-BETWEEN = 255  # the grey between maps, which no value is drawn in
+BETWEEN = 255  # the grey between maps, which no value has
 PAPER = 236
 
 
@@ -29,15 +27,25 @@ class Layer(NamedTuple):
     values: Tensor
 
 
-@contextmanager
-def recording(net: nn.Module, layers: MutableSequence[Layer]) -> Iterator[None]:
-    """While the net runs, append each of its layers, in the order in which they run.
+def trace(net: nn.Module, images: Tensor) -> tuple[list[Layer], Tensor]:
+    """Run a net in evaluation mode, and record each of its layers in the order in which they run.
 
     A convolution or a linear layer begins a new one, and so does what changes the number of values, as pooling does.
-    What follows in their shape (an activation, a normalisation) belongs to the layer before. Functions of torch, unlike
-    modules, are not seen.
+    What follows in the same shape (an activation, a normalisation) belongs to the layer before. Functions of torch,
+    unlike modules, are not seen. A compiled net runs as it was written: it would be compiled anew for this batch.
+
+    Args:
+        net: Maps images to logits. Its mode stays as it was.
+        images: Its input, (B, C, H, W), on its device.
+
+    Returns:
+        Its layers, and its logits, (B, num_classes).
     """
-    names = {module: name for name, module in net.named_modules()}
+    inner = net
+    while len(parts := list(inner.children())) == 1 and list(parts[0].children()):
+        inner = parts[0]  # of a wrapper, as torch.compile's
+    names = {module: name for name, module in inner.named_modules()}
+    layers: list[Layer] = []
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         if not isinstance(output, Tensor) or output.dim() < 2:
@@ -46,34 +54,17 @@ def recording(net: nn.Module, layers: MutableSequence[Layer]) -> Iterator[None]:
         if not layers or has_weights or output.numel() != layers[-1].values.numel():
             layers.append(Layer(names[module], output.detach()))
         elif output.shape == layers[-1].values.shape:
-            layers[-1] = layers[-1]._replace(values=output.detach())
+            layers[-1] = Layer(layers[-1].name, output.detach())
 
+    modes = [(module, module.training) for module in net.modules()]
     hooks = [module.register_forward_hook(note) for module in net.modules() if not list(module.children())]
     try:
-        yield
+        net.eval()
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            logits: Tensor = net.forward(images)
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def trace(net: nn.Module, images: Tensor) -> tuple[list[Layer], Tensor]:
-    """Run a net in evaluation mode, in which it need not be.
-
-    Args:
-        net: Maps images to logits; left as it was.
-        images: Its input, (B, C, H, W), on its device.
-
-    Returns:
-        Its layers, and its logits, (B, num_classes).
-    """
-    net = getattr(net, "_orig_mod", net)  # a compiled one would be compiled anew for this batch
-    modes = [(module, module.training) for module in net.modules()]
-    layers: list[Layer] = []
-    try:
-        net.eval()
-        with torch.no_grad(), recording(net, layers):
-            logits: Tensor = net.forward(images)
-    finally:
         for module, is_training in modes:
             module.training = is_training
     return layers, logits

@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning import callbacks
 
-from src.callbacks.writers import find_writers
+from src.callbacks.pictures import find_writers
 from src.engine.errors import ConfigError
 
 log = logging.getLogger(__name__)

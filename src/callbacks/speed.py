@@ -1,39 +1,43 @@
 """How fast the training is."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
+from torch import Tensor
 
-from src.callbacks.writers import count_images
+IMAGES, SAMPLES = RATES = ("train/images_per_second", "train/samples_per_second")
 
 
 class Speed(Callback):
-    """Logs ``train/images_per_second`` of every epoch: images trained on, by the seconds of its training batches.
+    """Logs the images, or other samples, that an epoch trained on, by the seconds of its training batches.
 
-    Validation is not in them, wherever in the epoch it comes. An epoch that ends early has the rate up to its end.
+    The seconds have no validation in them, wherever in the epoch it comes. An epoch that ends early has the rate up to
+    its end. Where the size of the batches is unknown, nothing is logged.
     """
 
     def __init__(self) -> None:
         self.rates: list[float] = []  # of the epochs so far
-        self._rate: float | None = None  # of this epoch, when its last batch has come
+        self._name = SAMPLES
+        self._rate: float | None = None  # of this epoch, after its last batch
         self._read = 0.0  # when the clock was last read
         self._seconds = 0.0
-        self._images = 0
+        self._samples = 0
 
     def state_dict(self) -> dict[str, list[float]]:
-        """The rates, for a run that goes on."""
+        """The rates, for a run that is resumed."""
         return {"rates": self.rates}
 
     def load_state_dict(self, state_dict: dict[str, list[float]]) -> None:
-        """Go on with the rates of a checkpoint."""
+        """Continue with the rates of a checkpoint."""
         self.rates = list(state_dict["rates"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock, in the midst of an epoch where the run goes on there."""
-        self._read, self._seconds, self._images, self._rate = time.perf_counter(), 0.0, 0, None
+        """Start the clock; a resumed run may start in the middle of an epoch."""
+        self._read, self._seconds, self._samples, self._rate = time.perf_counter(), 0.0, 0, None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
@@ -42,37 +46,54 @@ class Speed(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch's images and seconds; the rate is taken behind the last batch, ahead of validation."""
-        self._images += count_images(batch)
+        """Count the batch's samples and seconds; the rate is taken after the last batch, before validation."""
+        size, self._name = measure(batch)
+        self._samples += size
         is_last = trainer.is_last_batch or trainer.global_step == trainer.max_steps
         self._read_clock(pl_module, is_last)
         if is_last:
             self._add_rate(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count what a GPU is still at work on."""
-        if pl_module.device.type == "cuda":
-            self._read_clock(pl_module, True)
+        """Count what a GPU is still computing."""
+        self._read_clock(pl_module, True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count from here on."""
         self._read = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the rate; there is none where the epoch had no batch."""
-        self._add_rate(trainer)  # of an epoch that was stopped ahead of its last batch
+        """Log the rate; there is none if the epoch had no batch."""
+        self._add_rate(trainer)  # of an epoch that was stopped before its last batch
         if self._rate is not None:
-            pl_module.log("train/images_per_second", self._rate, sync_dist=True)
+            pl_module.log(self._name, self._rate, sync_dist=True, batch_size=1)
 
     def _read_clock(self, pl_module: pl.LightningModule, is_exact: bool) -> None:
         if is_exact and pl_module.device.type == "cuda":
-            torch.cuda.synchronize()  # not at every batch: the GPU works behind the CPU's back
+            torch.cuda.synchronize()  # not at every batch: the GPU works while the CPU goes ahead
         now = time.perf_counter()
         self._seconds += now - self._read
         self._read = now
 
     def _add_rate(self, trainer: pl.Trainer) -> None:
-        if self._images:
-            self._rate = trainer.world_size * self._images / self._seconds
+        if self._samples:
+            self._rate = trainer.world_size * self._samples / self._seconds
             self.rates.append(self._rate)
-            self._images = 0
+            self._samples = 0
+
+
+def measure(batch: Any) -> tuple[int, str]:
+    """The number of samples of a batch of any kind, 0 if unknown, and the name of their rate.
+
+    It is the length of the first tensor. Images are (B, C, H, W), or bytes (B, H, W). A batch of graphs has their
+    number in ``num_graphs``.
+    """
+    if isinstance(batch, Tensor):
+        is_images = batch.dim() == 4 or (batch.dim() == 3 and batch.dtype == torch.uint8)
+        return (len(batch) if batch.dim() else 0), IMAGES if is_images else SAMPLES
+    if isinstance(num_graphs := getattr(batch, "num_graphs", None), int):
+        return num_graphs, SAMPLES
+    for part in batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ():
+        if (measured := measure(part))[0]:
+            return measured
+    return 0, SAMPLES

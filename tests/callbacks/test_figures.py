@@ -27,10 +27,10 @@ from src.callbacks.embedding import Embedding
 from src.callbacks.feature_maps import FeatureMaps
 from src.callbacks.hardest import HardestImages
 from src.callbacks.layers import Layer, draw_layers, trace
+from src.callbacks.pictures import find_writers
 from src.callbacks.precision_recall import PrecisionRecall
 from src.callbacks.speed import Speed
 from src.callbacks.weights import Weights
-from src.callbacks.writers import find_writers
 from src.classifier import ImageClassifier
 from src.data.mnist import preprocess
 from src.engine.runs.build import build_datamodule, build_module, build_trainer, restore

@@ -147,6 +147,8 @@ def short_errors(cfg: DictConfig) -> Iterator[None]:
     message = ""
     try:
         if in_sweep():
+            if torch := sys.modules.get("torch"):
+                torch._C._jit_clear_class_registry()  # else TensorBoard's graphs stay (pytorch#35600): 1 MB a job
             gc.collect()  # the previous job's data: Lightning's objects point at each other
             gc.freeze()  # what is left are the libraries, which the next collection need not look through
             _require_own_process(cfg)

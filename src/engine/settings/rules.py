@@ -236,6 +236,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "every_n_steps": _or_null(_int(1)),
         "refresh_rate": _int(0),
         "num_images": _int(1),
+        "ci": _or_null(TEXT),
     },
     "src.engine.runs.loggers.": {
         "save_dir": TEXT,
