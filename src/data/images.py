@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from src.data.sources import parse_idx
-from src.engine.errors import DataError
 
 SIZE = 28
 BOX = 20  # a digit's longer side
@@ -38,7 +37,7 @@ def read_digits(path: Path) -> NDArray[np.uint8]:
         OSError: If it cannot be read.
     """
     if IDX in path.name:
-        return _read_idx(path)
+        return parse_idx(path.read_bytes(), path.name).numpy()
     ink = _find_ink(_open(path))
     if np.ptp(ink) < MIN_CONTRAST:
         raise ValueError("blank: nothing in it stands out from its background")
@@ -52,19 +51,11 @@ def read_like(path: Path) -> NDArray[np.uint8]:
         The grey pixels as they are, (N, 28, 28).
     """
     if IDX in path.name:
-        return _read_idx(path)
+        return parse_idx(path.read_bytes(), path.name).numpy()
     pixels = np.asarray(Image.fromarray(_open(path).astype(np.uint8)).convert("L"))
     if pixels.shape != (SIZE, SIZE):
         raise ValueError("not 28x28 pixels, as the data set's; only to digits is it known how others are made so")
     return pixels[np.newaxis]
-
-
-def _read_idx(path: Path) -> NDArray[np.uint8]:
-    try:
-        images: NDArray[np.uint8] = parse_idx(path.read_bytes(), path).numpy()
-        return images
-    except DataError as error:
-        raise ValueError(str(error).removeprefix(f"{path} ").rpartition("; ")[0]) from error
 
 
 def _open(path: Path) -> NDArray[np.float32]:

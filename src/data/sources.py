@@ -4,16 +4,16 @@ import gzip
 import hashlib
 import importlib.resources
 import json
-import os
+import logging
 import socket
 import tempfile
-import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.client import HTTPException
+from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from torch import Tensor
 
 from src.engine.errors import DataError
 
+log = logging.getLogger(__name__)
+
 IDX_FILES = (
     "train-images-idx3-ubyte",
     "train-labels-idx1-ubyte",
@@ -29,8 +31,7 @@ IDX_FILES = (
     "t10k-labels-idx1-ubyte",
 )
 NUM_CLASSES = 10
-CHECKSUMS = ".checksums.json"  # beside the files: what has been hashed before
-FETCH = "delete it and fetch it again (data.source=download)"
+NOTE = ".downloaded.json"  # beside the files: the MD5 checksum of each that was downloaded, by name
 
 
 class Digits(NamedTuple):
@@ -40,149 +41,119 @@ class Digits(NamedTuple):
     labels: Tensor
 
 
-class MissingFileError(DataError):
-    """A file that is not there."""
+class MendableError(DataError):
+    """A download would mend it: files are missing, or have been damaged since they were downloaded."""
 
 
-def read_files(folder: Path, md5: Mapping[str, str | None]) -> tuple[Digits, Digits]:
+def read_files(folder: Path, md5: Mapping[str, str]) -> tuple[Digits, Digits]:
     """Read the four IDX files of an MNIST-like data set, each gzipped (``.gz``) or not.
-
-    A file whose checksum was right before and that has not changed since, by size and times, is not hashed again; where
-    the folder cannot be written to, it is.
 
     Args:
         folder: Where the files lie.
-        md5: Expected MD5 checksum by file name, of the file as it lies there; other files are checked for structure
-            alone.
+        md5: Expected MD5 checksum by file name, of the file as it lies there; of other files only the structure is
+            checked.
 
     Returns:
         Training and test split.
 
     Raises:
-        DataError: If a file is missing or damaged, or images and labels do not belong together.
+        MendableError: If ``download`` would mend what is wrong. Without checksums the files are the user's own, so that
+            is only so where there is none.
+        DataError: If a file is damaged or another, or images and labels do not belong together.
     """
-    known = _load_checksums(folder)
-    verified: dict[str, list[Any]] = {}
-    parts = []
-    try:
-        for name in IDX_FILES:
-            path = _find(folder, name)
-            parts.append(parse_idx(_read_verified(path, md5, known, verified), path))
-    except OSError as error:
-        raise DataError(
-            f"{error.filename or folder} cannot be read ({error.strerror}); mend that or set data.root"
-        ) from error
-    if verified and verified != known:
-        _save_checksums(folder, verified)
+    parts: list[Tensor] = []
+    errors: list[DataError] = []
+    for name in IDX_FILES:
+        try:
+            parts.append(_read_file(folder, name, md5))
+        except DataError as error:
+            errors.append(error)
+    if errors:
+        worst = min(errors, key=lambda error: isinstance(error, MendableError))
+        raise worst if md5 or len(errors) == len(IDX_FILES) else DataError(str(worst))
     train_images, train_labels, test_images, test_labels = parts
     train, test = Digits(train_images, train_labels.long()), Digits(test_images, test_labels.long())
     for split, names in ((train, IDX_FILES[:2]), (test, IDX_FILES[2:])):
         if len(split.images) != len(split.labels):
             raise DataError(
                 f"{folder}: {names[0]} has {len(split.images)} images but {names[1]} {len(split.labels)} labels: "
-                "expected as many; delete both and fetch them again (data.source=download)"
+                "expected as many; set another data.root"
             )
         if split.labels.max() >= NUM_CLASSES:
             raise DataError(
-                f"{folder / names[1]} has a label {split.labels.max()}: expected 0 to {NUM_CLASSES - 1}; {FETCH}"
+                f"{folder / names[1]} has a label {split.labels.max()}: expected 0 to {NUM_CLASSES - 1}; set another "
+                "data.root"
             )
     return train, test
 
 
-def _find(folder: Path, name: str) -> Path:
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
-            return path
-    raise MissingFileError(f"{folder / name}[.gz] not found: put it there, set data.root, or use data.source=download")
+def _find(folder: Path, name: str) -> Path | None:
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
-def _read_verified(
-    path: Path, md5: Mapping[str, str | None], known: Mapping[str, Any], verified: dict[str, list[Any]]
-) -> bytes:
-    """Read a file whose checksum is right; ``verified`` gets its entry, if that may be relied upon later."""
-    start = time.time_ns()
-    with path.open("rb") as file:
-        before = _get_stamp(file)
-        content = file.read()
-        is_steady = _get_stamp(file) == before  # else it has changed meanwhile
-    expected = md5.get(path.name)
-    if not expected:
-        return content
-    entry = [*before, expected]
-    if not (is_steady and known.get(path.name) == entry):
-        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-        if found != expected:
-            whose = "".join(f" (that of {name})" for name, value in md5.items() if value == found)
-            raise DataError(
-                f"{path} is damaged or another file: its MD5 checksum is {found}{whose}, expected {expected}; {FETCH}, "
-                "or set data.md5=null to use files of your own"
-            )
-    if is_steady and before[1] < start - 2_000_000_000:  # the next change cannot have the same time, even on FAT
-        verified[path.name] = entry
-    return content
-
-
-def _get_stamp(file: BinaryIO) -> list[int]:
-    """Size and times in ns; the last one, of the file's status, also tells a copy and a time that was set back."""
-    stat = os.fstat(file.fileno())
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-
-
-def _load_checksums(folder: Path) -> dict[str, Any]:
-    """Size, times and MD5 checksum by file name, as far as they can be read."""
-    path = folder / CHECKSUMS
+def _read_file(folder: Path, name: str, md5: Mapping[str, str]) -> Tensor:
+    """Read an IDX file whose checksum, if one is expected, is right."""
+    path = _find(folder, name)
+    if path is None:
+        remedy = "put it there, set data.root, or use data.source=download" if md5 else "put it there, or set data.root"
+        raise MendableError(f"{folder / name}[.gz] not found; {remedy}")
     try:
-        if not path.is_file():  # a pipe would keep us waiting
-            return {}
-        with path.open("rb") as file:
-            known = json.loads(file.read(10_000))
-    except (OSError, ValueError, RecursionError):
+        content = path.read_bytes()
+        if (expected := md5.get(path.name)) and (found := _hash(content)) != expected:
+            whose = "".join(f" (that of {name})" for name, value in md5.items() if value == found)
+            raise DataError(f"is damaged or another file: its MD5 checksum is {found}{whose}, expected {expected}")
+        return parse_idx(content, path.name)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); mend that or set data.root") from error
+    except DataError as error:
+        if path.name in _load_note(folder):
+            raise MendableError(f"{path} {error}; data.source=download moves it aside and fetches it anew") from error
+        own = "data.md5=null to use files of your own, or " if md5 else ""
+        raise DataError(f"{path} {error}; nothing is put in its place: set {own}another data.root") from error
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def _load_note(folder: Path) -> dict[str, str]:
+    """The checksums of the files that were downloaded, by name; what is no such note says of no file that it was."""
+    try:
+        note = json.loads((folder / NOTE).read_bytes())
+    except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    return note if isinstance(note, dict) else {}
 
 
-def _save_checksums(folder: Path, verified: Mapping[str, list[Any]]) -> None:
-    """Write the file whole or not at all; where that cannot be done, the next start hashes again."""
-    aside = folder / f"{CHECKSUMS}.{os.getpid()}"
-    with suppress(OSError):
-        if not folder.stat().st_mode & 0o222:  # meant to be read only, though root could write
-            return
-        try:
-            aside.write_text(json.dumps(verified, indent=2) + "\n")
-            aside.replace(folder / CHECKSUMS)
-        finally:
-            aside.unlink(missing_ok=True)
-
-
-def parse_idx(content: bytes, path: Path) -> Tensor:
+def parse_idx(content: bytes, name: str) -> Tensor:
     """Turn the IDX format (two zero bytes, type, number of dimensions, sizes, data; big-endian) into a tensor.
 
     Args:
         content: The bytes of the file.
-        path: Its name says whether it is gzipped (``.gz``), and images (``idx3``) or labels.
+        name: Whether it is gzipped (``.gz``), and images (``idx3``) or labels.
 
     Returns:
         uint8 images (N, 28, 28) or labels (N,).
 
     Raises:
-        DataError: If the file is damaged or another.
+        DataError: If the file is damaged or another; the message does not name it.
     """
-    if path.suffix == ".gz":
+    if name.endswith(".gz"):
         try:
             content = _unzip(content)
         except zlib.error as error:
-            raise DataError(f"{path} is damaged: {error}; {FETCH}") from error
-    num_dims = 3 if "idx3" in path.name else 1
+            raise DataError(f"is damaged: {error}") from error
+    num_dims = 3 if "idx3" in name else 1
     header = 4 + 4 * num_dims
     if len(content) < header or content[:4] != bytes((0, 0, 8, num_dims)):
-        raise DataError(f"{path} is not an IDX file of bytes in {num_dims} dimensions (wrong magic number); {FETCH}")
+        raise DataError(f"is not an IDX file of bytes in {num_dims} dimensions (wrong magic number)")
     shape = [int(size) for size in np.frombuffer(content[4:header], ">u4")]
     if len(content) - header != np.prod(shape, dtype=object):
-        raise DataError(f"{path} is damaged: its header says {shape}, it holds {len(content) - header} bytes; {FETCH}")
+        raise DataError(f"is damaged: its header says {shape}, it holds {len(content) - header} bytes")
     if 0 in shape:
-        raise DataError(f"{path} holds nothing: its header says {shape}; {FETCH}")
+        raise DataError(f"holds nothing: its header says {shape}")
     if num_dims == 3 and shape[1:] != [28, 28]:
-        raise DataError(f"{path} holds images of {shape[1]}x{shape[2]} pixels: expected 28x28; choose other files")
+        raise DataError(f"holds images of {shape[1]}x{shape[2]} pixels: expected 28x28")
     # A bytearray, since tensors over read-only memory make torch warn.
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(shape)
 
@@ -200,13 +171,15 @@ def _unzip(content: bytes) -> bytes:
     return unzipped
 
 
-def download(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str | None], timeout: float) -> bool:
-    """Download the four gzipped IDX files unless whole ones are there, one process at a time.
+def download(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str], timeout: float) -> bool:
+    """Download those of the four gzipped IDX files that are missing or damaged, one process at a time.
 
-    They arrive in a folder aside and are moved into place when all are there and their checksums are right.
+    They arrive in a folder aside and are moved into place when all are there and their checksums are right. A note of
+    them, ``.downloaded.json``, is left beside them. A file that is in the way is moved aside if it is in that note;
+    one that is not is the user's.
 
     Args:
-        folder: Where they shall lie; made when missing.
+        folder: Where they are to lie; made when missing.
         mirrors: Base URLs, tried in turn.
         md5: Expected MD5 checksum by file name.
         timeout: Seconds that a mirror may be silent.
@@ -215,7 +188,7 @@ def download(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str | None]
         Whether anything had to be downloaded.
 
     Raises:
-        DataError: If no mirror gave all of the files; the message says why of each.
+        DataError: If no mirror gave all of the files, or one of the user's is in the way; the message says which.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -223,15 +196,14 @@ def download(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str | None]
             try:
                 read_files(folder, md5)
                 return False
-            except DataError:
-                pass
-            _fetch_all(folder, mirrors, md5, timeout)
+            except MendableError:
+                _fetch_all(folder, mirrors, md5, timeout)
+                return True
     except OSError as error:
         raise DataError(f"cannot download to {folder}: {error}; choose another data.root") from error
-    return True
 
 
-def _fetch_all(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str | None], timeout: float) -> None:
+def _fetch_all(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str], timeout: float) -> None:
     from torchvision.datasets.utils import download_url
 
     reasons = []
@@ -245,11 +217,34 @@ def _fetch_all(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str | Non
             except (OSError, RuntimeError, ValueError, HTTPException) as error:  # RuntimeError: a wrong checksum
                 reasons.append(f"{mirror}: {error}")
                 continue
-            for name in IDX_FILES:
-                (folder / name).unlink(missing_ok=True)  # a damaged uncompressed file would hide the new one
-                (Path(aside) / f"{name}.gz").replace(folder / f"{name}.gz")
+            _put_in_place(folder, Path(aside), md5)
             return
     raise DataError(f"no mirror in data.mirrors delivered: {'; '.join(reasons) or 'the list is empty'}")
+
+
+def _put_in_place(folder: Path, aside: Path, md5: Mapping[str, str]) -> None:
+    """Move files from ``aside`` to where one is missing or damaged, and note them."""
+    note = _load_note(folder)
+    for name in IDX_FILES:
+        try:
+            _read_file(folder, name, md5)
+            continue
+        except MendableError as error:
+            if damaged := _find(folder, name):
+                other = _free(damaged.with_name(f"{damaged.name}.damaged"))
+                damaged.rename(other)
+                log.warning("%s; moved to %s and downloaded anew", str(error).rpartition("; ")[0], other.name)
+        path = aside / f"{name}.gz"
+        note[path.name] = _hash(path.read_bytes())
+        path.rename(folder / path.name)
+    (aside / NOTE).write_text(json.dumps(note, indent=2) + "\n")
+    (aside / NOTE).replace(folder / NOTE)
+
+
+def _free(path: Path) -> Path:
+    """The path, with a number after it if something is there."""
+    numbered = (path.with_name(f"{path.name}{number or ''}") for number in count())
+    return next(each for each in numbered if not each.exists())
 
 
 @contextmanager

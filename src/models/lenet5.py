@@ -31,7 +31,7 @@ class LeNet5(nn.Module):
         pooling: ``"avg"`` as in the paper (without its trainable coefficients), or ``"max"``.
 
     Raises:
-        ValueError: If ``activation`` or ``pooling`` is none of the names above.
+        ValueError: If an argument is none of the above.
 
     Source:
         LeCun, Bottou, Bengio, Haffner: Gradient-Based Learning Applied to Document Recognition, Proc. IEEE 86(11),
@@ -48,6 +48,9 @@ class LeNet5(nn.Module):
         self, num_classes: int = 10, in_channels: int = 1, activation: str = "tanh", pooling: str = "avg"
     ) -> None:
         super().__init__()
+        for name, size in (("num_classes", num_classes), ("in_channels", in_channels)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}={size}: expected a whole number of 1 or more")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation}: expected one of {', '.join(ACTIVATIONS)}")
         if pooling not in POOLINGS:

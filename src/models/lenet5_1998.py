@@ -4,6 +4,8 @@ LeCun, Bottou, Bengio, Haffner: Gradient-Based Learning Applied to Document Reco
 Sections, equations and tables below are that paper's.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -153,7 +155,7 @@ class PenaltyLoss(nn.Module):
 
     def __init__(self, j: float) -> None:
         super().__init__()
-        if not j > 0:
+        if isinstance(j, bool) or not isinstance(j, int | float) or not 0 < j < math.inf:
             raise ValueError(f"j={j}: expected a number above 0")
         self.j = j
 

@@ -59,7 +59,7 @@ class Data(NamedTuple):
 
 
 def find_data(folder: Path) -> Data:
-    """Copy MNIST's files to a folder, where checksums can be remembered; without files, use the package's digits."""
+    """Copy MNIST's files to a folder, gzipped and not; without files, use the package's digits."""
     roots = [Path(os.environ.get("MNIST_ROOT") or ROOT / "data"), ROOT.parent / "shared" / "mnist"]
     found = next((root for root in roots if list(root.glob("MNIST/raw/train-images*.gz"))), None)
     data = Data(folder / "gz", folder / "unzipped", "files" if found else "package")

@@ -1,11 +1,13 @@
 """src/data/loader.py: which images come when."""
 
 from itertools import chain, islice
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning_fabric.utilities.data import _set_sampler_epoch
 
 from src.data.loader import BatchLoader
 
@@ -49,7 +51,7 @@ def test_without_shuffle_the_images_come_as_they_are() -> None:
     assert order_of(make_loader(shuffle=False), epoch=1) == list(range(NUM))
 
 
-def test_order_depends_on_seed_and_epoch_alone() -> None:
+def test_order_depends_on_seed_and_epoch_only() -> None:
     used = make_loader(batch_size=4, seed=3)
     for epoch in range(3):
         order_of(used, epoch)
@@ -99,17 +101,40 @@ def test_resumed_epoch_has_the_batches_that_are_left(done: int) -> None:
         assert order_of(resumed, epoch) == order_of(make_loader(), epoch)
 
 
-def test_state_of_an_epoch_resumed_counts_from_its_start() -> None:
+def test_state_counts_images_from_the_epochs_start() -> None:
     loader = make_loader()
-    loader.load_state_dict({"epoch": 0, "position": 2})
+    loader.load_state_dict({"epoch": 0, "images": 10})
     next(iter(loader))
 
-    assert loader.state_dict() == {"epoch": 0, "position": 3}
+    assert loader.state_dict() == {"epoch": 0, "images": 15}
+
+
+def test_state_of_release_0_1_0_counts_batches_of_todays_size() -> None:
+    loader = make_loader()
+    loader.load_state_dict({"epoch": 2, "position": 3})
+    assert order_of(loader, epoch=2) == order_of(make_loader(), epoch=2)[15:]
+
+
+@given(st.data())
+def test_an_epoch_resumed_with_another_batch_size_has_the_images_that_are_left(data: st.DataObject) -> None:
+    sizes, num = st.integers(1, 40), data.draw(st.integers(1, 60))
+    loader = make_loader(data.draw(sizes), num=num)
+    loader.set_epoch(3)
+    done = data.draw(st.integers(0, len(loader)))
+    seen = [int(label) for _, labels in islice(loader, done) for label in labels]
+
+    resumed = make_loader(data.draw(sizes), num=num)
+    resumed.load_state_dict(loader.state_dict())
+    first = resumed.batches_done
+    rest = [labels.tolist() for _, labels in resumed]  # the epoch that is saved is the one that comes
+    assert seen + list(chain(*rest)) == order_of(make_loader(num=num), epoch=3)
+    assert first + len(rest) == len(resumed) == resumed.batches_done  # as Lightning will count
+    assert all(len(labels) == resumed.batch_size for labels in rest[:-1])
 
 
 def test_state_of_another_epoch_does_not_shorten_this_one() -> None:
     loader = make_loader()
-    loader.load_state_dict({"epoch": 0, "position": 5})
+    loader.load_state_dict({"epoch": 0, "images": 23})
 
     assert order_of(loader, epoch=1) == order_of(make_loader(), epoch=1)
 
@@ -126,7 +151,7 @@ def test_epoch_that_has_not_begun_is_resumed_whole() -> None:
 
 def test_state_is_kept_until_it_is_used() -> None:
     loader = make_loader()
-    state = {"epoch": 2, "position": 3}
+    state = {"epoch": 2, "images": 15}
     loader.load_state_dict(state)
 
     assert loader.state_dict() == state
@@ -139,9 +164,17 @@ def test_abandoned_epoch_starts_afresh() -> None:
     assert order_of(loader) == order_of(make_loader())
 
 
-def test_batch_size_below_1_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size=0"):
-        make_loader(batch_size=0)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_lightning_finds_where_to_set_the_epoch(shuffle: bool) -> None:
+    loader = make_loader(shuffle=shuffle)
+    _set_sampler_epoch(loader, 3)
+    assert loader.epoch == 3
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.0, True, "5"])
+def test_batch_size_that_is_no_whole_number_of_1_or_more_is_refused(batch_size: Any) -> None:
+    with pytest.raises(ValueError, match=f"batch_size={batch_size}: expected a whole number of 1 or more"):
+        make_loader(batch_size=batch_size)
 
 
 def test_images_without_labels_are_refused() -> None:
@@ -183,6 +216,26 @@ def test_processes_share_the_batches_of_one(division: tuple[int, int, int], shuf
         sizes = [len(part) for part in parts]
         assert min(sizes) >= 1
         assert max(sizes) - min(sizes) <= 1
+
+
+@given(divisions(), st.data())
+def test_means_of_the_shares_average_to_the_mean_of_the_batch(
+    division: tuple[int, int, int], data: st.DataObject
+) -> None:
+    world_size, num, batch_size = division
+    seen = data.draw(st.integers(0, num))
+    loaders = [make_loader(batch_size, num=num, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for loader in loaders:
+        loader.load_state_dict({"epoch": 0, "images": seen})
+    first = loaders[0].batches_done
+    batches = [[labels.double() for _, labels in loader] for loader in loaders]
+
+    for index, parts in enumerate(zip(*batches, strict=True), first):
+        shares = [loader.share(index) for loader in loaders]
+        average = sum(share * part.mean() for share, part in zip(shares, parts, strict=True)) / world_size
+        assert float(average) == pytest.approx(float(torch.cat(parts).mean()))
+        if len({len(part) for part in parts}) == 1:
+            assert shares == [1.0] * world_size
 
 
 @given(divisions(), st.data())

@@ -2,14 +2,15 @@
 
 import logging
 import re
-import shutil
 import struct
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -22,8 +23,9 @@ from torchvision.transforms import v2
 from src.data.mnist import MNISTDataModule, preprocess
 from src.data.sources import Digits, read_files, read_package
 from src.engine.errors import DataError
+from src.engine.runs.last_checkpoint import LastCheckpoint
 from src.engine.settings.check import CONF
-from tests.mnist.files import NUM_TEST, NUM_TRAIN, Mirror, write_digits
+from tests.mnist.files import NUM_TEST, NUM_TRAIN, Mirror, write_digits, write_idx
 
 NUM_VAL = 60
 
@@ -124,18 +126,39 @@ def test_train_size_must_not_exceed_what_there_is(mnist_root: Path) -> None:
         ready(mnist_root, train_size=241)
 
 
-@pytest.mark.parametrize("val_size", [0, NUM_TRAIN, NUM_TRAIN + 1])
+@pytest.mark.parametrize("val_size", [NUM_TRAIN, NUM_TRAIN + 1])
 def test_val_size_must_leave_images_to_both(val_size: int, mnist_root: Path) -> None:
     with pytest.raises(ValueError, match=f"val_size={val_size}: expected 1 to 299"):
         ready(mnist_root, val_size=val_size)
 
 
-@pytest.mark.parametrize("setting", [{"source": "web"}, {"augment": "mixup"}])
-def test_unknown_choice_is_refused(setting: dict[str, str]) -> None:
-    ((name, value),) = setting.items()
+@pytest.mark.parametrize("source", ["files", "package"])
+def test_the_first_images_of_each_split_are_of_all_classes(source: str, mnist_root: Path) -> None:
+    for split, digits in ready(mnist_root, source=source).splits.items():
+        num = 10 if source == "package" else 60
+        assert digits.labels[:num].unique().tolist() == list(range(10)), split
 
-    with pytest.raises(ValueError, match=f"{name}={value}: expected one of"):
-        MNISTDataModule("data", **setting)  # type: ignore[arg-type]
+
+WHOLE = "expected a whole number of {} or more"
+BAD_SETTINGS: list[tuple[str, Any, str]] = [
+    ("source", "web", "expected one of auto, files, download, package"),
+    ("augment", "mixup", "expected one of none, affine, elastic"),
+    *((name, 0, WHOLE.format(1)) for name in ("batch_size", "eval_batch_size", "val_size", "train_size")),
+    *(("batch_size", value, WHOLE.format(1)) for value in (2.5, 64.0, True, "64", None)),
+    *((name, -1, WHOLE.format(0)) for name in ("split_seed", "seed")),
+    *(("timeout", value, "expected a number of seconds above 0") for value in (0, -1.0, float("inf"), "10", None)),
+    ("root", "", "expected a folder"),
+    ("name", "", "expected a folder"),
+    ("mirrors", "http://127.0.0.1", "expected a list of URLs"),
+    ("mirrors", [1], "expected a list of URLs"),
+    ("md5", "d41d8cd98f00b204e9800998ecf8427e", "expected checksums by file name"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), BAD_SETTINGS)
+def test_bad_setting_is_named(name: str, value: Any, expected: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}={re.escape(str(value))}\b.*{expected}|{name}=.*{expected}"):
+        MNISTDataModule(**{"root": "data", name: value})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,7 +167,7 @@ def test_unknown_choice_is_refused(setting: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("source", ["auto", "files", "download"])
 def test_whole_files_are_used(
-    source: str, mnist_root: Path, mnist_md5: dict[str, str | None], caplog: pytest.LogCaptureFixture
+    source: str, mnist_root: Path, mnist_md5: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     datamodule = ready(mnist_root, source=source, md5=mnist_md5)
 
@@ -152,14 +175,11 @@ def test_whole_files_are_used(
     assert caplog.records == []
 
 
-@pytest.mark.parametrize("damage", ["no files", "a damaged file"])
+@pytest.mark.parametrize("md5", [True, False])
 def test_auto_warns_once_and_takes_the_package(
-    damage: str, mnist_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    md5: bool, mnist_md5: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if damage == "a damaged file":
-        folder = shutil.copytree(mnist_root / "MNIST" / "raw", tmp_path / "MNIST" / "raw")
-        (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(b"damaged")
-    datamodule = ready(tmp_path, source="auto")
+    datamodule = ready(tmp_path, source="auto", md5=mnist_md5 if md5 else None)
 
     assert datamodule.used_source == "package"
     assert sum(datamodule.num_images.values()) == 5000
@@ -168,16 +188,99 @@ def test_auto_warns_once_and_takes_the_package(
     assert str(tmp_path / "MNIST" / "raw") in record.getMessage()
 
 
-def test_auto_names_the_damaged_file_that_it_does_without(
-    tmp_path: Path, mnist_root: Path, caplog: pytest.LogCaptureFixture
+def test_auto_names_the_damaged_download_that_it_does_without(
+    serve: Callable[..., Mirror],
+    mnist_files: dict[str, bytes],
+    mnist_md5: dict[str, str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    raw = tmp_path / "MNIST" / "raw"
-    shutil.copytree(mnist_root / "MNIST" / "raw", raw)
-    damaged = raw / "train-labels-idx1-ubyte.gz"
+    ready(tmp_path, source="download", mirrors=[serve(mnist_files).url], md5=mnist_md5)
+    damaged = tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte.gz"
     damaged.write_bytes(damaged.read_bytes()[:-10])
+    before = snapshot(tmp_path)
 
-    assert ready(tmp_path, source="auto").used_source == "package"
+    assert ready(tmp_path, source="auto", md5=mnist_md5).used_source == "package"
     assert f"{damaged} is damaged" in caplog.text
+    assert snapshot(tmp_path) == before
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Content of every file by path, but for locks."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    }
+
+
+def letters(folder: Path) -> None:
+    write_digits(folder, gzipped=True)
+    write_idx(folder / "train-labels-idx1-ubyte.gz", np.arange(NUM_TRAIN, dtype=np.uint8) % 26, gzipped=True)
+
+
+OWN_FILES: dict[str, Callable[[Path], None]] = {
+    "labels above 9": letters,
+    "another size": lambda folder: write_idx(folder / "train-images-idx3-ubyte", np.zeros((9, 5, 7), np.uint8), False),
+    "valid, but not MNIST's": lambda folder: write_digits(folder, gzipped=False),
+    "no IDX": lambda folder: write_idx(folder / "t10k-labels-idx1-ubyte.gz", np.zeros((2, 2), np.uint8), False),
+}
+
+
+@pytest.mark.parametrize("kind", OWN_FILES)
+@pytest.mark.parametrize(
+    ("name", "md5"), [("MNIST", "its own"), ("MNIST", "none"), ("MyLetters", "its own"), ("MyLetters", "none")]
+)
+def test_nothing_takes_the_place_of_the_users_own_files(
+    kind: str,
+    name: str,
+    md5: str,
+    serve: Callable[..., Mirror],
+    mnist_files: dict[str, bytes],
+    mnist_md5: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    """With the settings that ``conf/data/mnist.yaml`` has, mirrors included."""
+    OWN_FILES[kind](tmp_path / name / "raw")
+    published = mnist_md5 | {file.removesuffix(".gz"): "0" * 32 for file in mnist_md5}  # of both kinds of file
+    mirror, before = serve(mnist_files), snapshot(tmp_path)
+    settings = {"name": name, "md5": published if md5 == "its own" else None, "mirrors": [mirror.url]}
+
+    if kind == "valid, but not MNIST's" and md5 == "none":
+        assert ready(tmp_path, source="auto", **settings).used_source == "files"
+    else:
+        for source in ("auto", "files", "download"):
+            with pytest.raises(DataError) as error:
+                ready(tmp_path, source=source, **settings)
+            said = str(error.value)
+            assert str(tmp_path / name / "raw") in said
+            assert "\n" not in said
+            assert "data.root" in said
+            assert ("data.md5=null" in said) == (md5 == "its own")
+            assert "delete" not in said
+    assert snapshot(tmp_path) == before
+    assert mirror.checked == []
+
+
+@pytest.mark.parametrize(("name", "md5"), [("MNIST", False), ("MyLetters", True)])
+def test_auto_downloads_nothing_but_mnist(
+    name: str,
+    md5: bool,
+    serve: Callable[..., Mirror],
+    mnist_files: dict[str, bytes],
+    mnist_md5: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    mirror = serve(mnist_files)
+    datamodule = MNISTDataModule(str(tmp_path), name, md5=mnist_md5 if md5 else None, mirrors=[mirror.url])
+
+    if name == "MNIST":
+        datamodule.prepare_data()
+    else:
+        with pytest.raises(DataError, match=r"not found; .*data\.source=download"):
+            datamodule.prepare_data()
+    assert mirror.checked == []
+    assert snapshot(tmp_path) == {}
 
 
 def test_auto_does_not_warn_again_when_the_test_follows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -190,13 +293,13 @@ def test_auto_does_not_warn_again_when_the_test_follows(tmp_path: Path, caplog: 
 def test_auto_takes_the_package_for_nothing_but_mnist(tmp_path: Path) -> None:
     datamodule = MNISTDataModule(str(tmp_path), name="FashionMNIST", source="auto")
 
-    with pytest.raises(DataError, match="no mirror"):
+    with pytest.raises(DataError, match="not found"):
         datamodule.prepare_data()
     with pytest.raises(DataError, match="not found"):  # what the other processes of a machine call
         datamodule.setup()
 
 
-@pytest.mark.parametrize(("source", "message"), [("files", "not found"), ("download", "no mirror")])
+@pytest.mark.parametrize(("source", "message"), [("files", "not found"), ("download", "not found; no mirror")])
 def test_other_sources_do_not_fall_back(source: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         ready(tmp_path, source=source)
@@ -207,7 +310,7 @@ def test_missing_files_are_downloaded(
     source: str,
     serve: Callable[..., Mirror],
     mnist_files: dict[str, bytes],
-    mnist_md5: dict[str, str | None],
+    mnist_md5: dict[str, str],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -270,10 +373,9 @@ def make_trainer(**settings: Any) -> pl.Trainer:
     return pl.Trainer(
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **settings,
+        **{"enable_checkpointing": False} | settings,
     )
 
 
@@ -282,7 +384,7 @@ no_gpu_needed = pytest.mark.filterwarnings("ignore:GPU available but not used")
 
 @no_gpu_needed
 @pytest.mark.parametrize("augment", ["none", "affine", "elastic"])
-def test_augmentation_changes_training_images_alone(augment: str, mnist_root: Path) -> None:
+def test_augmentation_changes_training_images_only(augment: str, mnist_root: Path) -> None:
     datamodule = ready(mnist_root, augment=augment)
     module = Recorder()
     trainer = make_trainer(max_epochs=1, num_sanity_val_steps=-1)
@@ -320,6 +422,33 @@ def test_resumed_run_sees_the_batches_that_are_left(steps: int, mnist_root: Path
 
 
 @no_gpu_needed
+@pytest.mark.parametrize("batch_size", [7, 16, 64, 500])  # instead of 32
+@pytest.mark.parametrize("steps", [3, 11])
+def test_run_resumed_with_another_batch_size_sees_the_images_that_are_left(
+    batch_size: int, steps: int, mnist_root: Path, tmp_path: Path
+) -> None:
+    whole, resumed, validated = Recorder(), Recorder(), []
+    make_trainer(max_epochs=2).fit(whole, ready(mnist_root))
+
+    def stop(trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == steps:
+            raise KeyboardInterrupt
+
+    first = [LastCheckpoint(str(tmp_path), every_n_steps=steps), LambdaCallback(on_train_batch_start=stop)]
+    with pytest.raises(SystemExit):
+        make_trainer(max_epochs=2, callbacks=first, enable_checkpointing=True).fit(Recorder(), ready(mnist_root))
+    note = LambdaCallback(on_validation_end=lambda trainer, _: validated.append(trainer.current_epoch))
+    second = [LastCheckpoint(str(tmp_path)), note]
+    make_trainer(max_epochs=2, callbacks=second, enable_checkpointing=True, num_sanity_val_steps=0).fit(
+        resumed, ready(mnist_root, batch_size=batch_size), ckpt_path=tmp_path / "last.ckpt", weights_only=True
+    )
+
+    left = list(chain(*resumed.seen()))
+    assert left == list(chain(*whole.seen()))[steps * 32 - (steps // 8) * 16 :]
+    assert validated == list(range(steps // 8, 2))
+
+
+@no_gpu_needed
 def test_overfitting_repeats_the_same_batches(mnist_root: Path) -> None:
     module = Recorder()
     make_trainer(max_epochs=2, overfit_batches=2).fit(module, ready(mnist_root))
@@ -328,7 +457,21 @@ def test_overfitting_repeats_the_same_batches(mnist_root: Path) -> None:
     assert module.seen()[:2] == module.seen()[2:]
 
 
-def test_state_restored_continues_behind_the_batches_seen(mnist_root: Path) -> None:
+@no_gpu_needed
+def test_overfitting_resumes_with_the_same_batches(mnist_root: Path, tmp_path: Path) -> None:
+    first, rest = Recorder(), Recorder()
+    trainer = make_trainer(max_epochs=1, overfit_batches=2)
+    trainer.fit(first, ready(mnist_root))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    make_trainer(max_epochs=2, overfit_batches=2).fit(
+        rest, ready(mnist_root), ckpt_path=tmp_path / "end.ckpt", weights_only=True
+    )
+
+    assert len(first.seen()) == 2
+    assert rest.seen() == first.seen()
+
+
+def test_state_restored_continues_after_the_batches_seen(mnist_root: Path) -> None:
     datamodule, restored = ready(mnist_root), ready(mnist_root)
     batches = iter(datamodule.train_dataloader())
     next(batches)
@@ -339,6 +482,18 @@ def test_state_restored_continues_behind_the_batches_seen(mnist_root: Path) -> N
     for (images, labels), (true_images, true_labels) in zip(left, batches, strict=True):
         assert torch.equal(images, true_images)
         assert torch.equal(labels, true_labels)
+
+
+@pytest.mark.parametrize(
+    ("source", "md5", "restored"),
+    [("package", True, "package"), ("files", False, "files"), ("download", True, "download")],
+)
+def test_auto_becomes_the_source_that_a_restored_run_had(
+    source: str, md5: bool, restored: str, mnist_md5: dict[str, str], tmp_path: Path
+) -> None:
+    datamodule = MNISTDataModule(str(tmp_path), md5=mnist_md5 if md5 else None)
+    datamodule.load_state_dict({"source": source})
+    assert datamodule.source == restored
 
 
 def test_state_says_what_the_images_were(mnist_root: Path) -> None:
@@ -375,23 +530,18 @@ def add_one(path: Path, place: int) -> None:
 def test_fingerprint_is_of_the_content_whatever_its_files(mnist_root: Path, raw: Path) -> None:
     gzipped, plain, again = ready(mnist_root), ready(raw.parents[1]), ready(mnist_root, seed=1, batch_size=8)
 
-    assert re.fullmatch("[0-9a-f]{8}", gzipped.fingerprint)
+    assert re.fullmatch("crc32:[0-9a-f]{8}", gzipped.fingerprint)
     assert gzipped.fingerprint == plain.fingerprint == again.fingerprint
 
 
 def test_fingerprint_is_the_same_on_every_machine(mnist_root: Path) -> None:
     datamodule = ready(mnist_root)
-    crc = 0
+    content = b""
     for name, (images, labels) in datamodule.splits.items():
-        sums = []
-        for image in images:
-            words = struct.unpack("<98Q", bytes(image.flatten().tolist()))
-            sums.append(sum(word * 0x9E3779B97F4A7C15**power for power, word in enumerate(words, 1)) % 2**64)
-        crc = zlib.crc32(f"{name} {len(images)}".encode(), crc)
-        crc = zlib.crc32(struct.pack(f"<{len(sums)}Q", *sums), crc)
-        crc = zlib.crc32(struct.pack(f"<{len(labels)}q", *labels.tolist()), crc)
+        content += f"{name} {len(images)}".encode() + bytes(images.flatten().tolist())
+        content += struct.pack(f"<{len(labels)}q", *labels.tolist())
 
-    assert datamodule.fingerprint == f"{crc:08x}"
+    assert datamodule.fingerprint == f"crc32:{zlib.crc32(content):08x}"
 
 
 @pytest.mark.parametrize("place", [-1, -28 * 28, -28 * 28 * 30 - 100])
@@ -488,6 +638,7 @@ def test_test_of_other_data_does_not_warn(middle: Path, raw: Path, caplog: pytes
         pytest.param({}, id="nothing"),
         pytest.param({"source": "files", "num_images": {"train": 1}, "loader": None}, id="an older one"),
         pytest.param({"loader": {"epoch": 0}, "fingerprint": None}, id="half a loader"),
+        pytest.param({"loader": None, "fingerprint": "04f88af3"}, id="release 0.1.0's fingerprint"),
         pytest.param({"loader": [3], "num_images": 7}, id="other types"),
     ],
 )
@@ -502,7 +653,7 @@ def test_state_of_another_shape_starts_the_epoch(
 
 
 def test_state_without_numbers_of_images_warns_all_the_same(mnist_root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    ready(mnist_root).load_state_dict({"fingerprint": "00000000"})
+    ready(mnist_root).load_state_dict({"fingerprint": "crc32:00000000"})
 
     (record,) = caplog.records
-    assert "00000000 and an unknown number of" in record.getMessage()
+    assert "crc32:00000000 and an unknown number of" in record.getMessage()

@@ -15,15 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO
 
 import numpy as np
 import pytest
 import torch
 from torchvision.datasets import MNIST
 
-from src.data import sources
-from src.data.sources import CHECKSUMS, IDX_FILES, download, read_files, read_package
+from src.data.sources import IDX_FILES, NOTE, download, read_files, read_package
 from src.engine.errors import DataError
 from tests.mnist.files import NUM_TEST, NUM_TRAIN, Mirror, make_digits, write_digits, write_idx
 
@@ -180,10 +178,10 @@ def test_exchanged_files_are_found_without_checksums(names: tuple[str, str], rea
         read_files(plain, {})
 
 
-def test_checksum_tells_which_file_lies_in_the_place(gzipped: Path, mnist_md5: dict[str, str | None]) -> None:
+def test_checksum_tells_which_file_lies_in_the_place(gzipped: Path, mnist_md5: dict[str, str]) -> None:
     shutil.copy(gzipped / f"{IDX_FILES[2]}.gz", gzipped / f"{TRAIN_IMAGES}.gz")
 
-    with pytest.raises(DataError, match=rf"{TRAIN_IMAGES}\.gz .*\(that of {IDX_FILES[2]}\.gz\).*; delete it"):
+    with pytest.raises(DataError, match=rf"{TRAIN_IMAGES}\.gz .*\(that of {IDX_FILES[2]}\.gz\).*data\.md5=null"):
         read_files(gzipped, mnist_md5)
 
 
@@ -191,245 +189,23 @@ def test_file_that_cannot_be_read_is_named(gzipped: Path, monkeypatch: pytest.Mo
     path = gzipped / f"{TRAIN_LABELS}.gz"
     path.chmod(0)
     if os.access(path, os.R_OK):  # root may read all
-        monkeypatch.setattr(Path, "open", functools.partialmethod(refuse, Path.open, path))
+        monkeypatch.setattr(Path, "read_bytes", functools.partialmethod(refuse, Path.read_bytes, path))
 
     with pytest.raises(DataError, match=rf"{re.escape(str(path))} cannot be read \(Permission denied\); .*data\.root"):
         read_files(gzipped, {})
 
 
-def refuse(self: Path, really: Callable[..., IO[Any]], refused: Path, *how: Any, **settings: Any) -> IO[Any]:
-    """Open a file unless it is the one that is refused."""
+def refuse(self: Path, really: Callable[[Path], bytes], refused: Path) -> bytes:
+    """Read a file unless it is the one that is refused."""
     if self == refused:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
-    return really(self, *how, **settings)
+    return really(self)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checksums that are known already
-
-
-@pytest.fixture
-def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes of what has been hashed, in order."""
-    sizes = []
-    md5 = hashlib.md5
-
-    def count(content: bytes, **settings: bool) -> Any:
-        sizes.append(len(content))
-        return md5(content, **settings)
-
-    monkeypatch.setattr(hashlib, "md5", count)
-    return sizes
-
-
-def spoil(content: bytes) -> bytes:
-    """Change what nothing but the checksum sees: the time in gzip's header."""
-    return content[:5] + bytes([content[5] ^ 1]) + content[6:]
-
-
-@pytest.fixture
-def old(gzipped: Path) -> Path:
-    """The tiny data set's files, gzipped, of long ago."""
-    for path in gzipped.iterdir():
-        os.utime(path, (1.6e9, 1.6e9))
-    (gzipped / CHECKSUMS).unlink(missing_ok=True)  # another test's
-    return gzipped
-
-
-def test_files_that_have_not_changed_are_hashed_once(
-    old: Path, mnist_md5: dict[str, str | None], hashed: list[int]
-) -> None:
-    first = read_files(old, mnist_md5)
-    assert hashed == [(old / f"{name}.gz").stat().st_size for name in IDX_FILES]
-
-    again = read_files(old, mnist_md5)
-    assert len(hashed) == 4
-    assert all(torch.equal(*pair) for pair in zip(first[0] + first[1], again[0] + again[1], strict=True))
-
-
-def test_file_that_was_touched_is_hashed_again(old: Path, mnist_md5: dict[str, str | None], hashed: list[int]) -> None:
-    path = old / f"{TRAIN_LABELS}.gz"
-    read_files(old, mnist_md5)
-    hashed.clear()
-    os.utime(path, (1.7e9, 1.7e9))
-
-    read_files(old, mnist_md5)
-    assert hashed == [path.stat().st_size]
-
-
-def test_another_checksum_asked_for_is_not_taken_as_known(old: Path, mnist_md5: dict[str, str | None]) -> None:
-    read_files(old, mnist_md5)
-    other = {**mnist_md5, f"{TRAIN_LABELS}.gz": "0" * 32}
-
-    with pytest.raises(DataError, match=f"{TRAIN_LABELS}.*expected {'0' * 32}"):
-        read_files(old, other)
-
-
-def test_file_of_this_moment_is_not_yet_known(old: Path, mnist_md5: dict[str, str | None], hashed: list[int]) -> None:
-    path = old / f"{TRAIN_LABELS}.gz"
-    path.touch()  # whatever befalls it now may have the same time
-
-    for _ in range(2):
-        hashed.clear()
-        read_files(old, mnist_md5)
-    assert hashed == [path.stat().st_size]
-
-
-def test_damage_with_its_time_set_back_is_found(old: Path, mnist_md5: dict[str, str | None]) -> None:
-    path = old / f"{TRAIN_IMAGES}.gz"
-    read_files(old, mnist_md5)
-    time.sleep(0.05)  # the clock of a file system's times is a coarse one
-    path.write_bytes(spoil(path.read_bytes()))
-    os.utime(path, (1.6e9, 1.6e9))
-
-    with pytest.raises(DataError, match=re.escape(str(path))):
-        read_files(old, mnist_md5)
-
-
-@pytest.mark.parametrize("known", [True, False])
-def test_change_while_reading_is_found(
-    known: bool, old: Path, mnist_md5: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = old / f"{TRAIN_IMAGES}.gz"
-    whole = path.read_bytes()
-    if known:
-        read_files(old, mnist_md5)
-    stamp = sources._get_stamp
-    stamps = []
-
-    def change_after(file: BinaryIO) -> list[int]:
-        stamps.append(stamp(file))
-        if len(stamps) == 1:  # looked at, not yet read
-            path.write_bytes(spoil(whole))
-        return stamps[-1]
-
-    monkeypatch.setattr(sources, "_get_stamp", change_after)
-    with pytest.raises(DataError, match=re.escape(str(path))):
-        read_files(old, mnist_md5)
-
-
-def test_whole_file_put_in_place_while_reading_is_not_blessed_by_its_forerunner(
-    old: Path, mnist_md5: dict[str, str | None], monkeypatch: pytest.MonkeyPatch, hashed: list[int]
-) -> None:
-    path = old / f"{TRAIN_IMAGES}.gz"
-    whole = path.read_bytes()
-    path.write_bytes(spoil(whole))
-    os.utime(path, (1.6e9, 1.6e9))
-    stamp = sources._get_stamp
-    stamps = []
-
-    def mend_after(file: BinaryIO) -> list[int]:
-        stamps.append(stamp(file))
-        if len(stamps) == 1:
-            path.write_bytes(whole)
-        return stamps[-1]
-
-    monkeypatch.setattr(sources, "_get_stamp", mend_after)
-    read_files(old, mnist_md5)
-    assert f"{TRAIN_IMAGES}.gz" not in json.loads((old / CHECKSUMS).read_text())
-
-
-def forge(entry: Callable[[Path], Any]) -> Callable[[Path], bytes]:
-    """A list of checksums that says the same of each file."""
-    return lambda old: json.dumps({f"{name}.gz": entry(old / f"{name}.gz") for name in IDX_FILES}).encode()
-
-
-BAD_CHECKSUMS: dict[str, Callable[[Path], bytes]] = {
-    "empty": lambda old: b"",
-    "cut": lambda old: b'{"train-images-idx3-ubyte.gz": [77',
-    "not text": lambda old: bytes(range(256)),
-    "deep": lambda old: b"[" * 9_000,
-    "long": lambda old: b" " * 1_000_000 + b"{}",
-    "a long number": lambda old: b'{"a": ' + b"9" * 9_000 + b"}",
-    "another type": lambda old: b"[]",
-    "entries of another type": forge(lambda path: True),
-    "entries too short": forge(lambda path: [path.stat().st_size]),
-    "no checksums": forge(lambda path: [path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ctime_ns, None]),
-    "other checksums": forge(
-        lambda path: [path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ctime_ns, "0" * 32]
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_CHECKSUMS)
-def test_bad_list_of_checksums_neither_stops_nor_misleads(
-    kind: str, old: Path, mnist_md5: dict[str, str | None], hashed: list[int]
-) -> None:
-    content = BAD_CHECKSUMS[kind](old)
-    (old / CHECKSUMS).write_bytes(content)
-
-    read_files(old, mnist_md5)
-    assert len(hashed) == 4
-    assert (old / CHECKSUMS).read_bytes() != content  # mended
-    read_files(old, mnist_md5)
-    assert len(hashed) == 4
-
-    path = old / f"{TRAIN_IMAGES}.gz"
-    path.write_bytes(spoil(path.read_bytes()))
-    (old / CHECKSUMS).write_bytes(BAD_CHECKSUMS[kind](old))
-    with pytest.raises(DataError, match=re.escape(str(path))):
-        read_files(old, mnist_md5)
-
-
-def make_huge(path: Path) -> None:
-    """Zeros, more than memory holds; on the disk they take no space."""
-    path.touch()
-    os.truncate(path, 1 << 40)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(os.mkfifo, id="pipe"),
-        pytest.param(lambda path: (path / "full").mkdir(parents=True), id="folder"),
-        pytest.param(lambda path: path.symlink_to("/dev/zero"), id="endless"),
-        pytest.param(make_huge, id="huge"),
-        pytest.param(lambda path: path.symlink_to(path.name), id="circle"),
-    ],
-)
-def test_anything_in_place_of_the_list_is_passed_over(
-    make: Callable[[Path], None], old: Path, mnist_md5: dict[str, str | None], hashed: list[int]
-) -> None:
-    make(old / CHECKSUMS)
-
-    read_files(old, mnist_md5)
-    assert len(hashed) == 4
-    assert {path.name for path in old.iterdir()} == {f"{name}.gz" for name in IDX_FILES} | {CHECKSUMS}
-
-
-def test_list_that_may_not_be_read_is_passed_over(
-    old: Path, mnist_md5: dict[str, str | None], hashed: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read_files(old, mnist_md5)
-    monkeypatch.setattr(Path, "open", functools.partialmethod(refuse, Path.open, old / CHECKSUMS))
-
-    read_files(old, mnist_md5)
-    assert len(hashed) == 8
-
-
-def test_folder_that_is_read_only_stays_as_it_is(
-    old: Path, mnist_md5: dict[str, str | None], hashed: list[int], caplog: pytest.LogCaptureFixture
-) -> None:
-    old.chmod(0o555)
-    try:
-        for _ in range(2):
-            read_files(old, mnist_md5)
-    finally:
-        old.chmod(0o755)
-
-    assert len(hashed) == 8
-    assert {path.name for path in old.iterdir()} == {f"{name}.gz" for name in IDX_FILES}
-    assert caplog.records == []
-
-
-def test_files_without_checksums_leave_the_list_alone(old: Path, mnist_md5: dict[str, str | None]) -> None:
-    read_files(old, {})
-    assert not (old / CHECKSUMS).exists()
-
-    read_files(old, mnist_md5)
-    before = (old / CHECKSUMS).read_bytes()
-    read_files(old, {})
-    assert (old / CHECKSUMS).read_bytes() == before
+def test_reading_leaves_the_folder_as_it_is(gzipped: Path, mnist_md5: dict[str, str]) -> None:
+    before = sorted(gzipped.iterdir())
+    read_files(gzipped, mnist_md5)
+    assert sorted(gzipped.iterdir()) == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,24 +253,30 @@ BAD_MIRRORS = ["down", "silent", "lacks a file", "corrupts", "cuts short", "not 
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
-    """Content of every file by name, whatever its folder, but for the lock."""
-    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
+    """Content of every file by name, whatever its folder, but for the lock and the note."""
+    return {
+        path.name: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".lock" and path.name != NOTE
+    }
 
 
 def test_download_puts_the_files_in_place_and_nothing_aside(
-    serve: Callable[..., Mirror], mnist_files: dict[str, bytes], mnist_md5: dict[str, str | None], target: Path
+    serve: Callable[..., Mirror], mnist_files: dict[str, bytes], mnist_md5: dict[str, str], target: Path
 ) -> None:
     mirror = serve(mnist_files)
 
     assert download(target, [mirror.url + "/"], mnist_md5, timeout=5)
-    assert {path.name: path.read_bytes() for path in target.iterdir()} == mnist_files
+    content = {path.name: path.read_bytes() for path in target.iterdir()}
+    assert json.loads(content.pop(NOTE)) == mnist_md5
+    assert content == mnist_files
     assert {path.name for path in target.parent.iterdir()} <= {"raw", ".raw.lock"}
     assert socket.getdefaulttimeout() is None
     assert mirror.fetched == [f"{name}.gz" for name in IDX_FILES]
 
 
 def test_files_that_are_there_are_not_downloaded_again(
-    serve: Callable[..., Mirror], mnist_files: dict[str, bytes], mnist_md5: dict[str, str | None], gzipped: Path
+    serve: Callable[..., Mirror], mnist_files: dict[str, bytes], mnist_md5: dict[str, str], gzipped: Path
 ) -> None:
     mirror = serve(mnist_files)
 
@@ -502,19 +284,80 @@ def test_files_that_are_there_are_not_downloaded_again(
     assert mirror.checked == mirror.fetched == []
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_damaged_file_is_replaced(
-    suffix: str,
+@pytest.mark.parametrize("kept", [0, 1])
+def test_damaged_download_is_moved_aside_and_fetched_anew(
+    kept: int,
     serve: Callable[..., Mirror],
     mnist_files: dict[str, bytes],
-    mnist_md5: dict[str, str | None],
+    mnist_md5: dict[str, str],
+    target: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    mirror, name = serve(mnist_files), f"{TRAIN_IMAGES}.gz"
+    aside = {f"{name}.damaged": b"of an earlier time"} if kept else {}
+    assert download(target, [mirror.url], mnist_md5, timeout=5)
+    (target / name).write_bytes(b"damaged")
+    for path, content in aside.items():
+        (target / path).write_bytes(content)
+
+    assert download(target, [mirror.url], mnist_md5, timeout=5)
+    moved = f"{name}.damaged{kept or ''}"
+    assert files_below(target) == mnist_files | aside | {moved: b"damaged"}
+    (record,) = caplog.records
+    assert re.search(rf"{target / name} .*{moved} and downloaded anew", record.getMessage())
+    assert not download(target, [mirror.url], mnist_md5, timeout=5)
+
+
+@pytest.mark.parametrize("note", [None, b"{}", b"no note", b"[]"])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("others", [False, True])
+def test_files_of_the_users_own_are_never_touched(
+    note: bytes | None,
+    suffix: str,
+    others: bool,
+    serve: Callable[..., Mirror],
+    mnist_files: dict[str, bytes],
+    mnist_md5: dict[str, str],
     target: Path,
 ) -> None:
+    """Whether the other three are missing or not, and before anything is downloaded."""
+    mirror = serve(mnist_files)
+    own = {f"{IDX_FILES[3]}{suffix}": b"letters"} | ({} if note is None else {NOTE: note})
+    if others:
+        own |= {name: content for name, content in mnist_files.items() if IDX_FILES[3] not in name}
     target.mkdir(parents=True)
-    (target / f"{TRAIN_IMAGES}{suffix}").write_bytes(b"damaged")
+    for name, content in own.items():
+        (target / name).write_bytes(content)
 
-    assert download(target, [serve(mnist_files).url], mnist_md5, timeout=5)
-    assert files_below(target) == mnist_files
+    with pytest.raises(DataError, match=rf"{target / IDX_FILES[3]}.* data\.md5=null .* another data\.root$"):
+        download(target, [mirror.url], mnist_md5, timeout=5)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == own
+    assert mirror.checked == []
+
+
+def test_a_missing_file_is_fetched_and_the_others_kept(
+    serve: Callable[..., Mirror], mnist_files: dict[str, bytes], mnist_md5: dict[str, str], plain: Path
+) -> None:
+    (plain / TRAIN_LABELS).unlink()
+    before = files_below(plain)
+
+    assert download(plain, [serve(mnist_files).url], mnist_md5, timeout=5)
+    name = f"{TRAIN_LABELS}.gz"
+    assert files_below(plain) == before | {name: mnist_files[name]}
+    assert json.loads((plain / NOTE).read_text()) == {name: mnist_md5[name]}
+
+
+def test_without_checksums_files_are_the_users_own(
+    serve: Callable[..., Mirror], mnist_files: dict[str, bytes], plain: Path
+) -> None:
+    (plain / TRAIN_LABELS).unlink()
+    before = files_below(plain)
+
+    with pytest.raises(
+        DataError, match=re.escape(f"{plain / TRAIN_LABELS}[.gz] not found; put it there, or set data.root")
+    ):
+        download(plain, [serve(mnist_files).url], {}, timeout=5)
+    assert files_below(plain) == before
 
 
 @pytest.mark.parametrize("kind", BAD_MIRRORS)
@@ -523,7 +366,7 @@ def test_bad_mirror_is_passed_over(
     bad_mirrors: dict[str, str],
     serve: Callable[..., Mirror],
     mnist_files: dict[str, bytes],
-    mnist_md5: dict[str, str | None],
+    mnist_md5: dict[str, str],
     target: Path,
 ) -> None:
     start = time.monotonic()
@@ -536,7 +379,7 @@ def test_bad_mirror_is_passed_over(
 @pytest.mark.parametrize("checksums", [True, False])
 @pytest.mark.parametrize("kind", BAD_MIRRORS)
 def test_bad_mirror_is_named_and_leaves_nothing(
-    kind: str, checksums: bool, bad_mirrors: dict[str, str], mnist_md5: dict[str, str | None], target: Path
+    kind: str, checksums: bool, bad_mirrors: dict[str, str], mnist_md5: dict[str, str], target: Path
 ) -> None:
     with pytest.raises(DataError, match=re.escape(bad_mirrors[kind])):
         download(target, [bad_mirrors[kind]], mnist_md5 if checksums else {}, timeout=0.5)
@@ -564,7 +407,7 @@ def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_processes_at_once_download_each_file_once(
-    serve: Callable[..., Mirror], mnist_files: dict[str, bytes], mnist_md5: dict[str, str | None], target: Path
+    serve: Callable[..., Mirror], mnist_files: dict[str, bytes], mnist_md5: dict[str, str], target: Path
 ) -> None:
     mirror = serve(mnist_files, delay=0.1)  # one is still at it when the others come
     context = multiprocessing.get_context("forkserver")

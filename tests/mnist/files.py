@@ -69,7 +69,7 @@ def mnist_files(mnist_root: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def mnist_md5(mnist_files: dict[str, bytes]) -> dict[str, str | None]:
+def mnist_md5(mnist_files: dict[str, bytes]) -> dict[str, str]:
     """Their MD5 checksums, by name."""
     return {name: hashlib.md5(content, usedforsecurity=False).hexdigest() for name, content in mnist_files.items()}
 

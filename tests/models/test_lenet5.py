@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -60,3 +62,10 @@ def test_refuses_unknown_names() -> None:
         LeNet5(activation="sigmoid")
     with pytest.raises(ValueError, match="pooling=median: expected one of avg, max"):
         LeNet5(pooling="median")
+
+
+@pytest.mark.parametrize("name", ["num_classes", "in_channels"])
+@pytest.mark.parametrize("value", [0, -1, 10.0, True, "10", None])
+def test_refuses_sizes_that_are_no_whole_numbers_of_1_or_more(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value}: expected a whole number of 1 or more"):
+        LeNet5(**{name: value})

@@ -1,5 +1,6 @@
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -276,9 +277,10 @@ def test_loss_stays_finite_where_the_exponentials_vanish() -> None:
     assert PenaltyLoss(1.0)(-penalties, torch.tensor([4])).item() == pytest.approx(600 - 1.0)
 
 
-def test_loss_refuses_a_j_that_is_not_positive() -> None:
-    with pytest.raises(ValueError, match=r"j=0\.0: expected a number above 0"):
-        PenaltyLoss(0.0)
+@pytest.mark.parametrize("j", [0.0, -1, math.inf, math.nan, True, "10", None])
+def test_loss_refuses_a_j_that_is_no_number_above_0(j: Any) -> None:
+    with pytest.raises(ValueError, match=f"j={j}: expected a number above 0"):
+        PenaltyLoss(j)
 
 
 def test_global_rates_are_those_of_the_papers_20_passes() -> None:

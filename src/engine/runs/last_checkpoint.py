@@ -16,7 +16,6 @@ from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
 
-from src.data.loader import BatchLoader
 from src.engine.runs.processes import SIGNALS, is_child
 from src.engine.runs.running_metrics import collect_means, collect_metrics, restore_means, restore_metrics
 
@@ -104,8 +103,8 @@ class LastCheckpoint(Checkpoint):
         is_within_step = trainer.training and progress.current.processed < progress.current.ready
         # Weights that the failed step has changed may not be worth it; of gradients, a checkpoint holds none.
         is_unchanged = trainer.global_step == self._last_step and trainer.accumulate_grad_batches == 1
-        if isinstance(exception, Exception) and trainer.world_size == 1 and is_within_step and is_unchanged:
-            _undo_fetch(trainer)
+        is_alone = trainer.world_size == 1 and isinstance(exception, Exception)
+        if is_alone and is_within_step and is_unchanged and _undo_fetch(trainer):
             self._in_step = True
             self._save(trainer)
 
@@ -172,6 +171,7 @@ class LastCheckpoint(Checkpoint):
         is_lightnings = total.completed < total.processed  # written by a hook at an epoch's end, as best.ckpt
         if is_in_epoch:  # its end is to be as ever: Lightning would not let ReduceLROnPlateau step
             loop._restarting = False
+            _count_as_loader(trainer)
         else:  # nothing of the last epoch is left to do
             if is_lightnings:
                 total.completed = total.processed
@@ -226,14 +226,32 @@ def _hook_in(
     steps._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]  # the same by _agree
 
 
-def _undo_fetch(trainer: pl.Trainer) -> None:
-    """Count the batch whose step has failed as not yet seen."""
+def _undo_fetch(trainer: pl.Trainer) -> bool:
+    """Count the batch whose step has failed as not yet seen; whether that can be.
+
+    A loader with a state must be able to step back, by a method ``rewind(num_batches)``: to after so many of its epoch.
+    """
+    loader: Any = trainer.train_dataloader
+    if hasattr(loader, "state_dict") and not hasattr(loader, "rewind"):
+        return False
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
     for part in (progress.current, progress.total):
         part.ready = part.started = part.processed = part.completed
-    loader = trainer.train_dataloader
-    if isinstance(loader, BatchLoader):
-        loader.position = progress.current.completed
+    if hasattr(loader, "rewind"):
+        loader.rewind(progress.current.completed)
+    return True
+
+
+def _count_as_loader(trainer: pl.Trainer) -> None:
+    """Begin at the batch at which the loader resumes: with another batch size than before, that is another one.
+
+    Otherwise Lightning would end the epoch too early, or miss its validation. A loader says so by an attribute
+    ``batches_done``: batches of its epoch, those before the resume included.
+    """
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    shift = getattr(trainer.train_dataloader, "batches_done", progress.ready) - progress.ready
+    for name in ("ready", "started", "processed", "completed"):
+        setattr(progress, name, getattr(progress, name) + shift)
 
 
 def _warn(trainer: pl.Trainer, reason: str) -> None:

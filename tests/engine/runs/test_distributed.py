@@ -198,13 +198,6 @@ def test_a_checkpoint_is_tested_by_two_processes_as_by_one(tmp_path: Path, toget
     assert result.stdout.count("confusion matrix") == result.stdout.count("written to") == 1
 
 
-@pytest.mark.slow
-def test_a_batch_that_cannot_be_shared_is_said_once(tmp_path: Path, mnist_root: Path) -> None:
-    result = command("train", tmp_path, "trainer=ddp_cpu", f"data.root={mnist_root}", *DATA, "data.batch_size=63")
-    assert result.returncode == 1
-    assert result.stderr == "error: data.batch_size=63: 2 processes share a batch; expected a multiple of 2\n"
-
-
 # What holds the second process in the second epoch, as a fault of the network or of a disk would, or lets it fail; what
 # holds both ahead of a step, until a file says otherwise; what makes validation last; a net that makes a test last.
 HOLD = """
