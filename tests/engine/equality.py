@@ -27,6 +27,11 @@ def table(folder: Path) -> list[dict[str, str]]:
         return [{**line, "train/images_per_second": ""} for line in csv.DictReader(file)]
 
 
+def weights(checkpoint: Path) -> torch.Tensor:
+    """All weights of a checkpoint in a row, (N,)."""
+    return torch.cat([tensor.flatten() for tensor in load_checkpoint(checkpoint)["state_dict"].values()])
+
+
 def assert_equal(one: Any, other: Any, path: str = "") -> None:
     """Equal to the bit, all the way down."""
     if isinstance(one, torch.Tensor):

@@ -1,4 +1,4 @@
-"""What can go wrong in a step of training, as callbacks for the tests."""
+"""What can go wrong in a run, as callbacks for the tests, and as a net."""
 
 import os
 import signal
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
+from torch import Tensor
 
+from tests.engine.tiny import TinyNet
 from tests.processes import wait_until
 
 
@@ -24,7 +26,7 @@ class FailAt(Callback):
 
 
 class KillAt(Callback):
-    """Kills its process behind some steps: ahead of the next one, or at the end of the validation."""
+    """Kills its process after some steps: before the next one, or at the end of the validation."""
 
     def __init__(self, step: int, in_validation: bool = False) -> None:
         self.step = step
@@ -40,7 +42,7 @@ class KillAt(Callback):
 
 
 class FillDiskAt(Callback):
-    """Fills a disk up behind some steps."""
+    """Fills a disk up after some steps."""
 
     def __init__(self, step: int, path: str) -> None:
         self.step = step
@@ -77,3 +79,40 @@ class SlowAt(Callback):
         if trainer.global_step == self.step:
             print(f"slow step in {trainer.default_root_dir}", flush=True)
             time.sleep(self.seconds)
+
+
+class HoldSecond(Callback):
+    """Holds the second process in the second epoch, as a fault of the network or of a disk would."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        while trainer.current_epoch == 1 and trainer.global_rank == 1:
+            time.sleep(0.1)
+
+
+class FailSecond(Callback):
+    """Fails in the second process, in the second epoch."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch == 1 and trainer.global_rank == 1:
+            raise ValueError("the second process fails")
+
+
+class SlowValidation(Callback):
+    """Takes five seconds for a batch of validation, and says when it begins."""
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        print("validates", flush=True)
+
+    def on_validation_batch_start(self, *args: object) -> None:
+        time.sleep(5)
+
+
+class HeldNet(TinyNet):
+    """Waits in a test, as long as HOLD_TEST is in the environment, and says so."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if "HOLD_TEST" in os.environ:
+            print("tests", flush=True)
+            time.sleep(600)
+        logits: Tensor = super().forward(rows)
+        return logits

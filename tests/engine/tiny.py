@@ -59,7 +59,7 @@ class TinyTask(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = F.cross_entropy(self(batch[0]), batch[1])
-        self.log("train/loss", loss, on_step=False, on_epoch=True)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -84,10 +84,17 @@ class TinyTask(pl.LightningModule):
 
 
 class TinyLoader:
-    """Batches of rows in an order that (seed, epoch) decide; its state says where in an epoch it is."""
+    """Batches of rows in an order that (seed, epoch) decide, a process's share of each; its state says where it is.
 
-    def __init__(self, rows: Tensor, labels: Tensor, batch_size: int, seed: int | None = None) -> None:
-        self.rows, self.labels, self.batch_size, self.seed = rows, labels, batch_size, seed
+    Args:
+        rows: (N, 4); a row's class says whether its sum is above 0.
+        batch_size: Rows that the processes share.
+        seed: None: in their own order.
+        share: Which of the processes, and of how many.
+    """
+
+    def __init__(self, rows: Tensor, batch_size: int, seed: int | None, share: tuple[int, int]) -> None:
+        self.rows, self.batch_size, self.seed, self.share = rows, batch_size, seed, share
         self.epoch = self.position = self._first = 0
         self.sampler, self.batch_sampler = self, None  # where Lightning looks for set_epoch
 
@@ -104,8 +111,9 @@ class TinyLoader:
         first, self._first = self._first, 0
         for index in range(first, len(self)):
             self.position = index + 1
-            chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
-            yield self.rows[chosen], self.labels[chosen]
+            batch = order[index * self.batch_size : (index + 1) * self.batch_size]
+            rows = self.rows[batch[self.share[0] :: self.share[1]]]
+            yield rows, (rows.sum(dim=1) > 0).long()
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position % len(self)}
@@ -115,7 +123,7 @@ class TinyLoader:
 
 
 class TinyData(pl.LightningDataModule):
-    """Rows of four numbers, of the class that says whether their sum is above 0; each process has a share of them.
+    """Rows of four numbers to tell their sum's sign from.
 
     ``noise`` is drawn for each batch to train on, as an augmentation is.
     """
@@ -130,9 +138,8 @@ class TinyData(pl.LightningDataModule):
 
     def _make_loader(self, num_rows: int, drawn_by: int, seed: int | None = None) -> TinyLoader:
         rows = torch.randn(num_rows, 4, generator=torch.Generator().manual_seed(drawn_by))
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        mine = rows[rank::world_size]
-        return TinyLoader(mine, (mine.sum(dim=1) > 0).long(), self.batch_size // world_size, seed)
+        share = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return TinyLoader(rows, self.batch_size, seed, share)
 
     def train_dataloader(self) -> TinyLoader:
         self._loader = self._make_loader(self.num_rows, 0, self.seed)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from src.engine.runs.build import load_checkpoint
 from src.train import train
 from tests.compose import compose_cfg, run_command
+from tests.engine.equality import weights
 
 
-def weights(folder: Path, data: Path, *overrides: str) -> Tensor:
+def trained_weights(folder: Path, data: Path, *overrides: str) -> Tensor:
     """Train for two epochs with augmentation, and read the weights at the end."""
     train(
         compose_cfg(
@@ -20,12 +20,7 @@ def weights(folder: Path, data: Path, *overrides: str) -> Tensor:
             "callbacks=minimal", "test=false", *overrides,
         )
     )  # fmt: skip
-    return flat(folder / "checkpoints" / "last.ckpt")
-
-
-def flat(checkpoint: Path) -> Tensor:
-    """All weights of a checkpoint in a row."""
-    return torch.cat([tensor.flatten() for tensor in load_checkpoint(checkpoint)["state_dict"].values()])
+    return weights(folder / "checkpoints" / "last.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -37,8 +32,8 @@ def flat(checkpoint: Path) -> Tensor:
     ids=" ".join,
 )
 def test_what_is_beside_the_training_does_not_change_it(overrides: list[str], mnist_root: Path, tmp_path: Path) -> None:
-    plain = weights(tmp_path / "plain", mnist_root, "callbacks.progress=null")
-    assert torch.equal(plain, weights(tmp_path / "beside", mnist_root, *overrides))
+    plain = trained_weights(tmp_path / "plain", mnist_root, "callbacks.progress=null")
+    assert torch.equal(plain, trained_weights(tmp_path / "beside", mnist_root, *overrides))
 
 
 @pytest.mark.gpu
@@ -51,5 +46,5 @@ def test_deterministic_on_a_gpu_gives_the_same_weights(precision: str, tmp_path:
             f"trainer.precision={precision}", "trainer.max_epochs=3", f"hydra.run.dir={tmp_path / name}", *overrides,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
-        found.append(flat(tmp_path / name / "checkpoints" / "last.ckpt"))
+        found.append(weights(tmp_path / name / "checkpoints" / "last.ckpt"))
     assert torch.equal(*found)

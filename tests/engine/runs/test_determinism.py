@@ -6,29 +6,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from src.engine.runs.build import load_checkpoint
 from src.train import train
 from tests.compose import run_command
+from tests.engine.equality import weights
 from tests.engine.tiny import TINY, compose_tiny
 
 COMMON = ("data.noise=0.1", "trainer.max_epochs=2", "callbacks=minimal", "logger=[]", "test=false")
 
 
-def weights(folder: Path, *overrides: str) -> Tensor:
+def trained_weights(folder: Path, *overrides: str) -> Tensor:
     """Train for two epochs with noise, and read the weights at the end."""
     train(compose_tiny(folder, *COMMON, *overrides))
-    return flat(folder / "checkpoints" / "last.ckpt")
-
-
-def flat(checkpoint: Path) -> Tensor:
-    """All weights of a checkpoint in a row."""
-    return torch.cat([tensor.flatten() for tensor in load_checkpoint(checkpoint)["state_dict"].values()])
+    return weights(folder / "checkpoints" / "last.ckpt")
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
     """The weights of the run that the others are compared with: seed 0, and nothing beside the training."""
-    return weights(tmp_path_factory.mktemp("plain"), "seed=0", "callbacks.progress=null")
+    return trained_weights(tmp_path_factory.mktemp("plain"), "seed=0", "callbacks.progress=null")
 
 
 @pytest.mark.parametrize(
@@ -48,14 +43,14 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
     ids=" ".join,
 )
 def test_what_is_beside_the_training_does_not_change_it(overrides: list[str], plain: Tensor, tmp_path: Path) -> None:
-    assert torch.equal(plain, weights(tmp_path, "seed=0", *overrides))
+    assert torch.equal(plain, trained_weights(tmp_path, "seed=0", *overrides))
 
 
 def test_another_seed_gives_other_weights(plain: Tensor, tmp_path: Path) -> None:
-    assert not torch.equal(plain, weights(tmp_path / "one", "seed=1"))
+    assert not torch.equal(plain, trained_weights(tmp_path / "one", "seed=1"))
     # Only the order of the batches follows data.seed; weights, dropout and noise follow the seed: both count.
-    assert not torch.equal(plain, weights(tmp_path / "order", "seed=0", "data.seed=1"))
-    assert not torch.equal(plain, weights(tmp_path / "rest", "seed=1", "data.seed=0"))
+    assert not torch.equal(plain, trained_weights(tmp_path / "order", "seed=0", "data.seed=1"))
+    assert not torch.equal(plain, trained_weights(tmp_path / "rest", "seed=1", "data.seed=0"))
 
 
 @pytest.mark.slow
@@ -63,4 +58,4 @@ def test_a_command_comes_to_the_weights_of_a_call(plain: Tensor, tmp_path: Path)
     shown = ("callbacks=minimal", "logger=[tensorboard,csv]")
     result = run_command("train", *TINY, *COMMON, *shown, "seed=0", f"hydra.run.dir={tmp_path}")
     assert result.returncode == 0, result.stderr
-    assert torch.equal(plain, flat(tmp_path / "checkpoints" / "last.ckpt"))
+    assert torch.equal(plain, weights(tmp_path / "checkpoints" / "last.ckpt"))
