@@ -79,9 +79,3 @@ def test_a_checkpoint_is_tested_by_two_processes_as_by_one(tmp_path: Path, toget
     for name in ("test/acc", "test/loss"):
         assert tested["metrics"][name] == pytest.approx(together.metrics[name], rel=0 if "acc" in name else 1e-6)
     assert result.stdout.count("confusion matrix") == result.stdout.count("written to") == 1
-
-
-def test_a_batch_that_cannot_be_shared_is_said_once(tmp_path: Path, mnist_root: Path) -> None:
-    result = run_together("train", tmp_path, "trainer=ddp_cpu", f"data.root={mnist_root}", *DATA, "data.batch_size=63")
-    assert result.returncode == 1
-    assert result.stderr == "error: data.batch_size=63: 2 processes share a batch; expected a multiple of 2\n"
