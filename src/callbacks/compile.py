@@ -9,7 +9,7 @@ class Compile(Callback):
     """Compiles the module's ``net`` by ``torch.compile`` when training starts; the weights' names stay.
 
     The first steps take a minute, and so does the first batch of another size. A compiled net computes the same up to
-    rounding, so its checkpoints go on with a plain one and the other way round.
+    rounding, so a plain net resumes from its checkpoints, and the other way round.
 
     Args:
         mode: As of ``torch.compile``: ``default``, ``reduce-overhead`` (on a GPU: CUDA graphs) or ``max-autotune``.

@@ -6,6 +6,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -43,8 +44,6 @@ def draw_confusion(confusion: Tensor) -> NDArray[np.uint8]:
     Returns:
         (H, W, 3).
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     counts = confusion.cpu()
     num_classes = len(counts)
     cell = CELL if num_classes <= MAX_NUMBERED else max(1, CELL * MAX_NUMBERED // num_classes)

@@ -6,6 +6,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
@@ -63,15 +64,13 @@ def draw_predictions(images: Tensor, labels: Tensor, logits: Tensor) -> NDArray[
     Returns:
         (H, W, 3).
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     confidences, predictions = logits.softmax(dim=1).max(dim=1)
     width, height = SIDE + GAP, SIDE + CAPTION + GAP
     page = Image.new("RGB", (COLUMNS * width, math.ceil(len(images) / COLUMNS) * height + CAPTION), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(11)
     draw.text((GAP // 2, CAPTION - 3), "label > taken for, probability", "black", anchor="ls", font=font)
-    said = zip(to_pixels(images), labels.tolist(), predictions.tolist(), confidences.tolist(), strict=True)
-    for index, (pixels, label, prediction, confidence) in enumerate(said):
+    rows = zip(to_pixels(images), labels.tolist(), predictions.tolist(), confidences.tolist(), strict=True)
+    for index, (pixels, label, prediction, confidence) in enumerate(rows):
         left, top = index % COLUMNS * width, CAPTION + index // COLUMNS * height
         image = Image.fromarray(pixels)
         image.thumbnail((SIDE, SIDE))

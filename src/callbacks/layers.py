@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -123,8 +124,6 @@ def draw_layers(layers: list[Layer]) -> NDArray[np.uint8]:
     Returns:
         Grey, (H, W).
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     parts = [(layer.name, layer.values[0], draw_values(layer.values[0])) for layer in layers if layer.values.dim() < 5]
     width = MARGIN + COLUMNS * (TILE + GAP)
     height = sum(max(picture.shape[0], 2 * FONT_SIZE) + 3 * GAP for _, _, picture in parts)

@@ -1,4 +1,4 @@
-"""A learning rate from a range test, ahead of the training."""
+"""A learning rate from a range test, before the training."""
 
 import io
 import logging
@@ -7,6 +7,7 @@ from contextlib import nullcontext, redirect_stderr
 from typing import Any
 
 import pytorch_lightning as pl
+from matplotlib.figure import Figure
 from pytorch_lightning import callbacks
 
 from src.callbacks.pictures import find_writers
@@ -18,20 +19,21 @@ SKIPPED = 10  # steps at the beginning that do not count, as in Lightning's sugg
 
 
 class LearningRateFinder(callbacks.LearningRateFinder):
-    """Lightning's range test (Smith, 2015), whose rate goes where ``optimizer.lr`` would have gone.
+    """Lightning's range test (Smith, 2015), whose rate replaces ``optimizer.lr``.
 
-    That is into the optimizer and, where the schedule's ``max_lr`` is the same, its peak: the run then equals, to the
-    bit, one that was given the rate. Lightning's own would set the rate and leave the schedule as it is, which
-    overwrites it in the first step. A run that goes on keeps its rate. TensorBoard shows the loss by rate.
+    It becomes the optimizer's rate and, if the schedule's ``max_lr`` is the same, its peak: the run then equals, to the
+    bit, one that was given the rate. Lightning's own sets the rate and leaves the schedule as it is, which overwrites
+    it in the first step. A resumed run keeps its rate. TensorBoard shows the loss by rate.
 
     Args:
         min_lr: The lowest rate, above 0.
-        max_lr: The highest rate; the test ends ahead of it where the loss is four times the lowest one.
+        max_lr: The highest rate; the test ends before it if the loss is four times the lowest one.
         num_training_steps: Steps between them, 13 or more, at most those of the run.
     """
 
     def __init__(self, min_lr: float = 1e-6, max_lr: float = 1.0, num_training_steps: int = 100) -> None:
         super().__init__(min_lr, max_lr, num_training_steps, update_attr=False)
+        self.num_training_steps = num_training_steps
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Test, and set the rate.
@@ -44,9 +46,9 @@ class LearningRateFinder(callbacks.LearningRateFinder):
         optimizer = getattr(getattr(pl_module, "optimizer", None), "keywords", {})
         if "lr" not in optimizer:
             raise ConfigError("callbacks.lr_find: needs a module with an optimizer whose lr is set, as ImageClassifier")
-        if trainer.estimated_stepping_batches < self._num_training_steps:
+        if trainer.estimated_stepping_batches < self.num_training_steps:
             raise ConfigError(
-                f"callbacks.lr_find.num_training_steps={self._num_training_steps}: expected at most the steps of the "
+                f"callbacks.lr_find.num_training_steps={self.num_training_steps}: expected at most the steps of the "
                 f"run, {trainer.estimated_stepping_batches}"
             )
         with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):  # a progress bar of its own
@@ -67,8 +69,6 @@ class LearningRateFinder(callbacks.LearningRateFinder):
         for logger in trainer.loggers:
             logger.log_metrics({"lr_find/suggestion": rate}, step=0)
         for writer in find_writers(trainer):
-            from matplotlib.figure import Figure
-
             figure = Figure(layout="constrained")
             axes = figure.add_subplot()
             axes.plot(*(self.optimal_lr.results[name][SKIPPED:] for name in ("lr", "loss")))

@@ -22,7 +22,6 @@ class Speed(Callback):
     def __init__(self) -> None:
         self.rates: list[float] = []  # of the epochs so far
         self._name = SAMPLES
-        self._rate: float | None = None  # of this epoch, after its last batch
         self._read = 0.0  # when the clock was last read
         self._seconds = 0.0
         self._samples = 0
@@ -37,7 +36,7 @@ class Speed(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock; a resumed run may start in the middle of an epoch."""
-        self._read, self._seconds, self._samples, self._rate = time.perf_counter(), 0.0, 0, None
+        self._read, self._seconds, self._samples = time.perf_counter(), 0.0, 0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
@@ -46,13 +45,10 @@ class Speed(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch's samples and seconds; the rate is taken after the last batch, before validation."""
+        """Count the batch's samples and seconds."""
         size, self._name = measure(batch)
         self._samples += size
-        is_last = trainer.is_last_batch or trainer.global_step == trainer.max_steps
-        self._read_clock(pl_module, is_last)
-        if is_last:
-            self._add_rate(trainer)
+        self._read_clock(pl_module, trainer.is_last_batch or trainer.global_step == trainer.max_steps)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count what a GPU is still computing."""
@@ -64,9 +60,9 @@ class Speed(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the rate; there is none if the epoch had no batch."""
-        self._add_rate(trainer)  # of an epoch that was stopped before its last batch
-        if self._rate is not None:
-            pl_module.log(self._name, self._rate, sync_dist=True, batch_size=1)
+        if self._samples:
+            self.rates.append(trainer.world_size * self._samples / self._seconds)
+            pl_module.log(self._name, self.rates[-1], sync_dist=True, batch_size=1)
 
     def _read_clock(self, pl_module: pl.LightningModule, is_exact: bool) -> None:
         if is_exact and pl_module.device.type == "cuda":
@@ -74,12 +70,6 @@ class Speed(Callback):
         now = time.perf_counter()
         self._seconds += now - self._read
         self._read = now
-
-    def _add_rate(self, trainer: pl.Trainer) -> None:
-        if self._samples:
-            self._rate = trainer.world_size * self._samples / self._seconds
-            self.rates.append(self._rate)
-            self._samples = 0
 
 
 def measure(batch: Any) -> tuple[int, str]:
