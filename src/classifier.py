@@ -54,6 +54,7 @@ class ImageClassifier(pl.LightningModule):
         _check_arguments("scheduler.scheduler", (scheduler or {}).get("scheduler"))
         # The same numbers in another memory layout: about 1.4x faster on a CPU.
         self.net = net.to(memory_format=torch.channels_last)
+        self.num_classes = num_classes  # by which predict, export and demo know a classifier
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.loss = loss

@@ -1,248 +1,320 @@
 """Export a checkpoint: ``python -m src.export format=onnx|pt2|safetensors [ckpt_path=...] [output=...]``."""
 
 import copy
+import inspect
 import json
 import os
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from src.engine.errors import ConfigError
+from src.engine.runs import report
 from src.engine.runs.checkpoints import newest_checkpoint
-from src.engine.runs.command import run, short_errors
+from src.engine.runs.command import load_libraries, run, short_errors
 
-if TYPE_CHECKING:
-    from pytorch_lightning import LightningDataModule
+if TYPE_CHECKING:  # functions import torch and what needs it: a bad setting is answered without
+    import pytorch_lightning as pl
     from torch import Tensor, nn
 
-TOLERANCE = 1e-4  # of a logit
-NUM_TIMED, MAX_SECONDS = 200, 2.0
+    Inputs = tuple[Tensor, ...]
+    Compute = Callable[..., Any]  # from inputs to outputs, nested in any way
+
+TOLERANCE = 1e-4  # |found - expected| <= TOLERANCE (1 + |expected|)
 
 
-def export_checkpoint(path: Path, output: Path, file_format: str, **overrides: Any) -> dict[str, Any]:
-    """Export a checkpoint, and compare what the file computes with what the checkpoint does, on the whole test split.
+class Graph(NamedTuple):
+    """What is exported, and on what."""
 
-    The file's graph maps images as the data module's loaders yield them, any number at a time, to logits, float
-    (B, num_classes): what the data module does in ``on_after_batch_transfer`` is inside (MNIST's padding and
-    normalisation: uint8 (B, 28, 28) goes in). A safetensors file has no graph but the net's weights.
+    whole: "nn.Module"  # preprocessing and the module's forward
+    names: list[str]  # of the inputs, as forward has them
+    example: "Inputs"  # two samples: of a batch of one torch would make a constant
+    given: "Inputs"  # what forward is then given
+    batches: "Callable[[], Iterable[tuple[Inputs, Any]]]"  # inputs to compare on and labels, None without
+
+
+def export_module(
+    module: "pl.LightningModule",
+    datamodule: "pl.LightningDataModule | None",
+    output: Path,
+    file_format: str,
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Export a module, and compare what the file computes with what the module does, on the whole test split.
+
+    The file's graph maps inputs as the data module's loaders yield them, any number at a time, to what the module's
+    ``forward`` returns: what the data module does in ``on_after_batch_transfer`` is inside (MNIST's padding and
+    normalisation: uint8 (B, 28, 28) goes in). Where the first part of a batch is not what ``forward`` takes, inputs are
+    as in the module's ``example_input_array``. A safetensors file has no graph but the weights.
 
     Args:
-        path: A checkpoint.
+        module: In evaluation mode, on the CPU.
+        datamodule: Its data; None without.
         output: The file to write; it appears when it has passed, in place of one that is there.
         file_format: ``onnx``, ``pt2`` or ``safetensors``.
-        overrides: Arguments of the data module that go before the run's; None keeps the run's.
+        facts: What else the file's metadata say.
 
     Returns:
-        The metadata that the file holds, and ``checked`` (images compared), ``max_difference`` (of their logits),
-        ``bytes``, ``milliseconds`` (the median time of an image alone, on one CPU thread).
+        The metadata that the file holds, and ``checked`` (samples compared), ``max_difference`` (of their outputs),
+        ``bytes``, ``milliseconds`` (the median time of one sample on one CPU thread). Of a classifier, a module with
+        ``num_classes`` whose outputs are (B, num_classes), the metadata have ``classes`` and ``accuracy``, too.
 
     Raises:
-        ConfigError: If the net cannot be exported, or the file computes something else.
+        ConfigError: If the module cannot be exported, or the file computes something else.
     """
     import torch
 
-    from src.engine.runs import build, report
-
-    module = build.restore(path)
-    datamodule = build.restore_datamodule(path, **overrides)
-    datamodule.prepare_data()
-    datamodule.setup("test")
-    net = module.net.to(memory_format=torch.contiguous_format)  # what safetensors and torch.export.save want
-    whole = with_preprocessing(net, datamodule)
-    images = next(iter(datamodule.test_dataloader()))[0]
-    example = images.new_zeros(2, *images.shape[1:])  # of a batch of 1 torch would make a constant
+    module = module.to(memory_format=torch.contiguous_format)  # what safetensors and pt2 files hold
+    graph = make_graph(module, datamodule)
     with torch.no_grad():
-        num_classes = whole(example).shape[1]
-        hits = torch.cat([whole(images).argmax(dim=1) == labels for images, labels in datamodule.test_dataloader()])
-    data = {key: value for key, value in datamodule.state_dict().items() if key != "loader"}
-    inputs = preprocess(example, datamodule) if file_format == "safetensors" else example
-    metadata = {
-        "classes": list(range(num_classes)),
-        "input": {"dtype": str(inputs.dtype).removeprefix("torch."), "shape": ["batch", *inputs.shape[1:]]},
-        "accuracy": {"test/acc": hits.float().mean().item()},
-        "data": data,
-        "config": dict(module.hparams),
-        "checkpoint": str(path),
+        outputs = find_tensors(graph.whole(*graph.example))
+    is_classifier = [values.shape[1:] for values in outputs] == [(getattr(module, "num_classes", None),)]
+    names = ["logits" if is_classifier else "output"]
+    if len(outputs) != 1:
+        names = [f"output_{index}" for index in range(len(outputs))]
+    inputs = graph.given if file_format == "safetensors" else graph.example
+    metadata: dict[str, Any] = {
+        "inputs": {name: describe(values) for name, values in zip(graph.names, inputs, strict=True)},
+        "outputs": {name: describe(values) for name, values in zip(names, outputs, strict=True)},
+        "data": {
+            key: value for key, value in (datamodule.state_dict() if datamodule else {}).items() if key != "loader"
+        },
+        **facts,
         **report.environment(),
     }
+    if is_classifier:
+        metadata["classes"] = list(getattr(datamodule, "classes", None) or range(outputs[0].shape[1]))
+        metadata["accuracy"] = measure_accuracy(graph)
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(f".{output.name}.{os.getpid()}.{file_format}")
     try:
+        aside.touch()
+        mode = aside.stat().st_mode  # an ordinary one: safetensors makes its files private
         try:
-            WRITERS[file_format](whole, example, {key: json.dumps(value) for key, value in metadata.items()}, aside)
+            texts = {key: json.dumps(value, default=str) for key, value in metadata.items()}
+            compute = WRITERS[file_format](graph, names, texts, aside)
         except Exception as error:  # whatever the exporters raise; each says it in another way
             reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
-            raise ConfigError(
-                f"format={file_format}: {type(module.net).__name__} cannot be exported: {reason}"
-            ) from error
-        compute = LOADERS[file_format](aside, whole)
-        difference = _compare(compute, whole, datamodule, file_format)
-        facts = {"checked": len(hits), "max_difference": difference, "bytes": aside.stat().st_size}
-        result = {**metadata, **facts, "milliseconds": _time(compute, example[:1])}
+            raise ConfigError(f"format={file_format}: {type(module).__name__} cannot be exported: {reason}") from error
+        aside.chmod(mode)
+        measured = compare(compute, graph, file_format)
         aside.replace(output)
     finally:
         aside.unlink(missing_ok=True)
-    return result
+    milliseconds = measure_time(compute, tuple(values[:1] for values in graph.example))
+    return {**metadata, **measured, "bytes": output.stat().st_size, "milliseconds": milliseconds}
 
 
-def preprocess(images: "Tensor", datamodule: "LightningDataModule") -> "Tensor":
-    """What the net is given, (B, C, H, W), for images as the data module's loaders yield them."""
+def make_graph(module: "pl.LightningModule", datamodule: "pl.LightningDataModule | None") -> Graph:
+    """What is exported of a module: from what the test loader yields, or else from ``example_input_array``.
+
+    Raises:
+        ConfigError: If ``forward`` takes neither.
+    """
     import torch
+    from pytorch_lightning.utilities.model_helpers import is_overridden
 
-    batch = (images, torch.zeros(images.shape[0], dtype=torch.int64))  # it expects labels, too
-    inputs: Tensor = datamodule.on_after_batch_transfer(batch, 0)[0]
-    return inputs
+    from src.engine.runs.build import preprocess
 
-
-def with_preprocessing(net: "nn.Module", datamodule: "LightningDataModule") -> "nn.Module":
-    """The net behind its data module's preprocessing, in evaluation mode."""
-    from torch import nn
-
-    class WithPreprocessing(nn.Module):
-        def __init__(self) -> None:
+    class Whole(torch.nn.Module):
+        def __init__(self, adapt: "Compute") -> None:
             super().__init__()
-            self.net = net
+            self.module, self.adapt = module, adapt
 
-        def forward(self, images: "Tensor") -> "Tensor":
-            logits: Tensor = self.net(preprocess(images, datamodule))
-            return logits
+        def forward(self, *inputs: "Tensor") -> Any:
+            given = self.adapt(*inputs)
+            return self.module(**given) if isinstance(given, dict) else self.module(*given)
 
-    return WithPreprocessing().eval()
+    def read_batches() -> "Iterator[tuple[Inputs, Any]]":
+        for batch in datamodule.test_dataloader() if datamodule else ():
+            inputs, labels, *_ = [*batch, None] if isinstance(batch, list | tuple) else [batch, None]
+            yield (inputs,), labels
+
+    names = list(inspect.signature(module.forward).parameters)
+    own: Any = module.example_input_array
+    if datamodule and is_overridden("test_dataloader", datamodule):
+        datamodule.prepare_data()
+        datamodule.setup("test")
+        (inputs,), _ = next(iter(read_batches()))
+        if isinstance(inputs, torch.Tensor):
+            example = torch.zeros_like(inputs[:1]).repeat_interleave(2, dim=0)
+            given = preprocess(example, datamodule)
+            if not isinstance(own, torch.Tensor) or own.shape[1:] == given.shape[1:]:
+                whole = Whole(lambda inputs: (preprocess(inputs, datamodule),)).eval()
+                return Graph(whole, names[:1], (example,), (given,), read_batches)
+    if own is None:
+        raise ConfigError(
+            f"{type(module).__name__}: what its forward takes is not known, as its data's batches are no pairs of "
+            "inputs and labels; set example_input_array in its constructor"
+        )
+    named = own if isinstance(own, dict) else dict(zip(names, own if isinstance(own, tuple) else [own], strict=False))
+    whole = Whole(lambda *inputs: dict(zip(named, inputs, strict=True))).eval()
+    two, three = (tuple(torch.cat([part] * count)[:count] for part in named.values()) for count in (2, 3))
+    return Graph(whole, list(named), two, two, lambda: [(tuple(named.values()), None), (three, None)])
 
 
-def _trace(whole: "nn.Module", example: "Tensor") -> Any:
+def describe(values: "Tensor") -> dict[str, Any]:
+    """A tensor's ``dtype`` and ``shape``, whose first axis is the batch."""
+    return {"dtype": str(values.dtype).removeprefix("torch."), "shape": ["batch", *values.shape[1:]]}
+
+
+def find_tensors(outputs: Any) -> list["Tensor"]:
+    """The tensors in what a module returns, in order."""
+    import torch
+    from lightning_utilities.core.apply_func import apply_to_collection
+
+    found: list[Tensor] = []
+    apply_to_collection(outputs, torch.Tensor, found.append)
+    return found
+
+
+def measure_accuracy(graph: Graph) -> dict[str, float]:
+    """A classifier's accuracy on the test split; nothing where batches do not have a class for each sample."""
+    hits = count = 0
+    for inputs, labels in graph.batches():
+        if getattr(labels, "shape", None) != inputs[0].shape[:1]:
+            return {}
+        hits += int((graph.whole(*inputs).argmax(dim=1) == labels).sum())
+        count += len(labels)
+    return {"test/acc": hits / count}
+
+
+def trace(graph: Graph) -> Any:
+    """The graph as torch.export makes it, without where its source lies on this machine."""
     import torch
 
-    with torch.no_grad():
-        program = torch.export.export(whole, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    batch = torch.export.Dim("batch", min=1)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoder's would make the batch's size a constant
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                graph.whole, graph.example, dynamic_shapes=(tuple({0: batch} for _ in graph.example),)
+            )
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # where the source lies on this machine
+        node.meta.pop("stack_trace", None)
     return program
 
 
-def _write_onnx(whole: "nn.Module", example: "Tensor", metadata: Mapping[str, str], path: Path) -> None:
-    import torch
+def write_onnx(graph: Graph, names: list[str], metadata: Mapping[str, str], path: Path) -> "Compute":
+    """Write an ONNX file, whose outputs have names.
 
-    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
-    program = torch.onnx.export(_trace(whole, example), dynamo=True, verbose=False, **names)
-    assert program is not None  # only where it writes a file itself
-    program.model.metadata_props.update(metadata)
-    program.save(path, external_data=False)
-
-
-def _load_onnx(path: Path, whole: "nn.Module") -> "Callable[[Tensor], Tensor]":
+    Returns:
+        What the file computes, as of the other writers.
+    """
     import onnxruntime
     import torch
 
+    said: dict[str, Any] = {"input_names": graph.names, "output_names": names}
+    said["dynamic_shapes"] = (({0: "batch"}, *({} for _ in graph.example[1:])),)  # as trace has them; one names all
+    program = torch.onnx.export(trace(graph), dynamo=True, verbose=False, **said)
+    assert program is not None  # only where it writes a file itself
+    program.model.metadata_props.update(metadata)
+    program.save(path, external_data=False)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1  # see _time
+    options.intra_op_num_threads = 1  # see measure_time
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+    def compute(*inputs: "Tensor") -> list["Tensor"]:
+        feed = {name: values.numpy() for name, values in zip(graph.names, inputs, strict=True)}
+        return [torch.from_numpy(values) for values in session.run(None, feed)]
+
+    return compute
 
 
-def _write_pt2(whole: "nn.Module", example: "Tensor", metadata: Mapping[str, str], path: Path) -> None:
+def write_pt2(graph: Graph, names: list[str], metadata: Mapping[str, str], path: Path) -> "Compute":
+    """Write a file for torch.export.load."""
     import torch
 
-    torch.export.save(_trace(whole, example), path, extra_files=dict(metadata))
+    torch.export.save(trace(graph), path, extra_files=dict(metadata))
+    return torch.export.load(path).module()
 
 
-def _load_pt2(path: Path, whole: "nn.Module") -> "Callable[[Tensor], Tensor]":
-    import torch
+def write_safetensors(graph: Graph, names: list[str], metadata: Mapping[str, str], path: Path) -> "Compute":
+    """Write the weights by their names in the net, or in the module if there are more than its net's."""
+    from safetensors.torch import load_model, save_model
 
-    loaded: Any = torch.export.load(path).module()
-    return loaded  # type: ignore[no-any-return]
-
-
-def _write_safetensors(whole: "nn.Module", example: "Tensor", metadata: Mapping[str, str], path: Path) -> None:
-    from safetensors.torch import save_model
-
-    save_model(whole.get_submodule("net"), str(path), dict(metadata))
-
-
-def _load_safetensors(path: Path, whole: "nn.Module") -> "Callable[[Tensor], Tensor]":
-    from safetensors.torch import load_model
-
-    loaded = copy.deepcopy(whole)
+    save_model(find_net(graph.whole), str(path), dict(metadata))
+    loaded = copy.deepcopy(graph.whole)
     for values in loaded.state_dict().values():
-        values.zero_()  # what the file lacks shall be missed
-    load_model(loaded.get_submodule("net"), path)
+        values.zero_()  # what the file lacks must be missed
+    load_model(find_net(loaded), path)
     return loaded
 
 
-WRITERS = {"onnx": _write_onnx, "pt2": _write_pt2, "safetensors": _write_safetensors}
-LOADERS = {"onnx": _load_onnx, "pt2": _load_pt2, "safetensors": _load_safetensors}
+def find_net(whole: "nn.Module") -> "nn.Module":
+    """The one submodule that has all weights, such as ``net``, or else the module."""
+    module = whole.get_submodule("module")
+    parts = {name.partition(".")[0] for name, _ in [*module.named_parameters(), *module.named_buffers()]}
+    return dict(module.named_children()).get(parts.pop(), module) if len(parts) == 1 else module
 
 
-def _compare(
-    compute: "Callable[[Tensor], Tensor]", whole: "nn.Module", datamodule: "LightningDataModule", file_format: str
-) -> float:
-    """The largest difference of a logit on the test split, within TOLERANCE and with the same classes."""
+WRITERS = {"onnx": write_onnx, "pt2": write_pt2, "safetensors": write_safetensors}
+
+
+def compare(compute: "Compute", graph: Graph, file_format: str) -> dict[str, Any]:
+    """How many samples were ``checked``, and the ``max_difference`` of an output from the module's.
+
+    Raises:
+        ConfigError: If one is not within TOLERANCE.
+    """
     import torch
 
-    largest = 0.0
-    with torch.no_grad():
-        for images, _ in datamodule.test_dataloader():
-            expected, found = whole(images), compute(images.contiguous())
-            differing = int((expected.argmax(dim=1) != found.argmax(dim=1)).sum())
-            difference = (expected - found).abs().max().item()
-            if differing or not difference <= TOLERANCE:  # nor is NaN
+    checked, largest = 0, 0.0
+    for inputs, _ in graph.batches():
+        with torch.no_grad():
+            expected = find_tensors(graph.whole(*inputs))
+            found = find_tensors(compute(*(values.contiguous() for values in inputs)))
+        for ours, theirs in zip(expected, found, strict=True):
+            difference = torch.where(ours == theirs, 0, (ours.double() - theirs.double()).abs()).max().item()
+            if not torch.allclose(theirs, ours, rtol=TOLERANCE, atol=TOLERANCE):  # nor is NaN
                 raise ConfigError(
-                    f"format={file_format}: the file computes something else than the checkpoint ({differing} of "
-                    f"{len(images)} classes differ, logits by up to {difference:.1g}; expected 0 and {TOLERANCE:.0e}); "
-                    "nothing was written; choose another format"
+                    f"format={file_format}: the file computes something else than the checkpoint (outputs differ by up "
+                    f"to {difference:.1g}, more than {TOLERANCE:.0e}); nothing was written; choose another format"
                 )
             largest = max(largest, difference)
-    return largest
+        checked += len(inputs[0])
+    return {"checked": checked, "max_difference": largest}
 
 
-def _time(compute: "Callable[[Tensor], Tensor]", image: "Tensor") -> float:
-    """Median milliseconds of an image, (1, ...), alone; on one thread, since several wait for each other."""
-    import torch
+def measure_time(compute: "Compute", inputs: "Inputs") -> float:
+    """Median milliseconds of inputs, on one thread, since several wait for each other."""
+    from torch.utils.benchmark import Timer
 
-    seconds: list[float] = []
-    begin, num_threads = time.perf_counter(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        while len(seconds) < NUM_TIMED and time.perf_counter() - begin < MAX_SECONDS:
-            start = time.perf_counter()
-            compute(image)
-            seconds.append(time.perf_counter() - start)
-    torch.set_num_threads(num_threads)
-    return 1000 * statistics.median(seconds)
+    timer = Timer("compute(*inputs)", globals={"compute": compute, "inputs": inputs}, num_threads=1)
+    return 1000 * float(timer.blocked_autorange(min_run_time=0.5).median)
 
 
 def export(cfg: DictConfig) -> dict[str, Any]:
     """Export as ``conf/export.yaml`` says, and show what came out.
 
     Returns:
-        What ``export_checkpoint`` does.
+        What ``export_module`` does.
     """
-    from src.engine.runs import report
+    from src.engine.runs.build import restore, restore_datamodule
 
     path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
     output = Path(cfg.output or Path(cfg.output_dir) / f"model.{cfg.format}")
-    result = export_checkpoint(path, output, cfg.format, root=cfg.data.root, eval_batch_size=cfg.data.batch_size)
+    module = restore(path)
+    datamodule = restore_datamodule(path, root=cfg.data.root, eval_batch_size=cfg.data.batch_size)
+    facts = {"config": dict(module.hparams), "checkpoint": str(path)}
+    result = export_module(module, datamodule, output, cfg.format, facts)
     OmegaConf.save(cfg, Path(cfg.output_dir) / "config.yaml", resolve=True)
-    shape = ", ".join(map(str, result["input"]["shape"]))
-    same = f"same classes on {result['checked']:,} test images, logits within {result['max_difference']:.1g}"
-    report.print_table(
-        "exported",
-        {
-            "checkpoint": report.shown(path),
-            "input": f"{result['input']['dtype']} ({shape})",
-            "output": f"logits (batch, {len(result['classes'])})",
-            **result["accuracy"],
-            "compared": same,
-            "size": f"{result['bytes']:,} bytes",
-            "latency": f"{result['milliseconds']:.3f} ms, an image alone on one CPU thread",
-            "written to": report.shown(output),
-        },
-    )
+    tensors = {
+        f"{kind}: {name}": f"{each['dtype']} ({', '.join(map(str, each['shape']))})"
+        for kind in ("inputs", "outputs")
+        for name, each in result[kind].items()
+    }
+    compared = f"{result['checked']:,} samples, outputs within {result['max_difference']:.1g}"
+    latency = f"{result['milliseconds']:.3f} ms, one sample on one CPU thread"
+    said = {"compared": compared, "size": f"{result['bytes']:,} bytes", "latency": latency}
+    paths = {"checkpoint": report.shown(path), "written to": report.shown(output)}
+    report.print_table("exported", {**tensors, **result.get("accuracy", {}), **said, **paths})
     return result
 
 
@@ -250,6 +322,7 @@ def export(cfg: DictConfig) -> dict[str, Any]:
 def main(cfg: DictConfig) -> None:
     """Export as the command line says."""
     with short_errors(cfg):
+        load_libraries()
         export(cfg)
 
 

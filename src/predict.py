@@ -1,24 +1,29 @@
-"""Classify image files: ``python -m src.predict inputs='digits/*.png' [ckpt_path=...] [output=...]``."""
+"""Predict: ``python -m src.predict [inputs='digits/*.png'] [ckpt_path=...] [output=...]``."""
 
 import csv
 import glob
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
 
-from src.engine.errors import ConfigError
+from src.engine.errors import ConfigError, DataError
+from src.engine.runs import report
 from src.engine.runs.checkpoints import newest_checkpoint
-from src.engine.runs.command import run, short_errors
+from src.engine.runs.command import load_libraries, run, short_errors
 
-if TYPE_CHECKING:
-    from pytorch_lightning import LightningDataModule
+if TYPE_CHECKING:  # functions import torch and Lightning: a bad setting is answered without them
+    import pytorch_lightning as pl
     from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -27,49 +32,103 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp", "
 IDX = "idx3-ubyte"  # in an IDX file's name
 MAX_ROWS = 50  # of the table
 MAX_NAMED = 5  # files that could not be read, at the end
-COLUMNS = ("file", "digit", "probability", "runner_up", "runner_up_probability")
+MAX_CHARACTERS = 40  # of a cell that is no file
+CLASS_COLUMNS = ("class", "probability", "runner_up", "runner_up_probability")
 
 
 def predict_files(
-    path: Path, files: Sequence[Path], batch_size: int, accelerator: Mapping[str, Any]
+    module: "pl.LightningModule",
+    datamodule: "pl.LightningDataModule",
+    files: Sequence[Path],
+    batch_size: int,
+    accelerator: Mapping[str, Any],
 ) -> tuple[list[dict[str, Any]], list[Path]]:
-    """Classify what is in image files; those that cannot be read are logged and skipped.
+    """Predict what is in files; those that cannot be read are logged and skipped.
 
     Args:
-        path: A checkpoint.
+        module: A checkpoint's.
+        datamodule: Its data's; ``read_images(path)`` reads a file.
         files: Image or IDX files.
-        batch_size: Images that go through the net at a time, 1 or more.
+        batch_size: Images that the module gets at a time, 1 or more.
         accelerator: ``accelerator``, ``devices`` (one) and ``precision``, as the Trainer takes them.
 
     Returns:
-        A row of COLUMNS for each image, in order, and the files that could not be read. ``file`` has the number of an
-        image behind it, from 0, where the file holds several: ``t10k-images-idx3-ubyte#17``. The runner-up of a net
-        of one class is None.
+        A row for each image, in order, as of ``make_rows``, and the files that could not be read. A row's ``file`` has
+        the number of an image after it, from 0, where the file holds several: ``t10k-images-idx3-ubyte#17``.
     """
     import torch
-    from lightning_fabric import Fabric
 
-    from src.engine.runs import build
+    from src.engine.runs.build import preprocess
 
-    fabric = Fabric(**accelerator)
-    if fabric.world_size > 1:
-        raise ConfigError(f"accelerator.devices={accelerator['devices']}: expected 1, or a list of one, as in [0]")
-    datamodule = build.restore_datamodule(path)
-    read = find_reader(datamodule)
-    net = fabric.setup_module(build.restore(path).net)
+    names: list[str] = []
     failed: list[Path] = []
-    rows = []
-    for names, images in _make_batches(_read(files, read, failed), batch_size):
-        # The data module's own preprocessing; it expects labels, too.
-        batch = fabric.to_device((images, torch.zeros(len(images), dtype=torch.int64)))
-        inputs, _ = datamodule.on_after_batch_transfer(batch, 0)
-        with torch.inference_mode():
-            probabilities = net(inputs).float().softmax(dim=1)  # (B, num_classes)
-        best = probabilities.topk(min(2, probabilities.shape[1]), dim=1)
-        for name, labels, values in zip(names, best.indices.tolist(), best.values.tolist(), strict=True):
-            cells = [cell for pair in zip(labels, values, strict=True) for cell in pair]
-            rows.append(dict(zip(COLUMNS, [name, *cells, None, None], strict=False)))
-    return rows, failed
+    images = read_files(files, find_reader(datamodule), failed)
+
+    def make_batches() -> Iterator["Tensor"]:
+        while chunk := list(islice(images, batch_size)):
+            names.extend(name for name, _ in chunk)
+            yield preprocess(torch.stack([image for _, image in chunk]), datamodule)
+
+    rows = predict_batches(module, datamodule, accelerator, make_batches())
+    if len(rows) != len(names):
+        raise ConfigError(f"predict_step: returned {len(rows)} predictions for {len(names)} images; expected one each")
+    return [{"file": name, **row} for name, row in zip(names, rows, strict=True)], failed
+
+
+def predict_batches(
+    module: "pl.LightningModule",
+    datamodule: "pl.LightningDataModule",
+    accelerator: Mapping[str, Any],
+    batches: "Iterator[Tensor] | None" = None,
+) -> list[dict[str, Any]]:
+    """The rows of what a module predicts for batches; None for those of the data module's ``predict_dataloader``."""
+    import pytorch_lightning as pl
+    from pytorch_lightning.utilities.model_helpers import is_overridden
+
+    trainer = pl.Trainer(**accelerator, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    if trainer.world_size > 1:
+        raise ConfigError(f"accelerator.devices={accelerator['devices']}: expected 1, or a list of one, as in [0]")
+    data: dict[str, Any] = {"datamodule": datamodule} if batches is None else {"dataloaders": batches}
+    predictions: list[Any] = trainer.predict(module, **data) or []
+    if len(trainer.num_predict_batches) > 1:  # a list for each of several loaders
+        predictions = list(chain.from_iterable(predictions))
+    num_classes = None if is_overridden("predict_step", module) else getattr(module, "num_classes", None)
+    classes = getattr(datamodule, "classes", None) or range(num_classes or 0)
+    return [row for prediction in predictions for row in make_rows(prediction, num_classes, classes)]
+
+
+def make_rows(prediction: Any, num_classes: int | None = None, classes: Sequence[Any] = ()) -> list[dict[str, Any]]:
+    """A row for each sample of a batch.
+
+    Args:
+        prediction: What ``predict_step``, or ``forward`` in its place, has returned for a batch.
+        num_classes: The module's attribute, if it has one and no ``predict_step`` of its own: predictions of shape
+            (B, num_classes) are then logits, and rows have CLASS_COLUMNS; the runner-up of one class is None.
+        classes: Their names: the data module's attribute, or numbers.
+
+    Returns:
+        Otherwise a dict's entries are columns, so are a tuple's, and anything else is the column ``prediction``. Of
+        (B, ...) a row has a number or nested lists. What has no entry for each sample makes one row a batch.
+    """
+    import numpy as np
+    import torch
+    from lightning_utilities.core.apply_func import apply_to_collection
+
+    if isinstance(prediction, torch.Tensor) and prediction.shape[1:] == (num_classes,):
+        best = prediction.float().softmax(dim=1).topk(min(2, prediction.shape[1]), dim=1)
+        pairs = (zip(*pair, strict=True) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        cells = [[cell for label, value in pair for cell in (classes[label], value)] for pair in pairs]
+        return [dict(zip(CLASS_COLUMNS, [*row, None, None], strict=False)) for row in cells]
+    plain = apply_to_collection(prediction, (torch.Tensor, np.ndarray), lambda values: values.tolist())
+    if isinstance(plain, list) and all(isinstance(sample, Mapping) for sample in plain):
+        return [dict(sample) for sample in plain]
+    if isinstance(plain, tuple):
+        plain = {f"prediction_{index}": values for index, values in enumerate(plain)}
+    columns = plain if isinstance(plain, Mapping) else {"prediction": plain}
+    counts = {len(values) if isinstance(values, list) else None for values in columns.values()}
+    if len(counts) != 1 or None in counts:
+        return [dict(columns)]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def find_inputs(inputs: str | Sequence[str]) -> list[Path]:
@@ -85,15 +144,18 @@ def find_inputs(inputs: str | Sequence[str]) -> list[Path]:
     for name in [inputs] if isinstance(inputs, str) else inputs:
         path = Path(name).expanduser()
         places = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
-        files = [file for place in places for file in (_list_folder(place) if place.is_dir() else [place])]
+        files = [file for place in places for file in (list_folder(place) if place.is_dir() else [place])]
         if not files:
             reason = "no image or IDX file in there" if places else "no such file, folder or pattern that fits one"
-            raise ConfigError(f"inputs={name}: {reason}; write as in inputs='digits/*.png'")
+            raise ConfigError(f"inputs={report.printable(name)}: {reason}; write as in inputs='digits/*.png'")
         found.update(dict.fromkeys(files))
+    if not found:
+        raise ConfigError("inputs=[]: expected files, folders or patterns, as in inputs='digits/*.png'")
     return list(found)
 
 
-def _list_folder(folder: Path) -> list[Path]:
+def list_folder(folder: Path) -> list[Path]:
+    """The image and IDX files of a folder at any depth, sorted, without hidden ones."""
     return sorted(
         path
         for path in folder.rglob("*")
@@ -101,33 +163,26 @@ def _list_folder(folder: Path) -> list[Path]:
     )
 
 
-def find_reader(datamodule: "LightningDataModule") -> Callable[[Path], Any]:
-    """What reads an image file as the data module's loaders would yield it, (N, ...).
+def find_reader(datamodule: Any) -> Callable[[Path], Any]:
+    """The data module's ``read_images(path)``: the images of a file as its loaders yield them, (N, ...).
 
     Raises:
-        ConfigError: If it is no MNIST and has no method ``read_images`` that does so.
+        ConfigError: If it has none.
     """
-    from src.data.images import read_digits, read_like
-    from src.data.mnist import MNISTDataModule
-
-    if own := getattr(datamodule, "read_images", None):
-        reader: Callable[[Path], Any] = own
-        return reader
-    if isinstance(datamodule, MNISTDataModule):  # what other data sets' pictures went through is not known
-        return read_digits if datamodule.name == "MNIST" else read_like
-    raise ConfigError(
-        f"inputs: {type(datamodule).__name__}, the checkpoint's data, does not say how to read a file; give it a "
-        "method read_images(path), which returns images as its loaders yield them, (N, ...)"
-    )
+    reader: Callable[[Path], Any] | None = getattr(datamodule, "read_images", None)
+    if reader is None:
+        raise ConfigError(
+            f"{type(datamodule).__name__}, the checkpoint's data, does not say how to read a file; give it a method "
+            "read_images(path), which returns images as its loaders yield them, (N, ...)"
+        )
+    return reader
 
 
-def _read(files: Sequence[Path], read: Callable[[Path], Any], failed: list[Path]) -> Iterator[tuple[str, "Tensor"]]:
+def read_files(
+    files: Sequence[Path], read: Callable[[Path], Any], failed: list[Path]
+) -> Iterator[tuple[str, "Tensor"]]:
     """Each image with its name, in order; files that cannot be read are logged and added to ``failed``."""
     import torch
-    from rich.console import Console
-    from rich.progress import track
-
-    from src.engine.runs.report import shown
 
     console = Console(stderr=True)
     for file in track(files, "reading", console=console, transient=True, disable=not console.is_terminal):
@@ -136,89 +191,88 @@ def _read(files: Sequence[Path], read: Callable[[Path], Any], failed: list[Path]
         except Exception as error:  # whatever a decoder raises
             log.debug("stack trace:", exc_info=error)
             reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
-            log.warning(f"{shown(file)}: skipped: {reason}")
+            log.warning(f"{report.shown(file)}: skipped: {reason}")
             failed.append(file)
             continue
         for index, image in enumerate(images):
             yield f"{file}#{index}" if len(images) > 1 else str(file), image
 
 
-def _make_batches(images: Iterable[tuple[str, "Tensor"]], batch_size: int) -> Iterator[tuple[Sequence[str], "Tensor"]]:
-    import torch
-
-    remaining = iter(images)
-    while chunk := list(islice(remaining, batch_size)):
-        names, parts = zip(*chunk, strict=True)
-        yield names, torch.stack(parts)
-
-
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as CSV, JSON (a list of objects) or Parquet, as the path's suffix says; whole or not at all."""
-    from src.engine.runs import report
-
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
-        import pyarrow
+        import pyarrow  # from the extra export
         import pyarrow.parquet
 
         sink = pyarrow.BufferOutputStream()
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
         report.write_bytes(path, sink.getvalue().to_pybytes())
     elif path.suffix == ".json":
-        report.write_text(path, json.dumps(rows, indent=2) + "\n")
+        report.write_text(path, json.dumps(rows, indent=2, default=str) + "\n")
     else:
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(text, find_columns(rows), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        report.write_text(path, text.getvalue())
+        report.write_bytes(path, text.getvalue().encode(errors="surrogateescape"))  # a file's name can be any bytes
+
+
+def find_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys of all rows, in order."""
+    return list(dict.fromkeys(chain.from_iterable(rows)))
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """A table of the first MAX_ROWS rows; brackets in a file's name are no markup."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from src.engine.runs.report import make_console
-
     table = Table()
-    table.add_column("file", overflow="fold")
-    for name in ("digit", "probability", "runner-up", ""):
-        table.add_column(name, justify="right")
+    columns = find_columns(rows[:MAX_ROWS])
+    for name in columns:
+        table.add_column(Text(name), overflow="fold", justify="left" if name == "file" else "right")
     for row in rows[:MAX_ROWS]:
-        cells = [row[column] for column in COLUMNS[1:]]
-        shown = ["-" if cell is None else f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells]
-        table.add_row(Text(row["file"]), *shown)
-    console = make_console()
+        table.add_row(*(Text(show_cell(name, row.get(name))) for name in columns))
+    console = report.make_console()
     console.print(table)
     if len(rows) > MAX_ROWS:
         console.print(f"... and {len(rows) - MAX_ROWS:,} more")
 
 
+def show_cell(column: str, value: Any) -> str:
+    """A cell's text: a file's name in full, a number with four digits after the point, the start of anything long."""
+    if value is None:
+        return "-"
+    text = report.printable(f"{value:.4f}" if isinstance(value, float) else str(value))
+    return text if column == "file" or len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}..."
+
+
 def predict(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Classify files as ``conf/predict.yaml`` says, show and write what came out.
+    """Predict as ``conf/predict.yaml`` says, show and write what came out.
 
     Returns:
-        The rows of ``predict_files``.
+        The rows.
 
     Raises:
         DataError: At the end, if files could not be read.
     """
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    files = find_inputs(settings["inputs"])
     path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
     output_dir = Path(cfg.output_dir)
     output = Path(cfg.output or output_dir / "predictions.csv")
+    files = [] if cfg.inputs is None else find_inputs(settings["inputs"])
 
-    from src.engine.errors import DataError
-    from src.engine.runs import report
+    from src.engine.runs.build import restore, restore_datamodule
 
-    rows, failed = predict_files(path, files, cfg.batch_size, settings["accelerator"])
+    module, datamodule = restore(path), restore_datamodule(path)
+    failed: list[Path] = []
+    if files:
+        rows, failed = predict_files(module, datamodule, files, cfg.batch_size, settings["accelerator"])
+    else:
+        rows = predict_batches(module, datamodule, settings["accelerator"])
     OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
     if rows:
         write_rows(output, rows)
         print_rows(rows)
-        said = {"checkpoint": report.shown(path), "images": f"{len(rows):,}", "written to": report.shown(output)}
+        said = {"checkpoint": report.shown(path), "rows": f"{len(rows):,}", "written to": report.shown(output)}
         report.print_table("predicted", said)
     if failed:
         names = ", ".join(map(report.shown, failed[:MAX_NAMED])) + (", ..." if len(failed) > MAX_NAMED else "")
@@ -227,14 +281,32 @@ def predict(cfg: DictConfig) -> list[dict[str, Any]]:
 
 
 def check_inputs(cfg: DictConfig) -> None:
-    """Look for the files before the run's folder is made."""
-    find_inputs(cfg.inputs)
+    """Look for what is predicted before the run's folder is made.
+
+    Raises:
+        ConfigError: If there is nothing.
+    """
+    if cfg.inputs is not None:
+        find_inputs(cfg.inputs)
+        return
+    from pytorch_lightning.utilities.model_helpers import is_overridden
+
+    from src.engine.runs.build import restore_datamodule
+
+    path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
+    datamodule = restore_datamodule(path)
+    if not is_overridden("predict_dataloader", datamodule):
+        raise ConfigError(
+            f"inputs=null: {type(datamodule).__name__}, the checkpoint's data, has no predict_dataloader; name files, "
+            "as in inputs='digits/*.png'"
+        )
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="predict")
 def main(cfg: DictConfig) -> None:
     """Predict as the command line says."""
     with short_errors(cfg):
+        load_libraries()
         predict(cfg)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -16,15 +17,16 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from src.data.mnist import preprocess
 from src.data.sources import read_package
 from src.engine.errors import ConfigError
-from src.engine.runs.build import load_checkpoint, restore
+from src.engine.runs.build import load_checkpoint, restore, restore_datamodule
 from src.engine.settings.check import check
 from src.engine.settings.trust import instantiate
-from src.export import export, export_checkpoint
+from src.export import export, export_module
 from src.models.lenet5 import LeNet5
 from tests import forks
 from tests.compose import compose_cfg, run_command
@@ -48,6 +50,12 @@ def compute_logits(checkpoint: Path) -> NDArray[np.float32]:
     return logits
 
 
+def export_checkpoint(checkpoint: Path, output: Path, file_format: str) -> dict[str, Any]:
+    module = restore(checkpoint)
+    facts = {"config": dict(module.hparams)}
+    return export_module(module, restore_datamodule(checkpoint), output, file_format, facts)
+
+
 def check_metadata(metadata: dict[str, Any], checkpoint: Path) -> None:
     """It says what the file is of, as JSON."""
     said = {key: json.loads(value) for key, value in metadata.items()}
@@ -69,7 +77,7 @@ def test_the_command_writes_where_it_is_told_and_says_what(trained: Path, tmp_pa
     assert result.stderr == ""
     path = tmp_path / "out" / "digits.onnx"
     assert list(path.parent.iterdir()) == [path]
-    for said in ("uint8 (batch, 28, 28)", "same classes on 500 test images", f"{path.stat().st_size:,} bytes", " ms,"):
+    for said in ("uint8 (batch, 28, 28)", "500 samples, outputs within ", f"{path.stat().st_size:,} bytes", " ms,"):
         assert said in result.stdout
 
 
@@ -85,6 +93,9 @@ digits = numpy.load("digits.npy")
 for number in (100, 7, 1):
     numpy.save(f"logits{number}.npy", session.run(None, {"images": digits[:number]})[0])
 assert not {"torch", "src", "pytorch_lightning", "hydra"} & set(sys.modules)
+(images,), (logits,) = session.get_inputs(), session.get_outputs()
+assert (images.name, images.type, images.shape) == ("images", "tensor(uint8)", ["batch", 28, 28])
+assert (logits.name, logits.shape) == ("logits", ["batch", 10])
 print(json.dumps(session.get_modelmeta().custom_metadata_map))
 """,
         tmp_path,
@@ -133,7 +144,7 @@ def test_safetensors_holds_the_nets_weights(trained: Path, tmp_path: Path) -> No
         np.testing.assert_allclose(net(preprocess(DIGITS)).numpy(), compute_logits(trained), rtol=0, atol=1e-4)
     with safe_open(path, "pt") as file:
         check_metadata(file.metadata(), trained)
-    assert result["input"] == {"dtype": "float32", "shape": ["batch", 1, 32, 32]}
+    assert result["inputs"] == {"images": {"dtype": "float32", "shape": ["batch", 1, 32, 32]}}
 
 
 class FloatDigits(pl.LightningDataModule):
@@ -172,15 +183,99 @@ def test_a_net_and_data_of_the_users_own_are_exported(
     data = {"_target_": "tests.test_export.FloatDigits"}
     checkpoint = alter(trained, tmp_path / "own.ckpt", model=model, data=data)
     result = export_checkpoint(checkpoint, tmp_path / "own.bin", file_format)
-    assert result["input"] == {"dtype": "float32", "shape": ["batch", 1, 8, 8]}
+    assert result["inputs"] == {"images": {"dtype": "float32", "shape": ["batch", 1, 8, 8]}}
     assert result["checked"] == 100
     assert (tmp_path / "own.bin").stat().st_size == result["bytes"]
+
+
+class Reader(pl.LightningModule):
+    """No classifier: two inputs, whose batches are dicts, and several outputs, nested; a net with a fast path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(9, 8)
+        layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = torch.nn.TransformerEncoder(layer, 2)
+        self.head = torch.nn.Linear(8, 1)
+        self.example_input_array = {"tokens": torch.ones(1, 5, dtype=torch.long), "weights": torch.ones(1, 5)}
+
+    def forward(self, tokens: Tensor, weights: Tensor) -> dict[str, Any]:
+        states = self.encoder(self.embedding(tokens)) * weights.unsqueeze(2)  # (B, T, 8)
+        return {"states": states, "scores": (self.head(states.mean(dim=1)).squeeze(1), tokens.sum(dim=1))}
+
+
+class Sentences(pl.LightningDataModule):
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader([{"tokens": torch.arange(5)}], batch_size=1)
+
+
+@pytest.mark.parametrize("file_format", ["onnx", "pt2", "safetensors"])
+@pytest.mark.parametrize("datamodule", [Sentences(), None], ids=["dicts", "none"])
+def test_a_module_that_is_no_classifier_is_exported_with_its_example(
+    file_format: str, datamodule: pl.LightningDataModule | None, tmp_path: Path
+) -> None:
+    module, path = Reader().eval(), tmp_path / f"reader.{file_format}"
+    result = export_module(module, datamodule, path, file_format, {})
+    assert result["inputs"]["tokens"] == {"dtype": "int64", "shape": ["batch", 5]}
+    assert [each["shape"] for each in result["outputs"].values()] == [["batch", 5, 8], ["batch"], ["batch"]]
+    assert not {"accuracy", "classes", "logits"} & {*result, *result["outputs"]}
+    assert result["checked"] == 4  # the example, and three of it
+    tokens, weights = torch.randint(0, 9, (7, 5)), torch.rand(7, 5)
+    with torch.no_grad():
+        expected = module(tokens, weights)["scores"][0].numpy()
+    if file_format == "onnx":
+        session = onnxruntime.InferenceSession(path)
+        assert [each.shape[0] for each in [*session.get_inputs(), *session.get_outputs()]] == ["batch"] * 5
+        found = session.run(["output_1"], {"tokens": tokens.numpy(), "weights": weights.numpy()})[0]
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    elif file_format == "pt2":
+        found = torch.export.load(path).module()(tokens, weights)["scores"][0].detach().numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    else:
+        assert load_file(path).keys() == module.state_dict().keys()
+
+
+class Large(pl.LightningModule):
+    """Outputs of some millions: what rounding leaves of them is no difference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = torch.nn.Linear(64, 2)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        outputs: Tensor = 1e7 * self.line(rows.flatten(1))
+        return outputs
+
+
+def test_outputs_are_compared_relative_to_their_size(tmp_path: Path) -> None:
+    result = export_module(Large().eval(), FloatDigits(), tmp_path / "large.onnx", "onnx", {})
+    assert result["outputs"] == {"output": {"dtype": "float32", "shape": ["batch", 2]}}
+    assert result["checked"] == 100
+
+
+@pytest.mark.parametrize("datamodule", [Sentences(), pl.LightningDataModule(), None])
+def test_without_pairs_and_an_example_it_is_said_what_is_missing(
+    datamodule: pl.LightningDataModule | None, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"^Large: .*; set example_input_array in its constructor$"):
+        export_module(Large(), datamodule, tmp_path / "a.onnx", "onnx", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file_format", ["onnx", "pt2", "safetensors"])
+def test_files_have_the_mode_that_the_user_gives_files(file_format: str, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        export_module(Large().eval(), FloatDigits(), tmp_path / "model", file_format, {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize(
     ("file_format", "message"),
     [
-        ("onnx", "format=onnx: Sequential cannot be exported: "),
+        ("onnx", "format=onnx: ImageClassifier cannot be exported: "),
         ("safetensors", "format=safetensors: the file computes something else than the checkpoint "),
     ],
 )
@@ -205,7 +300,7 @@ def test_logits_that_are_not_numbers_are_not_taken_for_the_same(trained: Path, t
     content = load_checkpoint(trained)
     content["state_dict"]["net.output.bias"][3] = torch.nan
     torch.save(content, tmp_path / "nan.ckpt")
-    with pytest.raises(ConfigError, match=r"logits by up to nan"):
+    with pytest.raises(ConfigError, match=r"outputs differ by up to nan"):
         export_checkpoint(tmp_path / "nan.ckpt", tmp_path / "model.safetensors", "safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["nan.ckpt"]
 

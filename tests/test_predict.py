@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,14 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from src.data.mnist import MNISTDataModule, preprocess
+from src.data.mnist import preprocess
 from src.data.sources import read_package
-from src.engine.errors import ConfigError
-from src.engine.runs.build import restore
+from src.engine.errors import ConfigError, DataError
+from src.engine.runs.build import restore, restore_datamodule
 from src.engine.settings.check import check
-from src.predict import COLUMNS, find_reader, predict, predict_files, print_rows
+from src.predict import CLASS_COLUMNS, find_reader, make_rows, predict, predict_batches, predict_files, print_rows
 from tests.compose import compose_cfg
 from tests.forks import run_command
 from tests.mnist.files import write_idx
@@ -32,6 +35,12 @@ def classify(checkpoint: Path, images: Tensor) -> tuple[list[int], list[float]]:
     with torch.no_grad():
         best = restore(checkpoint)(preprocess(images)).softmax(dim=1).max(dim=1)
     return best.indices.tolist(), best.values.tolist()
+
+
+def predict_pictures(
+    checkpoint: Path, files: Sequence[Path], batch_size: int
+) -> tuple[list[dict[str, Any]], list[Path]]:
+    return predict_files(restore(checkpoint), restore_datamodule(checkpoint), files, batch_size, CPU)
 
 
 def draw_large(digit: Tensor, path: Path) -> None:
@@ -48,9 +57,9 @@ def test_large_dark_digits_are_taken_for_what_mnist_has(trained: Path, tmp_path:
     files = [tmp_path / f"{index:04}.png" for index in chosen.tolist()]
     for file, digit in zip(files, digits.images[chosen], strict=True):
         draw_large(digit, file)
-    rows, failed = predict_files(trained, files, 64, CPU)
+    rows, failed = predict_pictures(trained, files, 64)
     expected, _ = classify(trained, digits.images[chosen])
-    found = [row["digit"] for row in rows]
+    found = [row["class"] for row in rows]
     assert failed == []
     assert [row["file"] for row in rows] == [str(file) for file in files]
     assert np.mean(np.array(found) == expected) >= 0.95
@@ -64,14 +73,14 @@ def test_every_digit_of_an_idx_file_gets_a_row(trained: Path, tmp_path: Path) ->
     Image.fromarray(digits[3].numpy()).save(tmp_path / "one.png")
     labels, probabilities = classify(trained, digits)
     for batch_size in (7, 1000):
-        rows, failed = predict_files(trained, [path, tmp_path / "one.png"], batch_size, CPU)
+        rows, failed = predict_pictures(trained, [path, tmp_path / "one.png"], batch_size)
         assert failed == []
         assert [row["file"] for row in rows] == [f"{path}#{index}" for index in range(100)] + [
             str(tmp_path / "one.png")
         ]
-        assert [row["digit"] for row in rows] == [*labels, labels[3]]
+        assert [row["class"] for row in rows] == [*labels, labels[3]]
         assert [row["probability"] for row in rows] == pytest.approx([*probabilities, probabilities[3]], abs=1e-5)
-        assert all(row["runner_up"] != row["digit"] for row in rows)
+        assert all(row["runner_up"] != row["class"] for row in rows)
         assert all(0 <= row["runner_up_probability"] <= row["probability"] for row in rows)
 
 
@@ -93,7 +102,7 @@ def test_the_command_skips_and_names_what_it_cannot_read(trained: Path, tmp_path
     assert lines[2] == "error: 2 of 5 files could not be read and were skipped: digits/broken.png, digits/empty.png"
     with (tmp_path / "out/p.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["file"], row["digit"]) for row in rows] == [(f"digits/{index}.png", str(index)) for index in range(3)]
+    assert [(row["file"], row["class"]) for row in rows] == [(f"digits/{index}.png", str(index)) for index in range(3)]
     for row in rows:
         assert f"{float(row['probability']):.4f}" in result.stdout
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["p.csv"]
@@ -101,10 +110,26 @@ def test_the_command_skips_and_names_what_it_cannot_read(trained: Path, tmp_path
 
 def test_brackets_in_a_files_name_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     names = ("[draft] 7.png", "x[/old].png", "[bold].png")
-    print_rows([dict(zip(COLUMNS, (name, 7, 0.9, 1, 0.1), strict=True)) for name in names])
+    print_rows([dict(zip(("file", *CLASS_COLUMNS), (name, 7, 0.9, 1, 0.1), strict=True)) for name in names])
     said = capsys.readouterr().out
     for name in names:
         assert f" {name} " in said
+
+
+def test_a_files_name_cannot_steer_the_terminal(
+    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in (b"red\x1b[31m\n.png", b"no utf-8 \xff.png"):
+        draw_large(read_package().images[0], tmp_path / "good.png")
+        (tmp_path / "good.png").rename(tmp_path / os.fsdecode(name))
+    (tmp_path / "\x1b]0;title\x07.png").write_bytes(b"no picture")
+    cfg = compose_cfg(tmp_path, f"ckpt_path={trained}", f"inputs={tmp_path}", "accelerator=cpu", config_name="predict")
+    with pytest.raises(DataError, match=r"\\x1b\]0;title\\x07\.png"):
+        predict(cfg)
+    said = capfd.readouterr()
+    assert not set((said.out + said.err + caplog.text).replace("\n", "")) & {chr(code) for code in range(32)}
+    assert r"red\x1b[31m\n.png" in said.out.replace("\n", "")
+    assert b"no utf-8 \xff.png" in (tmp_path / "predictions.csv").read_bytes()
 
 
 def test_csv_json_and_parquet_say_the_same(trained: Path, tmp_path: Path) -> None:
@@ -127,20 +152,79 @@ class Photos(pl.LightningDataModule):
         return torch.full((1, 3, 8, 8), float(path.stem))
 
 
-def test_other_data_are_read_as_their_data_module_says(tmp_path: Path) -> None:
-    photos = Photos()
-    assert find_reader(photos)(Path("7.jpg")).unique().item() == 7
-    digits = MNISTDataModule(str(tmp_path))
-    assert find_reader(digits) == digits.read_images
+class Detector(pl.LightningModule):
+    """A user's own, whose ``predict_step`` says what comes out."""
+
+    def predict_step(self, images: Tensor) -> dict[str, Any]:
+        return {"mean": images.mean(dim=(1, 2, 3)), "corners": images[:, 0, ::7, ::7], "name": ["a"] * len(images)}
+
+
+def test_files_are_read_as_the_data_module_says_and_predicted_as_the_module_does() -> None:
+    rows, failed = predict_files(Detector(), Photos(), [Path("7.jpg"), Path("eight.jpg"), Path("9.jpg")], 2, CPU)
+    assert failed == [Path("eight.jpg")]
+    assert rows == [
+        {"file": f"{value}.jpg", "mean": value, "corners": [[value, value], [value, value]], "name": "a"}
+        for value in (7, 9)
+    ]
     with pytest.raises(ConfigError, match=r"LightningDataModule.* method read_images"):
         find_reader(pl.LightningDataModule())
+
+
+class Sines(pl.LightningDataModule):
+    """Batches are dicts."""
+
+    def predict_dataloader(self) -> Any:
+        rows = [{"x": torch.tensor([float(index)]), "y": torch.tensor(2.0 * index)} for index in range(5)]
+        return [DataLoader(rows, batch_size=2), DataLoader(rows[:1])]
+
+
+class Regressor(pl.LightningModule):
+    """``forward`` has columns of its own, and takes a batch; it is no classifier, though its outputs are (B, 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = torch.nn.Linear(1, 2)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        outputs: Tensor = self.line(batch["x"])
+        return outputs
+
+
+@pytest.mark.filterwarnings("ignore:The 'predict_dataloader' does not have many workers")
+def test_without_files_the_data_modules_own_loaders_are_predicted() -> None:
+    module = Regressor().eval()
+    rows = predict_batches(module, Sines(), CPU)
+    with torch.no_grad():
+        expected = [module.line(torch.tensor([float(index)])).tolist() for index in (*range(5), 0)]
+    assert [row.keys() for row in rows] == [{"prediction"}] * 6
+    np.testing.assert_allclose([row["prediction"] for row in rows], expected, rtol=1e-6)
+
+
+def test_rows_are_made_of_whatever_comes_out() -> None:
+    pair = torch.tensor([1.0, 2.0])
+    assert make_rows(pair) == [{"prediction": 1.0}, {"prediction": 2.0}]
+    assert make_rows((pair, pair.int())) == [
+        {"prediction_0": 1, "prediction_1": 1},
+        {"prediction_0": 2, "prediction_1": 2},
+    ]
+    assert make_rows([{"boxes": pair}, {"boxes": pair[:0]}]) == [{"boxes": [1, 2]}, {"boxes": []}]
+    assert make_rows({"loss": torch.tensor(0.5), "each": pair}) == [{"loss": 0.5, "each": [1, 2]}]  # of the batch
+    assert make_rows("text") == [{"prediction": "text"}]
+    logits = torch.tensor([[0.0, np.log(3.0)]])
+    (row,) = make_rows(logits, 2, ("cat", "dog"))
+    assert (row["class"], row["runner_up"]) == ("dog", "cat")
+    assert (row["probability"], row["runner_up_probability"]) == pytest.approx((0.75, 0.25))
+    assert make_rows(logits[:, :1], 1, range(1)) == [
+        {"class": 0, "probability": 1, "runner_up": None, "runner_up_probability": None}
+    ]
+    assert make_rows(logits, 3) == [{"prediction": pytest.approx([0, np.log(3)])}]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "inputs=None: expected a file, a folder, a pattern"),
-        (["inputs=[]"], "inputs=[]: expected a file, a folder, a pattern"),
+        ([], "train first"),
+        (["inputs=[]"], "inputs=[]: expected files, folders or patterns"),
         (["inputs=nothing/*.png"], "inputs=nothing/*.png: no such file"),
         (["inputs=.", "output=rows.xlsx"], "output=rows.xlsx: expected a file that ends in .csv, .json or .parquet"),
         (["inputs=.", "batch_size=0"], "batch_size=0: expected a whole number of 1 or more"),
@@ -151,6 +235,16 @@ def test_a_bad_setting_is_said_and_nothing_written(arguments: list[str], message
     assert result.returncode == 1
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_files_and_a_loader_it_is_said_what_is_missing(trained: Path, tmp_path: Path) -> None:
+    result = run_command("predict", f"ckpt_path={trained}", cwd=tmp_path, PROJECT_ROOT=str(tmp_path))
+    assert result.returncode == 1
+    assert result.stderr == (
+        "error: inputs=null: MNISTDataModule, the checkpoint's data, has no predict_dataloader; name files, as in "
+        "inputs='digits/*.png'\n"
+    )
     assert list(tmp_path.iterdir()) == []
 
 

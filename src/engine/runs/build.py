@@ -147,3 +147,17 @@ def restore_datamodule(path: str | Path, **overrides: Any) -> pl.LightningDataMo
     if cfg.data.get("source") == "auto":
         cfg.data.source = "package" if state.get("source") == "package" else "download"
     return build_datamodule(cfg)
+
+
+def preprocess(inputs: torch.Tensor, datamodule: pl.LightningDataModule | None) -> torch.Tensor:
+    """What a module's ``forward`` is given for inputs as its data module's loaders yield them.
+
+    Args:
+        inputs: A batch's first part, (B, ...).
+        datamodule: Its ``on_after_batch_transfer`` is applied to a batch of the inputs and labels of zero, int64 (B,).
+    """
+    if datamodule is None:
+        return inputs
+    labels = torch.zeros(inputs.shape[0], dtype=torch.int64, device=inputs.device)
+    processed: torch.Tensor = datamodule.on_after_batch_transfer((inputs, labels), 0)[0]
+    return processed

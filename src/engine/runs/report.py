@@ -56,9 +56,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def shown(path: str | Path) -> str:
-    """A path as a person would type it: from the working directory where it lies below."""
+    """A path as a person would type it: from the working directory where it lies below; printable."""
     path = Path(path).resolve()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    return printable(str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path))
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: what would steer it, as an escape sequence in a file's name, is written as its code."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 def print_table(title: str, rows: Mapping[str, Any]) -> None:

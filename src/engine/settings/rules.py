@@ -98,12 +98,7 @@ RULES: dict[str, dict[str, Rule]] = {
     },
     "predict": {
         "ckpt_path": _needed(_or_null(TEXT)),
-        "inputs": _needed(
-            Rule(
-                "a file, a folder, a pattern as in inputs='digits/*.png', or a list of them",
-                lambda v: TEXT.holds(v) or (isinstance(v, list) and len(v) > 0 and all(map(TEXT.holds, v))),
-            )
-        ),
+        "inputs": Rule("files, folders, patterns, or null", lambda v: v is None or isinstance(v, str | list)),
         "output": _needed(
             _or_null(
                 Rule(
