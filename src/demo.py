@@ -1,11 +1,11 @@
-"""Draw a digit in the browser and see what the net makes of it: ``python -m src.demo [ckpt_path=...] [port=...]``."""
+"""Draw in the browser and see what the net makes of it: ``python -m src.demo [ckpt_path=...] [port=...]``."""
 
 import base64
 import io
 import json
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,40 +15,62 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from src.engine.errors import ConfigError
+from src.engine.runs import report
 from src.engine.runs.checkpoints import newest_checkpoint
 from src.engine.runs.command import load_libraries, run, short_errors
+from src.predict import find_reader
 
+# Functions import torch and what needs it: a bad setting is answered without.
 log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 PAGE = Path(__file__).with_suffix(".html")
 TILE = 56  # pixels of a feature map
 MAX_BYTES = 1_000_000  # of a drawing; the page's have some 10,000
-# The page has all that it needs, and no say over other addresses.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'"
+# The page has all that it needs, no say over other addresses, and is no part of another page.
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:; "
+    "connect-src 'self'; frame-ancestors 'none'"
+)
 
 
-def make_classifier(path: Path, folder: Path) -> Callable[[bytes], dict[str, Any]]:
-    """What turns a drawing into the page's content.
+def make_classifier(path: Path, folder: Path) -> tuple[dict[str, Any], Callable[[bytes], dict[str, Any]]]:
+    """What the page says of a checkpoint, and what turns a drawing into the page's content.
 
     Args:
         path: A checkpoint.
         folder: Where the latest drawing is kept, as ``drawing.png``.
 
     Returns:
-        A function of an image file's content. It returns ``probabilities``, one a class, and ``layers``, each with
-        ``name``, ``shape`` and ``picture``, a PNG as a data URL. It raises ValueError if the file is no drawing.
+        ``model``, a name, ``score``, as ``val/acc 0.9876`` or empty, and ``classes``, their names; and a function of an
+        image file's content. It returns ``probabilities``, one a class, and ``layers``, each with ``name``, ``shape``
+        and ``picture``, a PNG as a data URL. It raises ValueError if the file is no drawing.
+
+    Raises:
+        ConfigError: If the checkpoint is not of an image classifier.
     """
     import torch
 
     from src.callbacks.layers import Layer, describe_shape, draw_values, trace
-    from src.engine.runs import build
-    from src.export import preprocess
-    from src.predict import find_reader
+    from src.engine.runs.build import load_checkpoint, preprocess, restore, restore_datamodule
 
-    datamodule = build.restore_datamodule(path)
+    module, datamodule = restore(path), restore_datamodule(path)
+    num_classes = getattr(module, "num_classes", None)
+    if num_classes is None:
+        raise ConfigError(
+            f"{type(module).__name__} is no image classifier: the demo needs its attribute num_classes, and a forward "
+            "from images to logits (B, num_classes)"
+        )
     read = find_reader(datamodule)
-    net = build.restore(path).net
+    states = load_checkpoint(path).get("callbacks", {}).values()
+    scores = [
+        f"{each['monitor']} {each['current_score']:.4f}" for each in states if each.get("current_score") is not None
+    ]
+    about = {
+        "model": type(getattr(module, "net", module)).__name__,
+        "score": next(iter(scores), ""),
+        "classes": list(map(str, getattr(datamodule, "classes", None) or range(num_classes))),
+    }
     drawing = folder / "drawing.png"
     lock = threading.Lock()  # one file, one net
 
@@ -60,23 +82,24 @@ def make_classifier(path: Path, folder: Path) -> Callable[[bytes], dict[str, Any
             except Exception as error:  # whatever a decoder raises
                 raise ValueError(str(error).split("\n")[0] or type(error).__name__) from error
             inputs = preprocess(images[:1], datamodule)
-            layers, logits = trace(net, inputs)
+            layers, logits = trace(module, inputs)
+        shown = [Layer("input", inputs), *layers]
         return {
             "probabilities": logits[0].softmax(dim=0).tolist(),
             "layers": [
                 {
-                    "name": layer.name,
+                    "name": layer.name.removeprefix("net."),
                     "shape": describe_shape(layer.values[0]),
-                    "picture": _to_url(draw_values(layer.values[0], TILE)),
+                    "picture": to_url(draw_values(layer.values[0], TILE)),
                 }
-                for layer in [Layer("input", inputs), *layers]
+                for layer in shown
             ],
         }
 
-    return classify
+    return about, classify
 
 
-def _to_url(picture: Any) -> str:
+def to_url(picture: Any) -> str:
     """Grey pixels as a PNG, transparent between the maps."""
     from PIL import Image
 
@@ -92,7 +115,8 @@ class DemoServer(ThreadingHTTPServer):
 
     Args:
         port: Port of HOST; 0 for any that is free.
-        classify: What ``make_classifier`` returns.
+        about: What the page says of the checkpoint.
+        classify: What answers a drawing; both as ``make_classifier`` returns them.
 
     Raises:
         ConfigError: If the port cannot be had.
@@ -100,10 +124,10 @@ class DemoServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, port: int, classify: Callable[[bytes], dict[str, Any]]) -> None:
-        self.classify = classify
+    def __init__(self, port: int, about: Mapping[str, Any], classify: Callable[[bytes], dict[str, Any]]) -> None:
+        self.about, self.classify = about, classify
         try:
-            super().__init__((HOST, port), _Handler)
+            super().__init__((HOST, port), Handler)
         except OSError as error:
             raise ConfigError(
                 f"port={port}: {error.strerror}; choose another one, as in port={port % 65535 + 1}, or 0 for any"
@@ -114,51 +138,71 @@ class DemoServer(ThreadingHTTPServer):
         log.debug("a request has failed:", exc_info=True)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
+    """Answers the page's requests; those that other pages or another host's name have led here are refused."""
+
     server: DemoServer
     timeout = 10  # seconds that a browser may be silent
 
     def do_GET(self) -> None:
+        """The page, and what it says of the checkpoint."""
+        if not self.is_from_here():
+            return
         if self.path == "/":
-            self._reply(HTTPStatus.OK, PAGE.read_bytes(), "text/html; charset=utf-8")
+            self.reply(HTTPStatus.OK, PAGE.read_bytes(), "text/html; charset=utf-8")
+        elif self.path == "/about":
+            self.reply(HTTPStatus.OK, json.dumps(self.server.about).encode())
         else:
-            self._refuse(HTTPStatus.NOT_FOUND, "only / is here")
+            self.refuse(HTTPStatus.NOT_FOUND, "only / is here")
 
     def do_POST(self) -> None:
+        """What the net makes of a drawing."""
+        if not self.is_from_here():
+            return
         length = self.headers["Content-Length"] or ""
         if not (length.isascii() and length.isdecimal() and len(length) < 30):  # of thousands, int() makes no number
-            self._refuse(HTTPStatus.LENGTH_REQUIRED, "Content-Length: expected the number of bytes")
+            self.refuse(HTTPStatus.LENGTH_REQUIRED, "Content-Length: expected the number of bytes")
             return
         if int(length) > MAX_BYTES:
-            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{length} bytes: expected {MAX_BYTES} or less")
+            self.refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{length} bytes: expected {MAX_BYTES} or less")
             return
         content = self.rfile.read(int(length))
         if self.path != "/predict":
-            self._refuse(HTTPStatus.NOT_FOUND, "drawings go to /predict")
+            self.refuse(HTTPStatus.NOT_FOUND, "drawings go to /predict")
             return
         try:
             answer = self.server.classify(content)
         except ValueError as error:
-            self._refuse(HTTPStatus.BAD_REQUEST, str(error))
+            self.refuse(HTTPStatus.BAD_REQUEST, str(error))
         except Exception as error:  # the net's own
             log.debug("stack trace:", exc_info=error)
-            self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, type(error).__name__)
+            self.refuse(HTTPStatus.INTERNAL_SERVER_ERROR, type(error).__name__)
         else:
-            self._reply(HTTPStatus.OK, json.dumps(answer).encode(), "application/json")
+            self.reply(HTTPStatus.OK, json.dumps(answer).encode())
 
-    def _refuse(self, status: HTTPStatus, reason: str) -> None:
-        self._reply(status, json.dumps({"error": reason}).encode(), "application/json")
+    def is_from_here(self) -> bool:
+        """Refuse a request that another site's page has sent: by its name for this machine, or from its own origin."""
+        host, origin = self.headers["Host"] or "", self.headers["Origin"]
+        if host.rpartition(":")[0] not in (HOST, "localhost") or origin not in (None, f"http://{host}"):
+            self.refuse(HTTPStatus.FORBIDDEN, f"Host or Origin: expected http://{HOST}:<port>, the address printed")
+            return False
+        return True
 
-    def _reply(self, status: HTTPStatus, content: bytes, kind: str) -> None:
+    def refuse(self, status: HTTPStatus, reason: str) -> None:
+        """Answer why not."""
+        self.reply(status, json.dumps({"error": reason}).encode())
+
+    def reply(self, status: HTTPStatus, content: bytes, kind: str = "application/json") -> None:
+        """Answer, with what a browser must know to keep the page to itself."""
         self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("Content-Security-Policy", POLICY)
+        headers = {"Content-Type": kind, "Content-Length": str(len(content)), "Content-Security-Policy": POLICY}
+        for name, value in {**headers, "X-Content-Type-Options": "nosniff"}.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
-        """To the log file alone."""
+        """Only to the log file."""
         log.debug(format, *args)
 
 
@@ -166,13 +210,10 @@ def demo(cfg: DictConfig) -> None:
     """Serve the page as ``conf/demo.yaml`` says, until a signal ends it."""
     path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
     output_dir = Path(cfg.output_dir)
-
-    from src.engine.runs import report
-
-    with DemoServer(cfg.port, make_classifier(path, output_dir)) as server:
+    with DemoServer(cfg.port, *make_classifier(path, output_dir)) as server:
         OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
         url = f"http://{HOST}:{server.server_port}"
-        report.print_table("draw a digit", {"open": url, "checkpoint": report.shown(path), "end": "Ctrl-C"})
+        report.print_table("demo", {"open": url, "checkpoint": report.shown(path), "end": "Ctrl-C"})
         server.serve_forever()
 
 

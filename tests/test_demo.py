@@ -48,7 +48,7 @@ ONE, SEVEN = stroke([(140, 30), (140, 250)]), stroke([(70, 40), (210, 40), (120,
 
 @pytest.fixture(scope="module")
 def server(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoServer]:
-    with DemoServer(0, make_classifier(trained, tmp_path_factory.mktemp("demo"))) as server:
+    with DemoServer(0, *make_classifier(trained, tmp_path_factory.mktemp("demo"))) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
@@ -79,8 +79,25 @@ def test_the_page_needs_nothing_from_elsewhere(server: DemoServer) -> None:
     assert status == 200
     assert headers["Content-Type"] == "text/html; charset=utf-8"
     assert headers["Content-Security-Policy"].startswith("default-src 'none'")
+    assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+    assert headers["X-Content-Type-Options"] == "nosniff"
     assert "<canvas" in page
     assert not re.search(r"https?://|@import|(src|href)=\"(?!data:)", page)
+
+
+def test_the_page_is_told_of_the_model(server: DemoServer, trained: Path) -> None:
+    status, content, _ = ask(server, "GET", "/about")
+    assert status == 200
+    about = json.loads(content)
+    assert about["model"] == "LeNet5"
+    assert about["classes"] == [str(digit) for digit in range(10)]
+    assert re.fullmatch(r"val/acc 0\.9\d{3}", about["score"])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_its_own_page_is_answered_also_through_another_port(host: str, server: DemoServer) -> None:
+    headers = {"Host": f"{host}:9999", "Origin": f"http://{host}:9999"}
+    assert ask(server, "POST", "/predict", ONE, **headers)[0] == 200
 
 
 @pytest.mark.parametrize(("drawing", "digit"), [(ONE, 1), (SEVEN, 7)], ids=["one", "seven"])
@@ -131,6 +148,11 @@ BAD: dict[str, tuple[str, str, bytes | None, dict[str, str], int, str]] = {
     "a negative number": ("POST", "/predict", None, {"Content-Length": "-1"}, 411, "expected the number of bytes"),
     "no number": ("POST", "/predict", None, {"Content-Length": "many"}, 411, "expected the number of bytes"),
     "chunks": ("POST", "/predict", None, {"Transfer-Encoding": "chunked"}, 411, "expected the number of bytes"),
+    "another host's name": ("GET", "/", None, {"Host": "rebound.example:8000"}, 403, "Host or Origin"),
+    "no host": ("GET", "/", None, {"Host": ""}, 403, "Host or Origin"),
+    "another site's drawing": ("POST", "/predict", ONE, {"Origin": "http://elsewhere.example"}, 403, "Host or Origin"),
+    "another port's": ("POST", "/predict", ONE, {"Origin": "http://127.0.0.1:1"}, 403, "Host or Origin"),
+    "a sandboxed page's": ("POST", "/predict", ONE, {"Origin": "null"}, 403, "Host or Origin"),
     "another method": ("PUT", "/predict", ONE, {}, 501, ""),
 }
 
@@ -154,7 +176,7 @@ def test_a_net_that_fails_and_a_browser_that_hangs_up_are_survived(capfd: pytest
     def fail(content: bytes) -> dict[str, Any]:
         raise RuntimeError("the net's own")
 
-    with DemoServer(0, fail) as server:
+    with DemoServer(0, {}, fail) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         status, content, _ = ask(server, "POST", "/predict", ONE)
         assert (status, json.loads(content)) == (500, {"error": "RuntimeError"})
@@ -170,7 +192,7 @@ def test_a_net_that_fails_and_a_browser_that_hangs_up_are_survived(capfd: pytest
 
 def test_a_taken_port_is_said(server: DemoServer) -> None:
     with pytest.raises(ConfigError, match=rf"port={server.server_port}: Address already in use; choose another one"):
-        DemoServer(server.server_port, server.classify)
+        DemoServer(server.server_port, {}, server.classify)
 
 
 def test_other_machines_cannot_reach_it(server: DemoServer) -> None:

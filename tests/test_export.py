@@ -206,7 +206,8 @@ class Reader(pl.LightningModule):
 
 class Sentences(pl.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
-        return DataLoader([{"tokens": torch.arange(5)}], batch_size=1)
+        rows: Any = [{"tokens": torch.arange(5)}]
+        return DataLoader(rows, batch_size=1)
 
 
 @pytest.mark.parametrize("file_format", ["onnx", "pt2", "safetensors"])

@@ -174,7 +174,7 @@ class Sines(pl.LightningDataModule):
     """Batches are dicts."""
 
     def predict_dataloader(self) -> Any:
-        rows = [{"x": torch.tensor([float(index)]), "y": torch.tensor(2.0 * index)} for index in range(5)]
+        rows: Any = [{"x": torch.tensor([float(index)]), "y": torch.tensor(2.0 * index)} for index in range(5)]
         return [DataLoader(rows, batch_size=2), DataLoader(rows[:1])]
 
 
