@@ -1,4 +1,4 @@
-"""``python -m src.train`` without the seconds of its imports: forked off a process that has them behind it."""
+"""``python -m src.train`` without the seconds of its imports: forked off a process that has made them."""
 
 import multiprocessing
 import os

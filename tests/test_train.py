@@ -111,7 +111,7 @@ def test_runs_started_in_the_same_second_have_folders_of_their_own(tmp_path: Pat
     assert len(list(tmp_path.glob("logs/train/*/metrics.json"))) == 3
 
 
-def test_a_full_disk_is_said(mount_disk: Callable[[str], Path]) -> None:
+def test_a_full_disk_is_named(mount_disk: Callable[[str], Path]) -> None:
     disk = mount_disk("16k")
     result = run_command("train", *TINY, "trainer.max_epochs=1", "logger=[]", f"hydra.run.dir={disk}/run")
     assert result.returncode == 1

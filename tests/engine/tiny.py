@@ -40,7 +40,7 @@ class TinyNet(nn.Sequential):
 
 
 class TinyTask(pl.LightningModule):
-    """Logs ``train/loss``, ``val/loss``, ``val/acc``, ``test/loss`` and ``test/acc``, by ``self.log`` alone."""
+    """Logs ``train/loss``, ``val/loss``, ``val/acc``, ``test/loss`` and ``test/acc``, only by ``self.log``."""
 
     def __init__(
         self,

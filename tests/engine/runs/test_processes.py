@@ -21,7 +21,7 @@ VARIABLES = (
 )  # fmt: skip
 BY_BOTH = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "TORCHELASTIC_RUN_ID": "none"}
 
-# A process that starts another one like itself, with what stands behind its own number in its environment.
+# A process that starts another one like itself, with a variable in its environment.
 FAMILY = """
 import os, subprocess, sys, time
 from src.engine.runs.processes import end_with_parent

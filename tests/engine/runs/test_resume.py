@@ -177,7 +177,7 @@ def test_a_signal_saves_the_current_step_and_changes_nothing(runs: Runs, whole: 
     assert_same_run(whole, runs.path(name))
 
 
-def test_a_run_killed_ahead_of_its_first_checkpoint_starts_anew(runs: Runs, whole: Path) -> None:
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(runs: Runs, whole: Path) -> None:
     runs.kill("early", 3)
     assert list(runs.path("early").glob("events.*"))
     assert not runs.last("early").exists()
@@ -207,7 +207,7 @@ def test_a_finished_run_is_extended_as_if_it_had_been_longer(runs: Runs) -> None
     assert_same_run(runs.whole("steady", *steady), runs.path("extended"))
 
 
-def test_what_is_not_exact_is_said(runs: Runs) -> None:
+def test_you_are_warned_of_what_is_not_exact(runs: Runs) -> None:
     runs.whole("other", "trainer.max_epochs=1", "scheduler=[]")
     said = len(runs.said())
     runs.resume("other", "trainer.max_epochs=2", "data.noise=0.2", "callbacks.averaging.decay=0.5")
@@ -219,14 +219,14 @@ def test_what_is_not_exact_is_said(runs: Runs) -> None:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_on_in_a_new_folder(runs: Runs) -> None:
+def test_a_checkpoint_is_resumed_in_a_new_folder(runs: Runs) -> None:
     steady = ("scheduler=step", "scheduler.scheduler.step_size=2")
     runs.whole("first", *steady, "trainer.max_epochs=1")
     folder = runs.whole("second", *steady, f"ckpt_path={runs.last('first')}")
     assert_equal(content(runs.last("first"))["progress"]["epochs"], 1)
     assert [step for step, _ in scalars(folder)["val/acc"]] == [2 * STEPS - 1, 3 * STEPS - 1]
 
-    # Killed ahead of a checkpoint of its own, twice, it goes on from the first run's once more.
+    # Killed before a checkpoint of its own, twice, it resumes from the first run's once more.
     runs.kill("third", STEPS + 3, *steady, f"ckpt_path={runs.last('first')}")
     runs.end(runs.start(f"resume={runs.path('third')}", f"{KILL}.step={STEPS + 4}"), status=-signal.SIGKILL)
     assert not runs.last("third").exists()
@@ -234,7 +234,7 @@ def test_a_checkpoint_goes_on_in_a_new_folder(runs: Runs) -> None:
     assert_same_run(folder, runs.path("third"))
 
 
-def test_weights_alone_are_nothing_to_go_on_from(runs: Runs, whole: Path) -> None:
+def test_only_weights_cannot_be_resumed(runs: Runs, whole: Path) -> None:
     checkpoint = load_checkpoint(whole / "checkpoints" / "last.ckpt")
     path = runs.root / "weights.ckpt"
     torch.save({name: checkpoint[name] for name in ("state_dict", "hyper_parameters")}, path)
@@ -278,7 +278,7 @@ def assert_refused(runs: Runs, name: str, resumed: str | None, reason: str) -> N
     assert runs.state(name) == "finished"
 
 
-def test_a_disk_that_gets_full_leaves_the_checkpoint_to_go_on_from(
+def test_a_disk_that_gets_full_leaves_the_checkpoint_to_resume_from(
     runs: Runs, whole: Path, mount_disk: Callable[[str], Path]
 ) -> None:
     folder = mount_disk("3m") / "run"
@@ -320,7 +320,7 @@ def test_a_second_signal_ends_the_run_at_once(runs: Runs) -> None:
     assert runs.state("impatient") == "interrupted"
 
 
-def test_resuming_nothing_is_said_in_a_line(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_resuming_nothing_is_refused_in_a_line(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     sweep = tmp_path_factory.mktemp("sweep")
     (sweep / "sweep.json").touch()
     for value, reason in {
@@ -385,7 +385,7 @@ def test_resume_stands_for_how_the_run_was_started(name: str, tmp_path: Path) ->
         assert values(expand([f"{plus}resume={quoted(folder)}", "seed=2"])[1:]) == here | {"ckpt_path": str(last)}
 
 
-def test_what_is_deleted_goes_behind_what_was_added(tmp_path: Path) -> None:
+def test_what_is_deleted_comes_after_what_was_added(tmp_path: Path) -> None:
     write_status(tmp_path, "interrupted", {"overrides": ["+callbacks.x=1"], "config_dirs": []})
     arguments = expand(["~callbacks.x", "--info", "all", f"resume={quoted(tmp_path)}"])
     assert arguments[:4] == ["--info", "all", "+callbacks.x=1", "~callbacks.x"]

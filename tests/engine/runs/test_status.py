@@ -57,13 +57,13 @@ def test_an_attempt_that_comes_to_nothing_changes_nothing_in_how_the_run_was_sta
     write_status(tmp_path, first, START)
     attempt = {"overrides": ["seed=1", "optimizer.lr=5"], "config_dirs": []}
     with suppress(ConfigError), tracked(tmp_path, attempt):
-        assert read_status(tmp_path)["overrides"] == attempt["overrides"]  # what a killed one is to go on with
+        assert read_status(tmp_path)["overrides"] == attempt["overrides"]  # what a killed one resumes with
         raise ConfigError("another learning rate")
     assert read_status(tmp_path) | START | {"state": then} == read_status(tmp_path)
 
     with suppress(RuntimeError), tracked(tmp_path, attempt):
         os.utime(last, ns=(1, 1))
-        raise RuntimeError("behind a checkpoint")
+        raise RuntimeError("after a checkpoint")
     assert read_status(tmp_path) | attempt | {"state": "failed"} == read_status(tmp_path)
 
 
