@@ -90,11 +90,11 @@ class TinyLoader:
         rows: (N, 4); a row's class says whether its sum is above 0.
         batch_size: Rows that the processes share.
         seed: None: in their own order.
-        share: Which of the processes, and of how many.
+        process: The number of this process, and of how many.
     """
 
-    def __init__(self, rows: Tensor, batch_size: int, seed: int | None, share: tuple[int, int]) -> None:
-        self.rows, self.batch_size, self.seed, self.share = rows, batch_size, seed, share
+    def __init__(self, rows: Tensor, batch_size: int, seed: int | None, process: tuple[int, int]) -> None:
+        self.rows, self.batch_size, self.seed, self.process = rows, batch_size, seed, process
         self.epoch = self.position = self._first = 0
         self.sampler, self.batch_sampler = self, None  # where Lightning looks for set_epoch
 
@@ -112,7 +112,7 @@ class TinyLoader:
         for index in range(first, len(self)):
             self.position = index + 1
             batch = order[index * self.batch_size : (index + 1) * self.batch_size]
-            rows = self.rows[batch[self.share[0] :: self.share[1]]]
+            rows = self.rows[batch[self.process[0] :: self.process[1]]]
             yield rows, (rows.sum(dim=1) > 0).long()
 
     def state_dict(self) -> dict[str, int]:
@@ -138,8 +138,8 @@ class TinyData(pl.LightningDataModule):
 
     def _make_loader(self, num_rows: int, drawn_by: int, seed: int | None = None) -> TinyLoader:
         rows = torch.randn(num_rows, 4, generator=torch.Generator().manual_seed(drawn_by))
-        share = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return TinyLoader(rows, self.batch_size, seed, share)
+        process = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return TinyLoader(rows, self.batch_size, seed, process)
 
     def train_dataloader(self) -> TinyLoader:
         self._loader = self._make_loader(self.num_rows, 0, self.seed)
