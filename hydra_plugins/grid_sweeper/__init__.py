@@ -6,14 +6,22 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from src.engine.errors import SweepError
+from src.engine.sweeps.folder import job_name
+from src.engine.sweeps.sweep import running
+
 
 class GridSweeper(BasicSweeper):
     """Hydra's basic sweeper with readable job names, a leaderboard, and jobs that a second start need not repeat.
 
     Args:
-        params: Swept keys and their values, which the command line's go before.
+        params: Swept keys and their values; the command line overrides them.
         max_batch_size: How many jobs the launcher is given at once; None: all.
+        keep: Whose checkpoints stay: ``all``; ``winner``; ``last``, the winner's and the others' last.ckpt.
     """
+
+    def __init__(self, max_batch_size: int | None, params: Any = None, keep: str = "all") -> None:
+        super().__init__(max_batch_size=max_batch_size, params=params)
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run the jobs that have not finished, and test the winner.
@@ -21,10 +29,6 @@ class GridSweeper(BasicSweeper):
         Raises:
             SweepError: If jobs have failed, or the sweep cannot go on.
         """
-        from src.engine.errors import SweepError
-        from src.engine.sweeps.folder import job_name
-        from src.engine.sweeps.sweep import running
-
         assert self.config is not None
         assert self.launcher is not None
         assert self.hydra_context is not None
@@ -36,11 +40,13 @@ class GridSweeper(BasicSweeper):
             for key, override in last.items()
             if override.is_sweep_override()
         }
-        jobs = {}
+        jobs: dict[str, list[str]] = {}
         values = {}
+        taken: dict[str, str] = {}
         for job in self.split_arguments(overrides, None)[0]:
             swept = [override for override in job if override.split("=")[0] in space]
-            name = job_name(swept)
+            name = job_name(swept, taken)
+            taken.setdefault(name.lower(), name)
             jobs[name] = job
             values[name] = {o.key_or_group: o.value() for o in parser.parse_overrides(swept)}
         if not jobs:

@@ -10,6 +10,10 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from src.engine.errors import ConfigError
+from src.engine.sweeps.launcher import require_count
+from src.engine.sweeps.sweep import running
+
 
 class OptunaSweeper(Sweeper):
     """Asks a study for trials and tells it what came of their jobs.
@@ -24,7 +28,8 @@ class OptunaSweeper(Sweeper):
         storage: None: a journal file in the sweep's folder. Or a database's URL, for several sweeps to share.
         sampler: Config of an Optuna sampler.
         pruner: Config of an Optuna pruner; None: no pruning.
-        params: The search space, which the command line's goes before.
+        params: The search space; the command line overrides it.
+        keep: Whose checkpoints stay: ``all``; ``winner``; ``last``, the winner's and the others' last.ckpt.
     """
 
     def __init__(
@@ -36,12 +41,10 @@ class OptunaSweeper(Sweeper):
         sampler: Any,
         pruner: Any,
         params: Any,
+        keep: str = "all",
     ) -> None:
-        from src.engine.errors import ConfigError
-
-        for key, value in {"n_trials": n_trials, "n_jobs": n_jobs}.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"hydra.sweeper.{key}={value}: expected a whole number of 1 or more")
+        require_count("hydra.sweeper.n_trials", n_trials)
+        require_count("hydra.sweeper.n_jobs", n_jobs)
         self.n_trials = n_trials
         self.n_jobs = n_jobs
         self.study = {"name": study_name, "storage": storage, "sampler": sampler, "pruner": pruner}
@@ -53,8 +56,6 @@ class OptunaSweeper(Sweeper):
         Raises:
             ConfigError: If a password stands in the config or on the command line.
         """
-        from src.engine.errors import ConfigError
-
         written = config.hydra.sweeper._get_node("storage")._value()
         if re.search(r"://[^/@:]*:(?!\$\{)[^@]+@|[?&]password=(?!\$\{)", str(written)):
             raise ConfigError(
@@ -73,8 +74,7 @@ class OptunaSweeper(Sweeper):
         Raises:
             SweepError: If trials have failed, or the sweep cannot go on.
         """
-        from src.engine.sweeps.study import Search, make_space, open_study
-        from src.engine.sweeps.sweep import running
+        from src.engine.sweeps.study import Search, make_space, open_study  # here: only a search needs Optuna
 
         parser = OverridesParser.create(self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*(f"{key}={value}" for key, value in self.params.items()), *arguments])
@@ -87,9 +87,10 @@ class OptunaSweeper(Sweeper):
             study = open_study(folder.path, mode=self.config.mode, **self.study)
             search = Search(study, folder, space, fixed, self.n_trials)
             number = 0
-            while search.wants_more():
-                jobs: Any = search.jobs()
-                if not hasattr(self.launcher, "n_jobs"):  # it takes a list, not one job after the other
-                    jobs = list(islice(jobs, self.n_jobs))
-                number += len(self.launcher.launch(jobs, initial_job_idx=number))
-                search.tell(all_ended=True)
+            with search.alive():
+                while search.wants_more():
+                    jobs: Any = search.jobs()
+                    if not hasattr(self.launcher, "n_jobs"):  # it takes a list, not one job after the other
+                        jobs = list(islice(jobs, self.n_jobs))
+                    number += len(self.launcher.launch(jobs, initial_job_idx=number))
+                    search.tell(all_ended=True)

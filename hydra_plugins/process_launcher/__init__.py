@@ -8,19 +8,22 @@ import sys
 import time
 from collections.abc import Iterable, Sequence, Sized
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn, JobStatus
-from hydra.plugins.launcher import Launcher
-from omegaconf import ListConfig, OmegaConf
+from hydra.core.utils import JobReturn
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from src.engine.runs.command import user_environment
+from src.engine.runs.processes import SWEEP_PARENT
+from src.engine.runs.resume import quoted
+from src.engine.sweeps.launcher import JobLauncher, job_folder, require_count
 
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 # What a job's process does not get of the sweep's overrides of Hydra.
-OWN = ("hydra.mode", "hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper")
+SWEEPS = ("hydra.mode", "hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper")
 
 
-class ProcessLauncher(Launcher):
+class ProcessLauncher(JobLauncher):
     """Runs each job as a fresh ``python -m src.train`` in one of several slots.
 
     A job is alone in its process: what it breaks ends with it. A slot has its share of the CPU cores and of the GPUs;
@@ -38,14 +41,10 @@ class ProcessLauncher(Launcher):
         """Keep what ``launch`` needs.
 
         Raises:
-            ConfigError: If there cannot be so many slots; here, since Hydra would wrap what ``__init__`` raises.
+            ConfigError: If there cannot be so many slots.
         """
-        from src.engine.errors import ConfigError
-
-        if not isinstance(self.n_jobs, int) or isinstance(self.n_jobs, bool) or self.n_jobs < 1:
-            raise ConfigError(f"hydra.launcher.n_jobs={self.n_jobs}: expected a whole number of 1 or more")
-        self.hydra_context = hydra_context
-        self.config = config
+        require_count("hydra.launcher.n_jobs", self.n_jobs)
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def launch(self, job_overrides: Iterable[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run jobs; the next one is taken from ``job_overrides`` when a slot is free.
@@ -73,60 +72,39 @@ class ProcessLauncher(Launcher):
                 for process in [process for process in running if process.has_ended()]:
                     running.remove(process)
                     free.append(process.env)
-                    returns.append(self._end(process))
+                    returns.append(self.end(process.job, process.command, process.reason()))
         finally:
             _stop(running)
 
     def _start(self, number: int, overrides: Sequence[str], env: dict[str, str]) -> "_Process":
-        from src.engine.runs.resume import quoted
-
-        job = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
-        folder = Path(job.hydra.sweep.dir) / job.hydra.sweep.subdir
-        sources = job.hydra.runtime.config_sources
+        job = self.compose(overrides)
         command = [
             *_command(), "--config-name", job.hydra.job.config_name,
-            *[f"--config-dir={source.path}" for source in sources if source.provider == "command-line"],
+            *[f"--config-dir={s.path}" for s in job.hydra.runtime.config_sources if s.provider == "command-line"],
             *job.hydra.overrides.task,
-            *[override for override in job.hydra.overrides.hydra if not override.startswith(OWN)],
-            "hydra.mode=RUN", f"hydra.run.dir={quoted(folder)}", f"hydra.job.num={number}",
+            *[override for override in job.hydra.overrides.hydra if not override.startswith(SWEEPS)],
+            "hydra.mode=RUN", f"hydra.run.dir={quoted(job_folder(job))}", f"hydra.job.num={number}",
         ]  # fmt: skip
-        return _Process(command, folder, env, _threads(job, self.num_slots))
-
-    def _end(self, process: "_Process") -> JobReturn:
-        """Note a failure that the process could not note itself, and tell Hydra's callbacks."""
-        status = JobStatus.COMPLETED
-        error = process.folder / "error.txt"
-        if process.returncode:
-            status = JobStatus.FAILED
-            if not error.exists():
-                error.write_text(f"error: {process.last_words()}\n")
-        job_return = JobReturn(overrides=process.command, status=status)
-        if status == JobStatus.FAILED:
-            job_return.return_value = RuntimeError(error.read_text().strip())
-        self.hydra_context.callbacks.on_job_end(config=self.config, job_return=job_return)
-        return job_return
+        return _Process(command, job, env, _threads(job, self.num_slots))
 
 
 class _Process:
     """A job's process, the head of a group and session of its own: signals to the sweep's terminal do not reach it."""
 
-    def __init__(self, command: list[str], folder: Path, env: dict[str, str], threads: dict[str, str]) -> None:
+    def __init__(self, command: list[str], job: DictConfig, env: dict[str, str], threads: dict[str, str]) -> None:
         self.command = command
-        self.folder = folder
+        self.job = job
         self.env = env
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "console.log").open("ab") as console:
+        self._console = job_folder(job) / "console.log"
+        self._console.parent.mkdir(parents=True, exist_ok=True)
+        with self._console.open("ab") as console:
             self._popen = subprocess.Popen(
                 command, env={**threads, **env}, stdin=subprocess.DEVNULL, stdout=console, stderr=console,
                 start_new_session=True,
             )  # fmt: skip
 
-    @property
-    def returncode(self) -> int | None:
-        return self._popen.returncode
-
     def has_ended(self) -> bool:
-        """Whether the process has ended; what it started and left behind is then killed."""
+        """Whether the process has ended; what it has started and left is then killed."""
         if self._popen.poll() is None:
             return False
         self.signal(signal.SIGKILL)
@@ -137,13 +115,17 @@ class _Process:
         with suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a group that has ended
             os.killpg(self._popen.pid, signum)
 
-    def last_words(self) -> str:
-        """Why it ended, as far as can be told from outside."""
-        if self._popen.returncode < 0:
-            name = signal.Signals(-self._popen.returncode).name
-            return f"killed by {name}" + ("; out of memory?" if name == "SIGKILL" else "")
-        lines = (self.folder / "console.log").read_text(errors="replace").strip().splitlines() or ["no output"]
-        return f"exit status {self._popen.returncode}: {lines[-1].removeprefix('error: ')}"
+    def reason(self) -> str:
+        """Why it failed, as far as can be told from outside; empty where it did not."""
+        status = self._popen.returncode
+        if not status:
+            return ""
+        if status < 0:
+            return f"killed by {signal.Signals(-status).name}" + (
+                "; out of memory?" if -status == signal.SIGKILL else ""
+            )
+        lines = self._console.read_text(errors="replace").strip().splitlines() or ["no output"]
+        return f"exit status {status}: {lines[-1].removeprefix('error: ')}"
 
 
 def _stop(processes: Sequence[_Process]) -> None:
@@ -167,9 +149,6 @@ def _command() -> list[str]:
 
 def _environment(slot: int, num_slots: int, gpus: Sequence[str]) -> dict[str, str]:
     """A slot's environment: the user's, and its GPUs."""
-    from src.engine.runs.command import user_environment
-    from src.engine.runs.processes import SWEEP_PARENT
-
     env = {**user_environment(), SWEEP_PARENT: str(os.getpid())}
     if gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[slot::num_slots] or [gpus[slot % len(gpus)]])

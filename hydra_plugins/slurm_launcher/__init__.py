@@ -7,14 +7,15 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.plugins.launcher import Launcher
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+from src.engine.errors import ConfigError
+from src.engine.sweeps.launcher import JobLauncher
 
 INTERVAL = 5.0  # seconds between two questions to Slurm's controller
 PATIENCE = 15.0  # seconds that a shared file system may take to show what a job has written
@@ -38,7 +39,7 @@ class SlurmOption(SearchPathPlugin):
             ConfigStore.instance().store(group="hydra/launcher", name="submitit_slurm", node=node)
 
 
-class SlurmLauncher(Launcher):
+class SlurmLauncher(JobLauncher):
     """Submits the jobs of hydra-submitit-launcher, and sees to their ends better than that package does.
 
     There, a job that Slurm kills (out of time or memory, a dead node, ``scancel``) ends the sweep or, on a cluster
@@ -60,14 +61,11 @@ class SlurmLauncher(Launcher):
         """
         from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher as Submitit
 
-        from src.engine.errors import ConfigError
-
         if not shutil.which("sbatch"):
             raise ConfigError(
                 "hydra/launcher=submitit_slurm: no sbatch on the PATH; start the sweep on a machine of the cluster"
             )
-        self.hydra_context = hydra_context
-        self.config = config
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         self.submitit = Submitit(**self.params)
         self.submitit.setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
@@ -117,24 +115,17 @@ class SlurmLauncher(Launcher):
         return jobs
 
     def _end(self, job: Any, overrides: Sequence[str]) -> JobReturn:
-        """What a job's first process has returned; where it could not, note the failure as the job would have done."""
+        """What a job's first process has returned; where it could not, a failure."""
         paths = job.task(0).paths
         deadline = time.monotonic() + PATIENCE
         while not paths.result_pickle.exists() and time.monotonic() < deadline:
             time.sleep(0.5)
-        if paths.result_pickle.exists() and not job.task(0).exception():
-            returned: JobReturn = job.task(0).result()
-            return returned
-        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
-        error = Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir / "error.txt"
-        error.parent.mkdir(parents=True, exist_ok=True)
-        if not error.exists():
-            state = _state(job.job_id)
-            error.write_text(f"error: Slurm job {job.job_id} ended without a result ({state}); see {paths.stderr}\n")
-        failed = JobReturn(overrides=overrides, status=JobStatus.FAILED)
-        failed.return_value = RuntimeError(error.read_text().strip())
-        self.hydra_context.callbacks.on_job_end(config=self.config, job_return=failed)
-        return failed
+        reason = ""
+        if not paths.result_pickle.exists() or job.task(0).exception():
+            reason = f"Slurm job {job.job_id} ended without a result ({_state(job.job_id)}); see {paths.stderr}"
+        elif job.task(0).result().status == JobStatus.FAILED:
+            reason = "failed"  # as it has noted itself
+        return self.end(self.compose(overrides), overrides, reason)
 
 
 def _queued(names: Sequence[str]) -> set[str]:

@@ -15,12 +15,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from src.engine.sweeps.study import STORAGE, open_study
 from tests import forks
+from tests.engine.tiny import TINY
 from tests.processes import wait_until
 
-SMALL = (
-    "data=mnist5k", "trainer=cpu", "trainer.limit_train_batches=4", "trainer.log_every_n_steps=1",
-    "callbacks.description=null", "callbacks.summary=null", "trainer.max_epochs=2",
-)  # fmt: skip
+SMALL = (*TINY, "trainer.max_epochs=2", "callbacks=minimal", "hydra.sweeper.n_trials=20")
+SPACE = (
+    "optimizer.lr=tag(log,interval(1e-3,1e-1))",
+    "data.batch_size=choice(10,20)",
+    "model.net.num_hidden=range(4,9)",
+)
 THRESHOLD = "hydra.sweeper.pruner._target_=optuna.pruners.ThresholdPruner"
 PRUNE_ALL = (THRESHOLD, "+hydra.sweeper.pruner.lower=1.1")  # each at the end of its first epoch
 PRUNE_NONE = (THRESHOLD, "+hydra.sweeper.pruner.lower=0")
@@ -43,9 +46,11 @@ class Search(NamedTuple):
             return {row["job"]: row for row in csv.DictReader(file)}
 
 
-def search(folder: Path, *arguments: str, sweep: str = "sweep=optuna", **env: str) -> Search:
-    env |= {"PROJECT_ROOT": str(folder)}
-    result = forks.run_command("train", "-m", sweep, *SMALL, f"hydra.sweep.dir={folder}", *arguments, **env)
+def search(folder: Path, *arguments: str, space: tuple[str, ...] = SPACE, **env: str) -> Search:
+    env |= {"PROJECT_ROOT": str(folder), "ALLOWED_TARGETS": "tests"}
+    result = forks.run_command(
+        "train", "-m", *SMALL, "hydra/sweeper=optuna", *space, f"hydra.sweep.dir={folder}", *arguments, **env
+    )
     return Search(folder, result.stdout, result.stderr, result.returncode)
 
 
@@ -61,7 +66,7 @@ def test_the_study_holds_what_the_jobs_found(finished: Search) -> None:
         (folder,) = finished.folder.glob(f"{trial.number:04d},*")
         record = json.loads((folder / "metrics.json").read_text())
         assert trial.value == record["best"]["score"]
-        assert set(trial.params) == {"optimizer.lr", "data.batch_size", "model.net.activation"}
+        assert set(trial.params) == {"optimizer.lr", "data.batch_size", "model.net.num_hidden"}
         assert float(finished.rows[folder.name]["optimizer.lr"]) == trial.params["optimizer.lr"]
         assert "Pruning" not in (folder / "config.yaml").read_text()
         assert trial.intermediate_values == {}
@@ -104,36 +109,36 @@ def test_poor_trials_are_cut_short_in_two_slots(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_failed_trial_is_told_as_failed_and_does_not_count(tmp_path: Path) -> None:
-    space, seed = "optimizer.lr=choice(0.001,-1)", "hydra.sweeper.sampler.seed=2"  # which draws both
-    result = search(tmp_path, space, seed, "hydra.sweeper.n_trials=3", sweep="hydra/sweeper=optuna")
+    space = ("data.batch_size=choice(20,-1)",)
+    result = search(tmp_path, "hydra.sweeper.sampler.seed=2", "hydra.sweeper.n_trials=3", space=space)  # it draws both
     assert result.returncode == 1
-    states = [(trial.params["optimizer.lr"], trial.state) for trial in result.trials]
-    assert states.count((0.001, TrialState.COMPLETE)) == 3
-    assert set(states) == {(0.001, TrialState.COMPLETE), (-1, TrialState.FAIL)}
-    assert "optimizer.lr=-1: expected a number above 0" in result.errors
+    states = [(trial.params["data.batch_size"], trial.state) for trial in result.trials]
+    assert states.count((20, TrialState.COMPLETE)) == 3
+    assert set(states) == {(20, TrialState.COMPLETE), (-1, TrialState.FAIL)}
+    assert "batch_size=-1: expected 1 or more" in result.errors
 
 
 @pytest.mark.slow
 def test_a_grid_is_tried_once_two_jobs_at_a_time_with_a_study_in_sqlite(tmp_path: Path) -> None:
     sampler = "hydra.sweeper.sampler._target_=optuna.samplers.GridSampler"
-    grid, space = "+hydra.sweeper.sampler.search_space={optimizer.lr:[1e-3,2e-3,-1,-2]}", "optimizer.lr=1e-3,2e-3,-1,-2"
+    grid, space = "+hydra.sweeper.sampler.search_space={data.batch_size:[10,20,-1,-2]}", "data.batch_size=10,20,-1,-2"
     storage = f"sqlite:///{tmp_path}/studies.db"
     result = search(
-        tmp_path / "sweep", space, sampler, grid, "hydra.sweeper.n_trials=9", "hydra.sweeper.n_jobs=2",
-        f"hydra.sweeper.storage={storage}", "hydra.sweeper.study_name='a grid'", sweep="hydra/sweeper=optuna",
+        tmp_path / "sweep", sampler, grid, "hydra.sweeper.n_trials=9", "hydra.sweeper.n_jobs=2",
+        f"hydra.sweeper.storage={storage}", "hydra.sweeper.study_name='a grid'", space=(space,),
     )  # fmt: skip
     assert result.returncode == 1
     assert "error: 2 of 4 jobs failed; " in result.errors
     trials = optuna.load_study(study_name="a grid", storage=storage).trials
-    assert {trial.params["optimizer.lr"]: trial.state.name for trial in trials} == {
-        0.001: "COMPLETE", 0.002: "COMPLETE", -1: "FAIL", -2: "FAIL",
+    assert {trial.params["data.batch_size"]: trial.state.name for trial in trials} == {
+        10: "COMPLETE", 20: "COMPLETE", -1: "FAIL", -2: "FAIL",
     }  # fmt: skip
     assert len(trials) == len(result.rows) == 4
     assert not (result.folder / "study.journal").exists()
 
 
 def test_a_search_of_which_all_trials_fail_ends(tmp_path: Path) -> None:
-    result = search(tmp_path, "optimizer.lr=choice(-1,-2)", "hydra.sweeper.n_trials=2", sweep="hydra/sweeper=optuna")
+    result = search(tmp_path, "hydra.sweeper.n_trials=2", space=("data.batch_size=choice(-1,-2)",))
     assert result.returncode == 1
     assert [trial.state for trial in result.trials] == [TrialState.FAIL] * 2
     assert "2 of 2 jobs failed" in result.errors
@@ -146,10 +151,11 @@ def test_a_killed_search_comes_to_its_target_with_the_trials_that_it_was_killed_
 ) -> None:
     arguments = (
         f"hydra.sweep.dir={tmp_path}", "hydra.sweeper.n_trials=4", "trainer.max_epochs=12", *PRUNE_NONE,
-        f"hydra/launcher={launcher}",
+        f"hydra/launcher={launcher}", "+callbacks.slow={_target_:tests.engine.faults.SlowAt,step:50,seconds:3}",
     )  # fmt: skip
-    command = ["-m", "sweep=optuna", *SMALL, *arguments]
-    process = forks.start("train", command, Path(os.devnull), {"PROJECT_ROOT": str(tmp_path)})
+    command = ["-m", *SMALL, "hydra/sweeper=optuna", *SPACE, *arguments]
+    env = {"PROJECT_ROOT": str(tmp_path), "ALLOWED_TARGETS": "tests"}
+    process = forks.start("train", command, Path(os.devnull), env)
 
     def ended() -> dict[Path, int]:
         return {path.parent: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.json")}

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from src.engine.settings.check import ROOT
 from src.engine.sweeps.study import open_storage
 from tests.engine.postgres import PASSWORD, find_program, serve_postgres
-from tests.hydra_plugins.test_optuna_sweeper import SMALL
+from tests.hydra_plugins.test_optuna_sweeper import SMALL, SPACE
 
 pytestmark = [
     pytest.mark.postgres,
@@ -32,11 +32,11 @@ def url() -> Iterator[str]:
 
 def start_worker(folder: Path, url: str, study_name: str) -> subprocess.Popen[str]:
     command = [
-        sys.executable, "-m", "src.train", "-m", "sweep=optuna", *SMALL, f"hydra.sweep.dir={folder}",
+        sys.executable, "-m", "src.train", "-m", *SMALL, "hydra/sweeper=optuna", *SPACE, f"hydra.sweep.dir={folder}",
         f"hydra.sweeper.n_trials={TARGET}", f"hydra.sweeper.study_name={study_name}",
         "hydra/launcher=process", "hydra.launcher.n_jobs=1", "hydra.sweeper.storage=${oc.env:STUDY_URL}",
     ]  # fmt: skip
-    env = {**os.environ, "STUDY_URL": url, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "STUDY_URL": url, "OMP_NUM_THREADS": "1", "ALLOWED_TARGETS": "tests"}
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

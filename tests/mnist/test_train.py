@@ -67,3 +67,12 @@ def test_trains_on_a_gpu(override: str, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     (record,) = tmp_path.glob("logs/train/*/metrics.json")
     assert json.loads(record.read_text())["metrics"]["test/acc"] > 0.9
+
+
+def test_a_run_whose_loss_is_not_finite_ends_at_once(tmp_path: Path) -> None:
+    small = ("data=mnist5k", "trainer=cpu", "trainer.limit_train_batches=6", "callbacks=minimal", "optimizer.lr=1e30")
+    result = run_command("train", *small, PROJECT_ROOT=str(tmp_path))
+    assert result.returncode == 1
+    assert "error: the training loss is nan in epoch 0, by step 6: try a lower optimizer.lr" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.glob("logs/train/*/metrics.json"))

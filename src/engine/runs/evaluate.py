@@ -32,10 +32,10 @@ def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **
     )  # fmt: skip
     prepare_trainer(tester)
     (metrics,) = tester.test(module, datamodule, verbose=False)
-    confusion = module.confusion.tolist()
+    confusion = module.confusion.tolist() if hasattr(module, "confusion") else None
     result = {
         "metrics": metrics,
-        "class_accuracy": report.class_accuracies(confusion),
+        "class_accuracy": report.class_accuracies(confusion) if confusion else None,
         "confusion": confusion,
         "data": {key: value for key, value in datamodule.state_dict().items() if key != "loader"},
         "checkpoint": str(path),

@@ -5,8 +5,10 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +24,8 @@ from src.engine.runs.status import read_status, write_status
 log = logging.getLogger(__name__)
 
 NAME_LENGTH = 120  # file systems end at 255 bytes, TensorBoard's list of runs much earlier
+DONE = ("finished", "pruned")
+ENDED = (*DONE, "failed")
 
 
 class Job(NamedTuple):
@@ -30,12 +34,14 @@ class Job(NamedTuple):
     Args:
         name: Its folder in the sweep's, and its name in TensorBoard.
         values: The swept keys and their values.
-        status: ``waiting``, ``started`` (running or interrupted), ``finished``, ``pruned`` or ``failed``.
-        score: The best value of the sweep's monitored metric; None if there is none.
-        metrics: The last epoch's validation metrics by name, and the test's if the job is (of) the winner.
+        status: ``waiting``, ``started`` (running, or killed), ``stopped``, ``finished``, ``pruned`` or ``failed``.
+        score: The best value of the sweep's monitored metric, or the last; None if there is none.
+        metrics: The last metrics by name.
+        tests: The test's, if the job was tested.
         checkpoint: The file with the best weights.
         seconds: How long it took.
         error: Why it failed.
+        is_best: Whether the score is the best of the job's, not its last.
     """
 
     name: str
@@ -43,9 +49,11 @@ class Job(NamedTuple):
     status: str
     score: float | None = None
     metrics: Mapping[str, float] = {}
+    tests: Mapping[str, float] = {}
     checkpoint: str | None = None
     seconds: float | None = None
     error: str = ""
+    is_best: bool = True
 
 
 class SweepFolder:
@@ -57,16 +65,32 @@ class SweepFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).resolve()
+        self._ended: dict[str, Job] = {}  # read once
 
     @property
     def plan(self) -> dict[str, Any]:
-        """What ``sweep.json`` holds: ``monitor``, ``mode``, ``space``, ``config`` and ``jobs`` with their values."""
-        plan: dict[str, Any] = json.loads((self.path / "sweep.json").read_text())
-        return plan
+        """What ``sweep.json`` holds: ``monitor``, ``mode``, ``space``, ``config`` and ``jobs`` with their values.
+
+        Raises:
+            SweepError: If the file is damaged.
+        """
+        path = self.path / "sweep.json"
+        try:
+            plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return {key: plan[key] for key in ("monitor", "mode", "space", "config", "jobs")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise SweepError(
+                f"{path}: damaged ({error}); delete it and repeat the command: jobs that have finished are kept"
+            ) from error
+
+    @cached_property
+    def monitor(self) -> str:
+        """The metric by which jobs are compared."""
+        return str(self.plan["monitor"])
 
     @contextmanager
     def opened(self, config: DictConfig, space: Mapping[str, str]) -> Iterator[None]:
-        """Start the sweep, or go on with it, and keep other processes out meanwhile.
+        """Start the sweep or resume it, and keep other processes out meanwhile.
 
         Args:
             config: What all jobs share, without Hydra's node.
@@ -86,9 +110,8 @@ class SweepFolder:
             if (self.path / "sweep.json").exists():
                 _refuse_difference(self.path, asked, self.plan)
             else:
-                write_json(
-                    self.path / "sweep.json", {"monitor": config.monitor, "mode": config.mode, **asked, "jobs": {}}
-                )
+                start = {"monitor": config.monitor, "mode": config.mode, **asked, "jobs": {}}
+                write_json(self.path / "sweep.json", start)
             yield
         finally:
             lock.release()
@@ -99,25 +122,33 @@ class SweepFolder:
         write_json(self.path / "sweep.json", plan | {"jobs": plan["jobs"] | dict(jobs)})
 
     def jobs(self) -> list[Job]:
-        """All planned jobs, in their order."""
-        return [self.job(name, values) for name, values in self.plan["jobs"].items()]
+        """All planned jobs, in their order; those that have ended are read once."""
+        jobs = [self._ended.get(name) or self.job(name, values) for name, values in self.plan["jobs"].items()]
+        self._ended |= {job.name: job for job in jobs if job.status in ENDED}
+        return jobs
+
+    def forget(self, name: str) -> None:
+        """Read a job anew when it is next asked for."""
+        self._ended.pop(name, None)
 
     def job(self, name: str, values: Mapping[str, Any]) -> Job:
         """How a job stands."""
         folder = self.path / name
-        if (folder / "metrics.json").is_file():
-            record = json.loads((folder / "metrics.json").read_text())
-            metrics = {key: value for key, value in record["metrics"].items() if key.startswith("val/")}
-            if (folder / "test" / "metrics.json").is_file():
-                metrics |= json.loads((folder / "test" / "metrics.json").read_text())["metrics"]
-            return Job(
-                name, values, "pruned" if record["pruned"] else "finished",
-                record["best"]["score"], metrics, record["best"]["checkpoint"], record["seconds"],
-            )  # fmt: skip
+        if record := _read_record(folder / "metrics.json", "best"):
+            best, metrics = record["best"], record["metrics"]
+            # By another measure than the sweep's, "best" says nothing here.
+            is_best = best.get("monitor", self.monitor) == self.monitor
+            score = best.get("score") if is_best else metrics.get(self.monitor)
+            checkpoint = best.get("checkpoint")
+            tests = _read_record(folder / "test" / "metrics.json").get("metrics", {})
+            status, seconds = "pruned" if record.get("pruned") else "finished", record.get("seconds")
+            checkpoint = checkpoint if checkpoint and Path(checkpoint).exists() else None
+            return Job(name, values, status, score, metrics, tests, checkpoint, seconds, is_best=is_best)
         if (folder / "error.txt").is_file():
-            return Job(name, values, "failed", error=(folder / "error.txt").read_text().strip().removeprefix("error: "))
-        is_waiting = not folder.is_dir() or read_status(folder).get("state") == "queued"
-        return Job(name, values, "waiting" if is_waiting else "started")
+            error = (folder / "error.txt").read_text(encoding="utf-8", errors="replace")
+            return Job(name, values, "failed", error=error.strip().removeprefix("error: "))
+        state = read_status(folder).get("state") if folder.is_dir() else "queued"
+        return Job(name, values, {"queued": "waiting", "interrupted": "stopped"}.get(state or "", "started"))
 
     def prepare(self, name: str) -> list[str] | None:
         """Make a job's folder ready for its next run.
@@ -126,17 +157,21 @@ class SweepFolder:
             The overrides that the run needs beside its own; None if the job is finished.
         """
         folder = self.path / name
+        self.forget(name)
         status = self.job(name, {}).status
-        if status in ("finished", "pruned"):
+        if status in DONE:
             return None
         # The test split is read once, by the winner.
         overrides = [f"hydra.sweep.subdir={quoted(name)}", "test=false"]
         try:
-            if status == "started" and (checkpoint := find_checkpoint(folder)):
+            # A job that noted its failure itself would fail again; one that was killed would not.
+            could_go_on = folder.is_dir() and read_status(folder).get("state") not in ("failed", "queued")
+            if could_go_on and (checkpoint := find_checkpoint(folder)):
+                (folder / "error.txt").unlink(missing_ok=True)
                 return [*overrides, f"ckpt_path={quoted(checkpoint)}"]
         except CheckpointError as error:
             log.warning(error)
-        if folder.is_dir():  # its curves and checkpoints would mix with those of the next run; its log goes on
+        if folder.is_dir():  # its curves and checkpoints would mix with those of the next run; its log is kept
             for path in folder.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -147,8 +182,31 @@ class SweepFolder:
         return overrides
 
 
-def job_name(overrides: Sequence[str]) -> str:
+def _read_record(path: Path, *parts: str) -> dict[str, Any]:
+    """A ``metrics.json`` with metrics and other parts; empty without one, or with a damaged one: it is made again."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(record[part], dict) for part in ("metrics", *parts)):
+            return record
+        log.warning(f"{path}: damaged: made again")
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning(f"{path}: damaged ({error}): made again")
+    return {}
+
+
+def count(statuses: Iterable[str]) -> str:
+    """How often each status occurs, as in ``3 finished, 1 failed``."""
+    return ", ".join(f"{number} {status}" for status, number in Counter(statuses).items())
+
+
+def job_name(overrides: Sequence[str], taken: Mapping[str, str] | None = None) -> str:
     """A readable folder name of a job's swept overrides; one that had to be changed or cut ends in a hash.
+
+    Args:
+        overrides: The overrides.
+        taken: The names that other jobs have, by these names in lower case: some file systems tell no case.
 
     >>> job_name(["optimizer.lr=0.001", "seed=3"])
     'optimizer.lr=0.001,seed=3'
@@ -157,7 +215,7 @@ def job_name(overrides: Sequence[str]) -> str:
     """
     full = ",".join(override.lstrip("+~") for override in overrides) or "job"
     name = re.sub(r"[^\w.,=+@-]", "_", full, flags=re.ASCII)
-    if name == full and len(name) <= NAME_LENGTH:
+    if name == full and len(name) <= NAME_LENGTH and (taken or {}).get(name.lower(), name) == name:
         return name
     digest = hashlib.sha256(full.encode()).hexdigest()[:8]
     return f"{name[: NAME_LENGTH - 9]}-{digest}"

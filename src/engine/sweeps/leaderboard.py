@@ -9,20 +9,22 @@ from typing import Any, NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
+from scipy.special import stdtrit
 
 from src.engine.runs import report
-from src.engine.sweeps.folder import Job
+from src.engine.sweeps.folder import DONE, Job, count
 
 SEED = "seed"  # swept, its jobs are repetitions of one setting
+MAX_SEEDS = 1000  # a difference that needs more is none that matters
 
 
 class Setting(NamedTuple):
-    """The jobs that differ by their seed alone.
+    """The jobs that differ by their seed only.
 
     Args:
         values: Their swept values, without the seed.
         jobs: The jobs.
-        scores: The best values of the monitored metric, of the finished jobs.
+        scores: The values of the monitored metric, of the finished jobs.
     """
 
     values: Mapping[str, Any]
@@ -40,9 +42,15 @@ class Setting(NamedTuple):
         return statistics.stdev(self.scores) if len(self.scores) > 1 else math.nan
 
     @property
-    def tests(self) -> list[float]:
-        """Test accuracies, of the jobs that were tested."""
-        return [job.metrics["test/acc"] for job in self.jobs if "test/acc" in job.metrics]
+    def name(self) -> str:
+        """Its values, as they are typed."""
+        return ",".join(f"{key}={_shown(value)}" for key, value in self.values.items())
+
+    @property
+    def tests(self) -> dict[str, list[float]]:
+        """The tests' metrics by name, of the jobs that were tested."""
+        names = sorted({name for job in self.jobs for name in job.tests})
+        return {name: [job.tests[name] for job in self.jobs if name in job.tests] for name in names}
 
 
 class Leaderboard:
@@ -55,6 +63,10 @@ class Leaderboard:
     """
 
     def __init__(self, jobs: Sequence[Job], monitor: str, mode: str) -> None:
+        self.heading = f"best {monitor}"
+        if any(job.status in DONE and not job.is_best for job in jobs):  # best and last do not compare
+            self.heading = f"last {monitor}"
+            jobs = [job._replace(score=job.metrics.get(monitor)) for job in jobs]
         self.jobs = jobs
         self.monitor = monitor
         self.keys = list(dict.fromkeys(key for job in jobs for key in job.values))
@@ -62,7 +74,7 @@ class Leaderboard:
         for job in jobs:
             groups.setdefault(repr(_without_seed(job.values)) if SEED in self.keys else job.name, []).append(job)
         sign = -1 if mode == "max" else 1
-        # A setting of which a seed failed ranks below those that are complete: one lucky run shall not win.
+        # A setting of which a seed failed ranks below those that are complete: one lucky run must not win.
         self.settings = sorted(
             (Setting(_without_seed(group[0].values), group, _scores(group)) for group in groups.values()),
             key=lambda setting: (-len(setting.scores), sign * setting.mean if setting.scores else 0.0),
@@ -85,15 +97,9 @@ class Leaderboard:
         rows = []
         for rank, setting in enumerate(self.settings, 1):
             for job in sorted(setting.jobs, key=lambda job: (not _counts(job), self._sign * (job.score or 0.0))):
-                row = {
-                    "rank": rank,
-                    "job": job.name,
-                    **job.values,
-                    "status": job.status,
-                    f"best {self.monitor}": job.score,
-                }
-                row |= {**job.metrics, "seconds": job.seconds, "checkpoint": job.checkpoint, "error": job.error}
-                rows.append(row)
+                row = {"rank": rank, "job": job.name, **job.values, "status": job.status, self.heading: job.score}
+                row |= {**job.metrics, **{_test_name(name): value for name, value in job.tests.items()}}
+                rows.append(row | {"seconds": job.seconds, "checkpoint": job.checkpoint, "error": job.error})
         return rows
 
     def to_csv(self) -> str:
@@ -122,9 +128,9 @@ class Leaderboard:
         """A header and a row a setting, as text."""
         keys = [key for key in self.keys if key != SEED]
         seeds = SEED in self.keys
-        tested = [setting for setting in self.settings if setting.tests]
-        tests = ["test/acc"] if len(tested) > 1 else []  # the winner's alone stand in the summary
-        header = ["rank", *keys, *(["n"] if seeds else []), f"best {self.monitor}", *tests, "status"]
+        tested = [setting.tests for setting in self.settings if setting.tests]
+        tests = list(dict.fromkeys(name for found in tested for name in found)) if len(tested) > 1 else []
+        header = ["rank", *keys, *(["n"] if seeds else []), self.heading, *map(_test_name, tests), "status"]
         rows = []
         for rank, setting in enumerate(self.settings, 1):
             pruned = [job.score for job in setting.jobs if job.status == "pruned" and job.score is not None]
@@ -132,7 +138,8 @@ class Leaderboard:
             status = count(job.status for job in setting.jobs) if seeds else setting.jobs[0].status
             values = [_shown(setting.values.get(key, "")) for key in keys]
             number = [str(len(setting.scores))] if seeds else []
-            rows.append([str(rank), *values, *number, score, *(shown_mean(setting.tests) for _ in tests), status])
+            found = [shown_mean(setting.tests.get(name, [])) for name in tests]
+            rows.append([str(rank), *values, *number, score, *found, status])
         return [header, *rows]
 
     def summary(self) -> list[str]:
@@ -141,28 +148,44 @@ class Leaderboard:
         job = self.best_job
         if job and self.winner:
             lines.append(f"best: {job.name}, {self.monitor} {job.score:.4f}")
-            lines.append(f"checkpoint: {report.shown(job.checkpoint) if job.checkpoint else 'none was asked for'}")
-            tests = self.winner.tests
-            if tests:
-                lines.append(f"test/acc: {shown_mean(tests)}" + (f" (n={len(tests)})" if len(tests) > 1 else ""))
-        lines += [
-            f"{job.status}: {job.name}: {job.error.partition(chr(10))[0]}"
-            for job in self.jobs
-            if job.status == "failed"
-        ]
-        return lines
+            lines.append(f"checkpoint: {report.shown(job.checkpoint) if job.checkpoint else 'none'}")
+            for name, tests in self.winner.tests.items():
+                lines.append(f"{_test_name(name)}: {shown_mean(tests)}" + (f" (n={len(tests)})" if tests[1:] else ""))
+            lines += self._lead(self.winner)
+        failed = [job for job in self.jobs if job.status == "failed"]
+        return lines + [f"{job.status}: {job.name}: {job.error.partition(chr(10))[0]}" for job in failed]
 
+    def show(self, title: str) -> None:
+        """Print the table and the summary."""
+        header, *rows = self.table()
+        table = Table(*map(escape, header), title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console = report.make_console()
+        console.print(table)
+        for line in self.summary():
+            console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
-def show(board: Leaderboard, title: str) -> None:
-    """Print the leaderboard."""
-    header, *rows = board.table()
-    table = Table(*map(escape, header), title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console = report.make_console()
-    console.print(table)
-    for line in board.summary():
-        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    def _lead(self, winner: Setting) -> list[str]:
+        """Whether the winner is better than the next setting or only ahead: their difference, paired over the seeds."""
+        runner_up = next((setting for setting in self.settings[1:] if setting.scores), None)
+        if runner_up is None or SEED not in self.keys:
+            return []
+        ours, theirs = (
+            {job.values[SEED]: job.score for job in setting.jobs if _counts(job) and job.score is not None}
+            for setting in (winner, runner_up)
+        )
+        differences = [self._sign * (theirs[seed] - ours[seed]) for seed in ours.keys() & theirs.keys()]
+        if len(differences) < 2:
+            return []
+        num = len(differences)
+        lead, std = statistics.fmean(differences), statistics.stdev(differences)
+        margin = _margin(num, std)
+        said = f"ahead of {runner_up.name} by {lead:.4f}, 95 % interval {lead - margin:.4f} to {lead + margin:.4f}"
+        if lead > margin:
+            return [f"{said}: better over {num} seeds"]
+        more = next((n - num for n in range(num, MAX_SEEDS) if _margin(n, std) < lead), None)
+        return [f"{said}: not told apart by {num} seeds" + (f"; some {more} more may tell" if more else "")]
 
 
 def shown_mean(scores: Sequence[float]) -> str:
@@ -185,10 +208,14 @@ def _scores(jobs: Iterable[Job]) -> list[float]:
     return [job.score for job in jobs if _counts(job) and job.score is not None]
 
 
-def count(statuses: Iterable[str]) -> str:
-    """How often each status occurs, as in ``3 finished, 1 failed``."""
-    statuses = list(statuses)
-    return ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
+def _test_name(name: str) -> str:
+    """A test's metric, told apart from the validation's of the same name."""
+    return name if name.startswith("test") else f"test {name}"
+
+
+def _margin(num: int, std: float) -> float:
+    """Half the width of the 95 % interval of a mean, by Student's t."""
+    return float(stdtrit(num - 1, 0.975)) * std / math.sqrt(num)
 
 
 def _shown(value: Any) -> str:

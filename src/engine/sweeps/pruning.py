@@ -6,6 +6,8 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.trainer.states import TrainerFn
 
+from src.engine.sweeps.study import open_trial
+
 
 class Pruning(pl.Callback):
     """Reports the monitored metric to a trial of an Optuna study, and stops the run when its pruner says so.
@@ -23,19 +25,28 @@ class Pruning(pl.Callback):
         self.pruned = False
         self._trial: Any = None
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop again what was stopped between the pruner's word and the run's end."""
+        trainer.should_stop = trainer.should_stop or self.pruned
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report the metric; the last epoch is no longer worth pruning."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         prune = False
         if trainer.is_global_zero:
-            if self._trial is None:
-                from src.engine.sweeps.study import open_trial  # here: only a search needs Optuna
-
-                self._trial = open_trial(self.study, self.number)
+            self._trial = self._trial or open_trial(self.study, self.number)
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # an epoch that a kill has undone
                 self._trial.report(float(trainer.callback_metrics[self.monitor]), step=trainer.current_epoch)
             prune = bool(self._trial.should_prune())  # NumPy's may be what a pruner says; a checkpoint holds none
         is_last = trainer.current_epoch + 1 == trainer.max_epochs
         self.pruned = trainer.strategy.broadcast(prune) and not is_last
         trainer.should_stop = trainer.should_stop or self.pruned
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the run was pruned: one that is stopped right then must not come back as finished."""
+        return {"pruned": self.pruned}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it."""
+        self.pruned = state_dict["pruned"]

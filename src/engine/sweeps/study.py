@@ -1,11 +1,15 @@
 """A search by Optuna: its storage, its space, and the trials that a sweep runs for it."""
 
+import json
 import math
 import os
 import random
+import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +21,70 @@ from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError
 from optuna.samplers import GridSampler, QMCSampler
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage, fail_stale_trials
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import Trial, TrialState
 
-from src.engine.errors import ConfigError
+from src.engine.errors import ConfigError, SweepError
 from src.engine.runs.resume import quoted
 from src.engine.settings.trust import instantiate
-from src.engine.sweeps.folder import SweepFolder, job_name
+from src.engine.sweeps.folder import ENDED, SweepFolder, job_name
 
 STORAGE = "OPTUNA_STORAGE"  # where a trial's job finds the study: in the environment, since it may hold a password
-OWNER = "sweep"  # attribute of a trial: the folder of the sweep that runs it
+OWNER = "sweep"  # attribute of a trial, once it has its parameters: the folder of the sweep that runs it
+HEARTBEAT, PATIENCE = 60, 600  # seconds between two signs of life in a database, and until a trial counts as dead
 
 
 class Study(optuna.Study):
-    """A study whose sampler may say that it has tried all there is, which Optuna takes within ``optimize`` alone."""
+    """A study as one sweep uses it.
+
+    Args:
+        storage: Where it is, under the name.
+        name: Its name.
+        folder: The sweep's folder, noted with each trial that the sweep asks for.
+        sampler: Config of a sampler. Its seed is varied by the number of trials that this sweep has asked for, so that
+            a search that was killed proposes what it would have; but not for samplers that follow one sequence.
+        pruner: Config of a pruner, or None.
+    """
 
     exhausted = False
 
+    def __init__(self, storage: BaseStorage, name: str, folder: Path, sampler: Any, pruner: Any) -> None:
+        super().__init__(name, storage, sampler=instantiate(sampler), pruner=instantiate(pruner))
+        self.storage = storage
+        self.folder = str(folder)
+        self._sampler_config = sampler
+        self._is_varied = sampler.get("seed") is not None and not isinstance(self.sampler, GridSampler | QMCSampler)
+
+    def ask(self, fixed_distributions: dict[str, BaseDistribution] | None = None) -> Trial:
+        """Ask for a trial, and note whose it is."""
+        if self._is_varied:
+            num_asked = sum(self.is_mine(trial.user_attrs) for trial in self.get_trials(deepcopy=False))
+            worker = list(self.folder.encode()) if isinstance(self.storage, RDBStorage) else []  # one of several
+            seeds = np.random.SeedSequence([self._sampler_config["seed"], num_asked, *worker])
+            self.sampler = instantiate({**self._sampler_config, "seed": int(seeds.generate_state(1)[0])})
+        with warnings.catch_warnings(action="ignore"):  # heartbeats are said to be for Study.optimize
+            trial = super().ask(fixed_distributions)
+        trial.set_user_attr(OWNER, self.folder)
+        return trial
+
+    def is_mine(self, user_attrs: Mapping[str, Any]) -> bool:
+        """Whether a trial is this sweep's."""
+        return user_attrs.get(OWNER) == self.folder
+
+    def id_of(self, number: int) -> int:
+        """What the storage calls a trial."""
+        return trial_id(self.storage, self.study_name, number)
+
     def stop(self) -> None:
-        """Note it."""
+        """Note that the sampler has tried all there is, which Optuna takes within ``optimize`` only."""
         self.exhausted = True
+
+
+def trial_id(storage: BaseStorage, study_name: str, number: int) -> int:
+    """What a storage calls a trial."""
+    return storage.get_trial_id_from_study_id_trial_number(storage.get_study_id_from_name(study_name), number)
 
 
 def open_storage(location: str) -> BaseStorage:
@@ -49,7 +95,7 @@ def open_storage(location: str) -> BaseStorage:
     """
     if "://" not in location:
         return JournalStorage(JournalFileBackend(location))
-    from sqlalchemy.engine import make_url
+    from sqlalchemy.engine import make_url  # here: most searches need no database
     from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
     try:
@@ -58,7 +104,13 @@ def open_storage(location: str) -> BaseStorage:
         raise ConfigError("hydra.sweeper.storage: not a URL; @ : and / in a password are written %40 %3A %2F") from None
     for attempt in range(5):
         try:
-            return RDBStorage(location, engine_kwargs={"pool_pre_ping": True})  # the server may have been restarted
+            with warnings.catch_warnings(action="ignore"):  # heartbeats are experimental
+                return RDBStorage(
+                    location,
+                    engine_kwargs={"pool_pre_ping": True},  # the server may have been restarted
+                    heartbeat_interval=HEARTBEAT,
+                    grace_period=PATIENCE,
+                )
         except (SQLAlchemyError, StorageInternalError, ImportError) as error:
             if attempt == 4 or isinstance(error, ArgumentError | ImportError):
                 cause = error.__cause__ if isinstance(error, StorageInternalError) else error
@@ -71,27 +123,37 @@ def open_storage(location: str) -> BaseStorage:
 def _mend(journal: Path) -> None:
     """Remove what a process killed while writing has left: its lock, and a line that has no end."""
     Path(f"{journal}.lock").unlink(missing_ok=True)
-    if journal.exists():
-        os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
+    if not journal.exists():
+        return
+    content = journal.read_bytes()
+    os.truncate(journal, content.rfind(b"\n") + 1)
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            json.loads(line)
+        except ValueError as error:
+            raise SweepError(
+                f"{journal}: line {number} is damaged ({error}); delete the file and repeat the command: the study is "
+                "made anew, with the jobs that have finished"
+            ) from error
 
 
 def open_study(folder: Path, name: str | None, storage: str | None, mode: str, sampler: Any, pruner: Any) -> Study:
-    """Make a study, or go on with it.
+    """Make a study, or continue it.
 
     Args:
         folder: The sweep's folder.
         name: The study's name; None: the folder's.
         storage: A database's URL; None: a journal file in the folder.
         mode: ``max`` or ``min``.
-        sampler: Config of a sampler. Its seed is varied by what the study holds already, lest a second start
-            propose the first trials again, and two workers the same; but for samplers that follow one sequence.
+        sampler: Config of a sampler.
         pruner: Config of a pruner, or None; it is stored with the study, for the jobs.
 
     Raises:
         ConfigError: If the database cannot be reached, or the study there has the other mode.
+        SweepError: If the journal is damaged.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    pruner_of_trials = instantiate(pruner)
+    instantiate(pruner)  # one that cannot be leaves no study
     if storage is None:
         _mend(folder / "study.journal")
     os.environ[STORAGE] = storage or str(folder / "study.journal")
@@ -99,15 +161,9 @@ def open_study(folder: Path, name: str | None, storage: str | None, mode: str, s
     backend = open_storage(os.environ[STORAGE])
     direction = StudyDirection.MAXIMIZE if mode == "max" else StudyDirection.MINIMIZE
     optuna.create_study(study_name=name, storage=backend, direction=direction, load_if_exists=True)
-    study = Study(name, backend, pruner=pruner_of_trials)
+    study = Study(backend, name, folder, sampler, pruner)
     if study.direction != direction:
         raise ConfigError(f"mode={mode}: the study {name} has the other; choose another hydra.sweeper.study_name")
-    study.sampler = instantiate(sampler)
-    seed = sampler.get("seed")
-    if seed is not None and not isinstance(study.sampler, GridSampler | QMCSampler):
-        worker = list(str(folder).encode()) if storage else []
-        seeds = np.random.SeedSequence([seed, len(study.trials), *worker])
-        study.sampler = instantiate({**sampler, "seed": int(seeds.generate_state(1)[0])})
     study.set_user_attr("pruner", OmegaConf.to_container(pruner, resolve=True) if pruner else None)
     return study
 
@@ -117,7 +173,7 @@ def open_trial(study_name: str, number: int) -> Trial:
     storage = open_storage(os.environ[STORAGE])
     study = optuna.load_study(study_name=study_name, storage=storage)
     study.pruner = instantiate(study.user_attrs["pruner"])
-    return Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)
+    return Trial(study, trial_id(storage, study_name, number))
 
 
 class Search:
@@ -141,29 +197,51 @@ class Search:
     ) -> None:
         self.study = study
         self.folder = folder
-        self.space = space
+        self.space = dict(space)
         self.fixed = fixed
         self.num_trials = num_trials
-        self.monitor = folder.plan["monitor"]
         self.num_failed = 0
-        self.running: dict[str, Trial] = {}
-        # What an earlier start was killed at is run again. A trial without an owner was being asked for just then; in
-        # a database it may be another sweep's.
-        mine = [str(folder.path), *([None] if isinstance(study._storage, JournalStorage) else [])]
+        self.running: dict[str, int] = {}  # numbers of trials, by their jobs
+        # What an earlier start was killed at is run again.
         running = study.get_trials(states=(TrialState.RUNNING,))
-        self.orphans = deque(Trial(study, trial._trial_id) for trial in running if trial.user_attrs.get(OWNER) in mine)
+        self.orphans = deque(trial.number for trial in running if study.is_mine(trial.user_attrs))
+        if not isinstance(study.storage, RDBStorage):  # there, it may be another sweep's
+            for trial in running:
+                if OWNER not in trial.user_attrs:  # it was being asked for just then, and is asked for again
+                    study.storage.set_trial_state_values(study.id_of(trial.number), TrialState.WAITING)
+        self._beat()
+
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """Give signs of life in a database, by which the other sweeps on this study know that its trials are run."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(HEARTBEAT):
+                with suppress(StorageInternalError):  # the server may be gone for a while
+                    self._beat()
+
+        threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+
+    def _beat(self) -> None:
+        if isinstance(self.study.storage, RDBStorage):
+            for number in [*self.orphans, *self.running.values()]:
+                self.study.storage.record_heartbeat(self.study.id_of(number))
 
     def wants_more(self) -> bool:
-        """Whether trials are missing: not finished, nor being run by this sweep or another."""
+        """Whether trials are missing: not finished, nor being run by this sweep or another that is alive."""
         if self.orphans or self.study.exhausted:
             return bool(self.orphans)
+        with warnings.catch_warnings(action="ignore"):  # experimental
+            fail_stale_trials(self.study)
         states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-        trials = [
-            trial
-            for trial in self.study.get_trials(deepcopy=False, states=states)
-            if trial.state != TrialState.RUNNING or OWNER in trial.user_attrs
-        ]
-        return len(trials) < self.num_trials and self.num_failed < self.num_trials
+        trials = self.study.get_trials(deepcopy=False, states=states)
+        counted = [trial for trial in trials if trial.state != TrialState.RUNNING or OWNER in trial.user_attrs]
+        return len(counted) < self.num_trials and self.num_failed < self.num_trials
 
     def jobs(self) -> Iterator[list[str]]:
         """The overrides of one trial's job after another, as long as trials are missing.
@@ -174,18 +252,19 @@ class Search:
             self.tell()
             if not self.wants_more():
                 return
-            trial = self.orphans.popleft() if self.orphans else self.study.ask()
-            params = {key: trial._suggest(key, distribution) for key, distribution in self.space.items()}
-            trial.set_user_attr(OWNER, str(self.folder.path))
-            name = f"{trial.number:04d},{job_name([f'{key}={_short(value)}' for key, value in params.items()])}"
+            number = self.orphans.popleft() if self.orphans else self.study.ask(self.space).number
+            found = self.study.get_trials(deepcopy=False)[number].params
+            params = {key: found[key] for key in self.space}
+            name = f"{number:04d},{job_name([f'{key}={_short(value)}' for key, value in params.items()])}"
             self.folder.add({name: params})
-            self.running[name] = trial
+            self.running[name] = number
+            self._beat()
             added = self.folder.prepare(name)
             if added is None:  # it had finished before the study could be told
                 continue
             if self.study.user_attrs["pruner"]:
-                study, monitor = quoted(self.study.study_name), quoted(self.monitor)
-                arguments = f"study:{study},trial:{trial.number},monitor:{monitor}"
+                study, monitor = quoted(self.study.study_name), quoted(self.folder.monitor)
+                arguments = f"study:{study},trial:{number},monitor:{monitor}"
                 added.append(f"++callbacks.pruning={{_target_:src.engine.sweeps.pruning.Pruning,{arguments}}}")
             yield [*self.fixed, *(f"{key}={_text(value)}" for key, value in params.items()), *added]
 
@@ -195,18 +274,20 @@ class Search:
         Args:
             all_ended: Whether all have: what has left no result is then taken for failed.
         """
-        for name, trial in list(self.running.items()):
+        for name, number in list(self.running.items()):
             job = self.folder.job(name, {})
-            if job.status in ("waiting", "started") and not all_ended:
+            if job.status not in ENDED and not all_ended:
                 continue
             del self.running[name]
-            if job.status == "finished" and job.score is not None and math.isfinite(job.score):
-                self.study.tell(trial, job.score)
-            elif job.status == "pruned":
-                self.study.tell(trial, state=TrialState.PRUNED)
+            if job.status == "stopped":  # the next start resumes it
+                continue
+            is_finished = job.status == "finished" and job.score is not None and math.isfinite(job.score)
+            state = TrialState.FAIL
+            if is_finished or job.status == "pruned":
+                state = TrialState.COMPLETE if is_finished else TrialState.PRUNED
             else:
                 self.num_failed += 1
-                self.study.tell(trial, state=TrialState.FAIL)
+            self.study.tell(number, job.score if is_finished else None, state, skip_if_finished=True)
 
 
 def make_space(overrides: Mapping[str, Override]) -> dict[str, BaseDistribution]:

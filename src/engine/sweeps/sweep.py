@@ -1,29 +1,35 @@
 """What every sweep does before its jobs and after them, however the jobs are chosen and launched."""
 
+import os
 import re
+import socket
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from src.engine.errors import SweepError
+from src.engine.errors import ConfigError, SweepError
 from src.engine.runs import report
 from src.engine.runs.command import claim
 from src.engine.runs.evaluate import test_checkpoint
-from src.engine.runs.processes import get_name
 from src.engine.runs.resume import quoted
-from src.engine.sweeps.folder import Job, SweepFolder
-from src.engine.sweeps.leaderboard import Leaderboard, count, show
+from src.engine.sweeps.folder import DONE, ENDED, Job, SweepFolder, count
+
+if TYPE_CHECKING:
+    from src.engine.sweeps.leaderboard import Leaderboard
+
+INTERVAL = 5.0  # seconds between two drawings of the leaderboard
+KEEP = ("all", "winner", "last")
 
 
 @contextmanager
 def running(config: DictConfig, space: Mapping[str, str]) -> Iterator[SweepFolder]:
-    """A sweep's folder to run jobs in; behind them, the winner is tested and the leaderboard shown.
+    """A sweep's folder to run jobs in; after them, the winner is tested and the leaderboard shown.
 
     With ``test=all`` each job is tested.
 
@@ -32,8 +38,12 @@ def running(config: DictConfig, space: Mapping[str, str]) -> Iterator[SweepFolde
         space: What each swept key runs over, as it was written.
 
     Raises:
+        ConfigError: If ``hydra.sweeper.keep`` is none of ``KEEP``.
         SweepError: If the sweep cannot start, or jobs have failed.
     """
+    keep = config.hydra.sweeper.get("keep", "all")
+    if keep not in KEEP:
+        raise ConfigError(f"hydra.sweeper.keep={keep}: expected one of {', '.join(KEEP)}")
     shared = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     path = Path(config.hydra.sweep.dir).resolve()
     if not any(override.startswith("hydra.sweep.dir=") for override in config.hydra.overrides.hydra):
@@ -51,66 +61,128 @@ def running(config: DictConfig, space: Mapping[str, str]) -> Iterator[SweepFolde
         if config.test and board.winner:
             _test(folder, board.jobs if config.test == "all" else board.winner.jobs, shared)
             board = renew(folder)
-    show(board, f"sweep {report.shown(path)}")
-    _raise_failures(folder)
+        drop_checkpoints(folder, board, keep)
+    board.show(f"sweep {report.shown(path)}")
+    _raise_failures(board.jobs, path)
 
 
 def _test(folder: SweepFolder, jobs: Iterable[Job], config: DictConfig) -> None:
     """Test finished jobs, each once."""
     for job in jobs:
         output_dir = folder.path / job.name / "test"
-        if job.status == "finished" and job.checkpoint and not (output_dir / "metrics.json").is_file():
+        if job.status == "finished" and job.checkpoint and not job.tests:
             trainer = {**config.accelerator, "limit_test_batches": config.trainer.get("limit_test_batches")}
             trainer["devices"] = 1  # more would be processes, which would start the sweep again
             if trainer["accelerator"] != "cpu":  # the jobs may have run on another machine
                 trainer["accelerator"] = "auto"
             test_checkpoint(Path(job.checkpoint), output_dir, trainer)
+            folder.forget(job.name)
 
 
-def _raise_failures(folder: SweepFolder) -> None:
-    jobs = folder.jobs()
-    failed = [job for job in jobs if job.status not in ("finished", "pruned")]
+def _raise_failures(jobs: Iterable[Job], path: Path) -> None:
+    jobs = list(jobs)
+    failed = [job for job in jobs if job.status not in DONE]
     if failed:
         errors = [f"  {job.name}: {(job.error or job.status).splitlines()[0]}" for job in failed]
-        raise SweepError(
-            "\n".join([f"{len(failed)} of {len(jobs)} jobs failed; {_how_to_go_on(folder.path)}", *errors])
-        )
+        what = "failed" if all(job.status == "failed" for job in failed) else "did not finish"
+        raise SweepError("\n".join([f"{len(failed)} of {len(jobs)} jobs {what}; {_how_to_go_on(path)}", *errors]))
 
 
 def _how_to_go_on(path: Path) -> str:
     override = f"hydra.sweep.dir={report.shown(path)}"
     if not re.fullmatch(r"[\w./=-]+", override):
         override = f'"hydra.sweep.dir={quoted(report.shown(path))}"'
-    return f"the same command with {override} goes on"
+    return f"the same command with {override} resumes"
 
 
 class KeepLeaderboard(Callback):
-    """Hydra's callback at the end of each job of a sweep: renews the sweep's leaderboard."""
+    """Hydra's callback at the end of each job of a sweep: prints where the sweep stands, and renews its leaderboard.
+
+    Only in the process that has started the sweep: jobs elsewhere would write the same files at once.
+    """
+
+    def __init__(self) -> None:
+        self._process: tuple[str, int] | None = None
+        self._folder: SweepFolder | None = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Note who starts the sweep, and when."""
+        self._process = _this_process()
+        self._start = self._drawn = time.monotonic()
+        self._num_ended = 0
+        self._keep = config.hydra.sweeper.get("keep", "all")
+        self._target = config.hydra.sweeper.get("n_trials", 0)
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
-        """Renew it."""
-        folder = SweepFolder(config.hydra.sweep.dir)
-        if config.hydra.mode == RunMode.MULTIRUN and not get_name() and (folder.path / "sweep.json").is_file():
-            board = renew(folder)
-            ended = [job.status for job in board.jobs if job.status not in ("waiting", "started")]
-            best = (
-                f"; best: {board.best_job.name}, {board.monitor} {board.best_job.score:.4f}" if board.best_job else ""
+        """Print a line; draw the leaderboard anew, but not more often than every few seconds."""
+        if self._process != _this_process() or not Path(config.hydra.sweep.dir, "sweep.json").is_file():
+            return
+        self._folder = folder = self._folder or SweepFolder(config.hydra.sweep.dir)
+        self._num_ended += 1
+        board = make_board(folder)
+        statuses = [job.status for job in board.jobs if job.status != "waiting"]
+        num_ended, num_jobs = sum(status in ENDED for status in statuses), max(len(board.jobs), self._target)
+        if time.monotonic() - self._drawn > INTERVAL or self._num_ended == 1:
+            write_board(folder, board)
+            if folder.plan["config"].get("test") != "all":  # which needs them at the end
+                drop_checkpoints(folder, board, self._keep)
+            self._drawn = time.monotonic()
+        line = f"{num_ended} of {num_jobs} jobs: {count(statuses)}".replace("started", "running")
+        if board.best_job:
+            line += f"; best: {board.best_job.name}, {board.monitor} {board.best_job.score:.4f}"
+        if num_ended < num_jobs:
+            line += (
+                f"; about {_shown((num_jobs - num_ended) * (time.monotonic() - self._start) / self._num_ended)} left"
             )
-            print(f"{len(ended)} of {len(board.jobs)} jobs: {count(ended)}{best}", flush=True)
+        print(line, flush=True)
 
 
-def renew(folder: SweepFolder) -> Leaderboard:
-    """Write a sweep's leaderboard as it stands: sweep.csv, sweep.md, sweep.png, TensorBoard."""
-    from src.sweeps import figure
+def _this_process() -> tuple[str, int]:
+    return socket.gethostname(), os.getpid()
+
+
+def _shown(seconds: float) -> str:
+    """A duration, as in 40 s, 12 min, 3 h 05 min."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def make_board(folder: SweepFolder) -> "Leaderboard":
+    """A sweep's leaderboard as it stands."""
+    from src.engine.sweeps.leaderboard import Leaderboard  # here: Hydra imports this file at each command's start
 
     plan = folder.plan
-    board = Leaderboard(folder.jobs(), plan["monitor"], plan["mode"])
+    return Leaderboard(folder.jobs(), plan["monitor"], plan["mode"])
+
+
+def write_board(folder: SweepFolder, board: "Leaderboard") -> None:
+    """Write a leaderboard: sweep.csv, sweep.md, sweep.png, TensorBoard."""
+    from src.engine.sweeps import figure  # here: as above
+
     report.write_text(folder.path / "sweep.csv", board.to_csv())
     report.write_text(folder.path / "sweep.md", board.to_markdown(f"Sweep {folder.path.name}"))
     png = figure.draw(board)
     report.write_bytes(folder.path / "sweep.png", png)
     figure.log_image(folder.path, png)
     for job in board.jobs:
-        if job.status in ("finished", "pruned", "failed"):
+        if job.status in ENDED:
             figure.log_hparams(folder.path / job.name, job, board.monitor)
+
+
+def renew(folder: SweepFolder) -> "Leaderboard":
+    """Write a sweep's leaderboard as it stands."""
+    board = make_board(folder)
+    write_board(folder, board)
     return board
+
+
+def drop_checkpoints(folder: SweepFolder, board: "Leaderboard", keep: str) -> None:
+    """Delete the checkpoints of the jobs that can no longer win; with ``last``, all but their last.ckpt."""
+    done = [setting for setting in board.settings if all(job.status in DONE for job in setting.jobs)]
+    for job in [job for setting in done[1:] for job in setting.jobs if job.checkpoint] if keep != "all" else []:
+        for path in (folder.path / job.name).rglob("*.ckpt"):
+            if keep == "winner" or path.name != "last.ckpt":
+                path.unlink()
+        folder.forget(job.name)

@@ -8,10 +8,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
-from src.sweeps import figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from src.engine.sweeps import figure
 from src.engine.sweeps.folder import Job
 from src.engine.sweeps.leaderboard import Leaderboard
 from tests.engine.sweeps.test_leaderboard import make_board
@@ -19,8 +20,15 @@ from tests.engine.sweeps.test_leaderboard import make_board
 
 def drawn(board: Leaderboard, key: str) -> Axes:
     axes = Figure().subplots()
-    figure._draw_panel(axes, board, key, connected=True)
+    figure.draw_panel(axes, board, key, connected=True)
     return axes
+
+
+def make_pairs(first: list[Any], second: list[Any]) -> Leaderboard:
+    """A board over two keys, of scores that tell their settings: 0, 1, 2..."""
+    pairs = [(x, y) for x in first for y in second]
+    jobs = [Job(f"{x},{y}", {"x": x, "y": y}, "finished", float(i)) for i, (x, y) in enumerate(pairs)]
+    return Leaderboard(jobs, "val/acc", "max")
 
 
 @pytest.mark.parametrize(
@@ -65,13 +73,43 @@ def test_categories_are_labelled() -> None:
         Leaderboard([Job("job", {}, "finished", 0.5)], "val/acc", "max"),
         Leaderboard([Job("a", {f"k{i}": "v" * i for i in range(9)}, "finished", 0.5)], "val/acc", "max"),
         Leaderboard([Job("a", {"lr": 1e30}, "finished", 1e30), Job("b", {"lr": -1}, "failed")], "val/loss", "min"),
+        make_pairs([0.1, 0.2], ["relu", None]),
+        make_pairs(list(range(40)), [f"text {number}" for number in range(40)]),
     ],
-    ids=["seeds", "all failed", "nothing swept", "many keys", "extreme"],
+    ids=["seeds", "all failed", "nothing swept", "many keys", "extreme", "two keys", "two keys, many"],
 )
 def test_any_board_is_drawn(board: Leaderboard) -> None:
     image = matplotlib.image.imread(io.BytesIO(figure.draw(board)))
     assert image.shape[0] == 360
     assert image.std() > 0
+
+
+def test_two_keys_are_a_line_for_each_value_of_the_other() -> None:
+    axes = Figure().subplots()
+    figure.draw_lines(axes, make_pairs([3, 1, 2], ["relu", "tanh"]), "x", "y")
+    handles, labels = axes.get_legend_handles_labels()
+    lines = {
+        text: bars.lines[0] for bars, text in zip(handles, labels, strict=True) if isinstance(bars, ErrorbarContainer)
+    }
+    np.testing.assert_allclose(np.array(lines["y=relu"].get_xydata()), [[1, 2], [2, 4], [3, 0]])
+    np.testing.assert_allclose(np.array(lines["y=tanh"].get_xydata()), [[1, 3], [2, 5], [3, 1]])
+    np.testing.assert_allclose(np.array(axes.lines[-1].get_xydata()), [[2, 5]])
+
+
+def test_many_values_of_two_keys_are_a_heat_map() -> None:
+    axes = Figure().subplots()
+    figure.draw_map(axes, make_pairs([3, 1, 2], list("fedcba")), "x", "y")
+    (image,) = axes.images
+    np.testing.assert_allclose(np.array(image.get_array())[:, 2], [5, 4, 3, 2, 1, 0])  # x=3 is last, y=a is first
+    np.testing.assert_allclose(np.array(axes.lines[0].get_xydata()), [[1, 0]])  # x=2, y=a: 17
+
+
+def test_labels_are_few_and_short() -> None:
+    board = make_board({f"value {number} " + "x" * 100: [0.5] for number in range(1000)}, key="name")
+    axes = drawn(board, "name")
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert len(labels) <= 30
+    assert max(map(len, labels)) <= 24
 
 
 def test_the_same_board_is_the_same_picture_and_another_is_not() -> None:
@@ -86,7 +124,8 @@ def test_tensorboard_holds_the_newest_picture_alone(tmp_path: Path) -> None:
         figure.log_image(tmp_path, png)
     events = EventAccumulator(str(tmp_path)).Reload()
     (image,) = events.Images("sweep")
-    assert image.encoded_image_string == png
+    shown = matplotlib.image.imread(io.BytesIO(image.encoded_image_string))
+    np.testing.assert_array_equal(shown, matplotlib.image.imread(io.BytesIO(png))[..., :3])
     assert (image.height, image.width) == matplotlib.image.imread(io.BytesIO(png)).shape[:2]
     assert len(list(tmp_path.iterdir())) == 1
 

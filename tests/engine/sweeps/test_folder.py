@@ -20,9 +20,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from src.engine.errors import SweepError
 from src.engine.runs.build import load_checkpoint
 from src.engine.runs.resume import quoted
+from src.engine.runs.status import write_status
 from src.engine.sweeps.folder import NAME_LENGTH, SweepFolder, job_name
 from tests import forks
-from tests.engine.sweeps.test_sweep import SMALL, Sweep, run_again
+from tests.engine.sweeps.test_sweep import OURS, SMALL, Sweep, run_again
 from tests.processes import wait_until
 
 VALUES = st.text(max_size=200) | st.floats().map(str) | st.sampled_from(["a/b", "a_b", "A", "[1,2]", "../..", "é"])
@@ -64,22 +65,116 @@ def test_quoted_text_comes_through_hydra_as_it_was(text: str) -> None:
     assert override.value() == text
 
 
-def _finish(folder: Path, **extra: Any) -> None:
-    best = {"score": 0.75, "checkpoint": str(folder / "checkpoints" / "best.ckpt")}
-    record = {"metrics": {"val/acc": 0.5, "train/acc": 1.0}, "best": best, "pruned": False, "seconds": 2.5}
-    folder.mkdir()
-    (folder / "metrics.json").write_text(json.dumps(record | extra))
+def test_names_that_differ_in_case_only_are_two_folders_everywhere() -> None:
+    taken: dict[str, str] = {}
+    names = []
+    for override in ("name=adam", "name=Adam", "name=adam", "name=ADAM"):
+        names.append(job_name([override], taken))
+        taken.setdefault(names[-1].lower(), names[-1])
+    assert names[0] == names[2] == "name=adam"  # the same job
+    assert len({name.lower() for name in names}) == 3
+
+
+CONFIG = {"monitor": "val/acc", "mode": "max", "trainer": {"max_epochs": 2, "plugins": [{"a": 1}]}, "sweep": None}
+
+
+def start(path: Path, *jobs: str) -> SweepFolder:
+    """A sweep's folder with some jobs planned."""
+    folder = SweepFolder(path)
+    with folder.opened(OmegaConf.create(CONFIG), {"seed": "0,1"}):
+        folder.add({name: {"seed": number} for number, name in enumerate(jobs)})
+    return folder
+
+
+def write_record(folder: Path, **changes: Any) -> None:
+    """What a job of any module may leave."""
+    record = {
+        "metrics": {"val/acc": 0.5, "perplexity": 7.0}, "pruned": False, "seconds": 2.5,
+        "best": {"score": 0.75, "checkpoint": str(folder / "best.ckpt"), "monitor": "val/acc"},
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / "best.ckpt").touch()
+    (folder / "metrics.json").write_text(json.dumps(record | changes))
+
+
+def write_checkpoint(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("data", "weights")
 
 
 def test_a_finished_or_pruned_job_is_not_run_again(tmp_path: Path) -> None:
-    folder = SweepFolder(tmp_path)
-    _finish(tmp_path / "a")
-    _finish(tmp_path / "b", pruned=True)
+    folder = start(tmp_path, "a", "b")
+    write_record(tmp_path / "a")
+    write_record(tmp_path / "b", pruned=True)
     assert folder.prepare("a") is None
     assert folder.prepare("b") is None
-    job = folder.job("a", {"seed": 1})
-    assert (job.status, job.score, job.metrics, job.seconds) == ("finished", 0.75, {"val/acc": 0.5}, 2.5)
-    assert folder.job("b", {}).status == "pruned"
+    job, other = folder.jobs()
+    assert (job.status, job.score, job.is_best, job.seconds) == ("finished", 0.75, True, 2.5)
+    assert job.metrics == {"val/acc": 0.5, "perplexity": 7.0}
+    assert other.status == "pruned"
+
+
+@pytest.mark.parametrize(
+    ("best", "score", "is_best"),
+    [
+        ({"score": 0.75, "monitor": "val/acc"}, 0.75, True),
+        ({"score": 0.1, "monitor": "val/loss"}, 0.5, False),  # chosen by another measure
+        ({"score": 0.5, "monitor": None}, 0.5, False),  # the last weights
+    ],
+)
+def test_a_score_is_the_best_or_is_told_to_be_the_last(
+    best: dict[str, Any], score: float, is_best: bool, tmp_path: Path
+) -> None:
+    folder = start(tmp_path, "a")
+    write_record(tmp_path / "a", best=best | {"checkpoint": None})
+    (job,) = folder.jobs()
+    assert (job.score, job.is_best) == (score, is_best)
+
+
+def test_a_job_that_has_ended_is_read_once(tmp_path: Path) -> None:
+    folder = start(tmp_path, "a", "b")
+    write_record(tmp_path / "a")
+    assert [job.status for job in folder.jobs()] == ["finished", "waiting"]
+    (tmp_path / "a" / "metrics.json").write_text("")
+    write_record(tmp_path / "b")
+    assert [job.status for job in folder.jobs()] == ["finished", "finished"]
+    folder.forget("a")
+    assert [job.status for job in folder.jobs()] == ["started", "finished"]
+
+
+@pytest.mark.parametrize("written", ["", "{", "[]", "{}", '{"metrics": {}}', "\x00" * 40, '{"metrics": null}'])
+def test_a_job_whose_record_is_damaged_is_run_again(
+    written: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = start(tmp_path, "a")
+    write_checkpoint(tmp_path / "a" / "checkpoints" / "last.ckpt")
+    (tmp_path / "a" / "metrics.json").write_text(written)
+    write_status(tmp_path / "a", "finished")
+    assert _values(folder.prepare("a"))["ckpt_path"] == str(tmp_path / "a" / "checkpoints" / "last.ckpt")
+    assert f"{tmp_path}/a/metrics.json: damaged" in caplog.text
+
+
+@pytest.mark.parametrize("written", ["", "{", "[]", "{}", "\x00" * 40])
+def test_a_damaged_plan_is_named_in_a_line(written: str, tmp_path: Path) -> None:
+    start(tmp_path, "a")
+    (tmp_path / "sweep.json").write_text(written)
+    with pytest.raises(SweepError, match=rf"^{tmp_path}/sweep\.json: damaged .*; delete it and repeat"):
+        start(tmp_path, "a")
+
+
+@pytest.mark.parametrize("state", ["interrupted", "running"])
+def test_a_job_that_was_stopped_or_killed_keeps_its_checkpoints(state: str, tmp_path: Path) -> None:
+    folder = start(tmp_path, "a")
+    last = tmp_path / "a" / "checkpoints" / "last.ckpt"
+    write_checkpoint(last)
+    write_status(tmp_path / "a", state)
+    if state == "running":  # killed: its launcher has noted so
+        (tmp_path / "a" / "error.txt").write_text("error: killed by SIGKILL\n")
+    (job,) = folder.jobs()
+    assert job.status == {"interrupted": "stopped", "running": "failed"}[state]
+    assert _values(folder.prepare("a"))["ckpt_path"] == str(last)
+    assert not (tmp_path / "a" / "error.txt").exists()
 
 
 def _values(overrides: Sequence[str] | None) -> dict[str, Any]:
@@ -90,9 +185,7 @@ def _values(overrides: Sequence[str] | None) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["seed=1", "it's,a=b-0123abcd"])
 def test_an_interrupted_job_goes_on_from_its_last_checkpoint(name: str, tmp_path: Path) -> None:
     last = tmp_path / "it's = here" / name / "checkpoints" / "last.ckpt"
-    last.parent.mkdir(parents=True)
-    with zipfile.ZipFile(last, "w") as file:
-        file.writestr("data", "weights")
+    write_checkpoint(last)
     folder = SweepFolder(last.parents[2])
     assert folder.job(name, {}).status == "started"
     assert _values(folder.prepare(name)) == {"hydra.sweep.subdir": name, "test": False, "ckpt_path": str(last)}
@@ -109,8 +202,9 @@ def test_a_failed_job_starts_anew_and_its_log_goes_on(tmp_path: Path) -> None:
     (job / "checkpoints").mkdir(parents=True)
     for name in ("checkpoints/last.ckpt", "events.out.tfevents.1", "train.log"):
         (job / name).write_text("kept")
-    (job / "error.txt").write_text("error: no memory\n")
-    assert (folder.job("a", {}).status, folder.job("a", {}).error) == ("failed", "no memory")
+    (job / "error.txt").write_text("error: no memory für alle\n", encoding="utf-8")
+    write_status(job, "failed")
+    assert (folder.job("a", {}).status, folder.job("a", {}).error) == ("failed", "no memory für alle")
     assert "ckpt_path" not in _values(folder.prepare("a"))
     assert {path.name for path in job.iterdir()} == {"status.json", "train.log"}
     assert (job / "train.log").read_text() == "kept"
@@ -122,9 +216,6 @@ def test_a_job_that_has_not_run_waits(tmp_path: Path) -> None:
     assert _values(folder.prepare("a")) == {"hydra.sweep.subdir": "a", "test": False}
     assert json.loads((tmp_path / "a" / "status.json").read_text())["state"] == "queued"
     assert folder.job("a", {}).status == "waiting"
-
-
-CONFIG = {"monitor": "val/acc", "mode": "max", "trainer": {"max_epochs": 2, "plugins": [{"a": 1}]}, "sweep": None}
 
 
 @pytest.mark.parametrize(
@@ -140,9 +231,7 @@ CONFIG = {"monitor": "val/acc", "mode": "max", "trainer": {"max_epochs": 2, "plu
 def test_another_sweeps_folder_is_refused(
     config: dict[str, Any], space: dict[str, str], message: str, tmp_path: Path
 ) -> None:
-    folder = SweepFolder(tmp_path)
-    with folder.opened(OmegaConf.create(CONFIG), {"seed": "0,1"}):
-        folder.add({"seed=0": {"seed": 0}})
+    folder = start(tmp_path, "seed=0")
     with folder.opened(OmegaConf.create(CONFIG), {"seed": "0,1"}):
         assert [job.name for job in folder.jobs()] == ["seed=0"]
     changed = OmegaConf.merge(CONFIG, config)
@@ -151,9 +240,15 @@ def test_another_sweeps_folder_is_refused(
         pass
 
 
-EPOCHS, STEPS = 4, 20
+EPOCHS, STEPS = 4, 12
 # What is swept changes nothing in the training: whether interrupted or not, the jobs must come to the same weights.
-LONG = ("data.timeout=-1,1,2,3", "test=false", f"trainer.max_epochs={EPOCHS}", f"trainer.limit_train_batches={STEPS}")
+LONG = ("trainer.limit_test_batches=-1,1,2,3", "test=false", f"trainer.max_epochs={EPOCHS}")
+
+
+def wait(root: Path) -> tuple[str, ...]:
+    """Each job waits after its first epoch for a file of the value's name."""
+    path = f"'{root}/${{trainer.limit_test_batches}}'"
+    return (f"+callbacks.wait={{_target_:tests.engine.faults.WaitAt,step:{STEPS + 1},path:{path}}}",)
 
 
 class Resumed(NamedTuple):
@@ -170,17 +265,21 @@ class Resumed(NamedTuple):
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Resumed:
     """Let a job fail and one finish, kill the sweep behind the first epoch of the next, then start it again."""
     root = tmp_path_factory.mktemp("resumed")
-    sweep, again = root / "my = sweep", (*SMALL, *LONG, f"hydra.sweep.dir='{root}/my = sweep'")
-    process = forks.start("train", ["-m", *again], root / "said", {"PROJECT_ROOT": str(root)})
+    env = {"PROJECT_ROOT": str(root), **OURS}
+    sweep, again = root / "my = sweep", (*SMALL, *LONG, *wait(root), f"hydra.sweep.dir='{root}/my = sweep'")
+    (root / "1").touch()
+    process = forks.start("train", ["-m", *again], root / "said", env)
     wait_until((sweep / "sweep.json").is_file, seconds=300)
-    second = forks.run_command("train", "-m", *again, PROJECT_ROOT=str(root))
-    wait_until((sweep / "data.timeout=2" / "checkpoints" / "last.ckpt").is_file, seconds=300)
+    second = forks.run_command("train", "-m", *again, **env)
+    wait_until((sweep / "trainer.limit_test_batches=2" / "checkpoints" / "last.ckpt").is_file, seconds=300)
     process.kill()
     process.join()
-    killed_at = load_checkpoint(sweep / "data.timeout=2" / "checkpoints" / "last.ckpt")["global_step"]
+    for name in "23":
+        (root / name).touch()
+    killed_at = load_checkpoint(sweep / "trainer.limit_test_batches=2" / "checkpoints" / "last.ckpt")["global_step"]
     rows = Sweep(sweep, second).rows()
-    finished = {path: path.stat().st_mtime_ns for path in (sweep / "data.timeout=1").rglob("*.*")}
-    result = forks.run_command("train", "-m", *again, PROJECT_ROOT=str(root))
+    finished = {path: path.stat().st_mtime_ns for path in (sweep / "trainer.limit_test_batches=1").rglob("*.*")}
+    result = forks.run_command("train", "-m", *again, **env)
     return Resumed(Sweep(sweep, result), second, rows, killed_at, finished)
 
 
@@ -192,20 +291,22 @@ def test_a_second_process_in_the_same_folder_is_refused(resumed: Resumed) -> Non
 
 def test_the_table_is_there_behind_each_job(resumed: Resumed) -> None:
     assert [(row["job"], row["status"]) for row in resumed.rows] == [
-        ("data.timeout=1", "finished"),
-        ("data.timeout=-1", "failed"),
-        ("data.timeout=2", "waiting"),
-        ("data.timeout=3", "waiting"),
+        ("trainer.limit_test_batches=1", "finished"),
+        ("trainer.limit_test_batches=-1", "failed"),
+        ("trainer.limit_test_batches=2", "waiting"),
+        ("trainer.limit_test_batches=3", "waiting"),
     ]
 
 
 def test_an_interrupted_job_goes_on_where_it_was_killed(resumed: Resumed) -> None:
     path, result = resumed.sweep
     assert STEPS <= resumed.killed_at < EPOCHS * STEPS
-    assert resumed.finished == {file: file.stat().st_mtime_ns for file in (path / "data.timeout=1").rglob("*.*")}
-    last = path / "data.timeout=2" / "checkpoints" / "last.ckpt"
-    assert yaml.safe_load((path / "data.timeout=2" / "config.yaml").read_text())["ckpt_path"] == str(last)
-    epochs = re.findall(r"epoch (\d)/4 ", (path / "data.timeout=2" / "train.log").read_text())
+    assert resumed.finished == {
+        file: file.stat().st_mtime_ns for file in (path / "trainer.limit_test_batches=1").rglob("*.*")
+    }
+    last = path / "trainer.limit_test_batches=2" / "checkpoints" / "last.ckpt"
+    assert yaml.safe_load((path / "trainer.limit_test_batches=2" / "config.yaml").read_text())["ckpt_path"] == str(last)
+    epochs = re.findall(r"epoch (\d)/4 ", (path / "trainer.limit_test_batches=2" / "train.log").read_text())
     assert epochs == ["1", "2", "3", "4"]
     assert len(re.findall(r"^epoch ", result.stderr, re.M)) == (EPOCHS - resumed.killed_at // STEPS) + EPOCHS
 
@@ -214,11 +315,11 @@ def test_a_failed_job_runs_again(resumed: Resumed) -> None:
     path, result = resumed.sweep
     assert result.returncode == 1
     assert "error: 1 of 4 jobs failed" in result.stderr
-    assert (path / "data.timeout=-1" / "train.log").read_text().count("Traceback") == 2
-    assert len(list((path / "data.timeout=-1").glob("events.*"))) == 1
+    assert (path / "trainer.limit_test_batches=-1" / "train.log").read_text().count("stack trace:") == 2
+    assert len(list((path / "trainer.limit_test_batches=-1").glob("events.*"))) == 1
 
 
-@pytest.mark.parametrize("job", ["data.timeout=2", "data.timeout=3"])
+@pytest.mark.parametrize("job", ["trainer.limit_test_batches=2", "trainer.limit_test_batches=3"])
 def test_a_resumed_sweep_comes_to_what_an_uninterrupted_one_does(job: str, resumed: Resumed) -> None:
     def curve(name: str) -> list[tuple[int, float]]:
         events = EventAccumulator(str(resumed.sweep.path / name), purge_orphaned_data=False).Reload()
@@ -229,24 +330,29 @@ def test_a_resumed_sweep_comes_to_what_an_uninterrupted_one_does(job: str, resum
         assert checkpoint["global_step"] == EPOCHS * STEPS
         return dict(checkpoint["state_dict"])
 
-    whole, record = resumed.sweep.record("data.timeout=1"), resumed.sweep.record(job)
+    whole, record = resumed.sweep.record("trainer.limit_test_batches=1"), resumed.sweep.record(job)
     assert record["metrics"]["val/loss"] == whole["metrics"]["val/loss"]
     assert record["best"]["score"] == whole["best"]["score"]
     assert [step for step, _ in curve(job)] == [STEPS * epoch - 1 for epoch in range(1, EPOCHS + 1)]
-    assert curve(job) == curve("data.timeout=1")
-    assert all(torch.equal(tensor, weights("data.timeout=1")[name]) for name, tensor in weights(job).items())
+    assert curve(job) == curve("trainer.limit_test_batches=1")
+    assert all(
+        torch.equal(tensor, weights("trainer.limit_test_batches=1")[name]) for name, tensor in weights(job).items()
+    )
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("trainer.max_epochs=5", "trainer.max_epochs=5: the sweep in {} was started with 4;"),
-        ("data.timeout=1,2", "data.timeout=1,2: the sweep in {} was started with -1,1,2,3;"),
+        (
+            "trainer.limit_test_batches=1,2",
+            "trainer.limit_test_batches=1,2: the sweep in {} was started with -1,1,2,3;",
+        ),
     ],
 )
 def test_another_sweep_cannot_go_on_in_the_folder(override: str, message: str, resumed: Resumed) -> None:
     path = resumed.sweep.path
-    result = run_again(resumed.sweep, *LONG, override)
+    result = run_again(resumed.sweep, *LONG, *wait(path.parent), override)
     assert result.returncode == 1
     (line,) = (result.stdout + result.stderr).splitlines()
     assert line.startswith(f"error: {message.format(path)}")

@@ -3,6 +3,8 @@
 import csv
 import io
 import math
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import t, ttest_1samp
 
 from src.engine.sweeps.folder import Job
 from src.engine.sweeps.leaderboard import Leaderboard, shown_mean
@@ -88,15 +91,79 @@ def test_a_pruned_job_never_wins() -> None:
 def test_the_csv_file_holds_every_number_in_full() -> None:
     score = 0.1 + 0.2
     jobs = [
-        Job("a", {"x": 1e-5}, "finished", score, {"val/loss": 1 / 3, "test/acc": 0.25}, "runs/a b/best.ckpt", 1.5),
+        Job(
+            "a",
+            {"x": 1e-5},
+            "finished",
+            score,
+            {"loss": 1 / 3},
+            {"test/acc": 0.25, "loss": 2.0},
+            "runs/a b/best.ckpt",
+            1.5,
+        ),
         Job("b", {"x": "relu,tanh"}, "failed", error='no "memory",\nat all'),
     ]
     rows = list(csv.DictReader(io.StringIO(Leaderboard(jobs, "val/acc", "max").to_csv())))
     assert [row["job"] for row in rows] == ["a", "b"]
-    assert [float(rows[0][key]) for key in ("x", "best val/acc", "val/loss", "test/acc")] == [1e-5, score, 1 / 3, 0.25]
+    assert [float(rows[0][key]) for key in ("x", "best val/acc", "loss")] == [1e-5, score, 1 / 3]
+    assert [float(rows[0][key]) for key in ("test/acc", "test loss")] == [0.25, 2.0]
     assert (rows[0]["checkpoint"], rows[0]["error"]) == ("runs/a b/best.ckpt", "")
     assert (rows[1]["x"], rows[1]["status"], rows[1]["best val/acc"]) == ("relu,tanh", "failed", "")
     assert rows[1]["error"] == 'no "memory",\nat all'
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.5, 1, allow_subnormal=False), st.floats(0, 0.5)), min_size=2, max_size=8),
+    st.sampled_from(["max", "min"]),
+)
+def test_the_winners_lead_is_paired_over_the_seeds_as_by_scipy(scores: list[tuple[float, float]], mode: str) -> None:
+    better, worse = ([pair[index] for pair in scores] for index in (0, 1))
+    if mode == "min":
+        better, worse = ([1 - score for score in column] for column in (better, worse))
+    said = [line for line in make_board({1: worse, 2: better}, mode).summary() if line.startswith("ahead of")]
+    if np.mean(better) == np.mean(worse):
+        return
+    differences = np.abs(np.array(better) - np.array(worse))
+    with np.errstate(invalid="ignore"), warnings.catch_warnings(action="ignore"):  # differences that are all equal
+        interval = ttest_1samp(differences, 0).confidence_interval(0.95)
+    low, high = (differences.mean() if math.isnan(end) else end for end in interval)
+    (line,) = said
+    numbers = re.match(r"ahead of optimizer.lr=1 by (\S+), 95 % interval (\S+) to (\S+): (.*)", line)
+    assert numbers
+    assert [float(number) for number in numbers.groups()[:3]] == pytest.approx(
+        [differences.mean(), low, high], abs=1e-4
+    )
+    if abs(low) > 1e-9:
+        assert numbers.group(4).startswith("better over" if low > 0 else "not told apart by")
+
+
+def test_seeds_that_would_tell_are_as_many_as_the_interval_needs() -> None:
+    (line,) = [line for line in make_board({1: [0.5, 0.5], 2: [0.5, 0.7]}).summary() if line.startswith("ahead of")]
+    std = 0.2 / math.sqrt(2)
+    needed = next(n for n in range(2, 99) if t.ppf(0.975, n - 1) * std / math.sqrt(n) < 0.1)
+    assert line.endswith(f"not told apart by 2 seeds; some {needed - 2} more may tell")
+
+
+def test_where_a_job_has_no_best_all_are_compared_by_their_last() -> None:
+    jobs = [
+        Job("a", {"x": 1}, "finished", 0.9, {"val/acc": 0.4}),
+        Job("b", {"x": 2}, "finished", 0.6, {"val/acc": 0.6}, is_best=False),
+        Job("c", {"x": 3}, "waiting"),
+    ]
+    board = Leaderboard(jobs, "val/acc", "max")
+    assert board.heading == "last val/acc"
+    assert [(row["job"], row["last val/acc"]) for row in board.rows()] == [("b", 0.6), ("a", 0.4), ("c", None)]
+    assert Leaderboard([jobs[0], jobs[2]], "val/acc", "max").heading == "best val/acc"
+
+
+def test_tests_of_any_name_are_shown() -> None:
+    jobs = [Job(f"{x}", {"x": x}, "finished", x, {"f1": x}, {"test/f1": x / 2, "bleu": 1 - x}) for x in (0.25, 0.5)]
+    board = Leaderboard(jobs, "f1", "max")
+    assert board.table()[:2] == [
+        ["rank", "x", "best f1", "test bleu", "test/f1", "status"],
+        ["1", "0.5", "0.5000", "0.5000", "0.2500", "finished"],
+    ]
+    assert {"test bleu: 0.5000", "test/f1: 0.2500"} <= set(board.summary())
 
 
 def test_the_markdown_table_has_a_row_a_setting() -> None:

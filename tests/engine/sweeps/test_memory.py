@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from src.engine.settings.check import ROOT
+from tests.engine.tiny import TINY
 
 NUM_JOBS = 50
 
@@ -26,14 +27,14 @@ def resident_memory(pid: int) -> float:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_fifty_jobs_in_one_process_hold_no_more_memory_than_five(tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "src.train", "-m", f"seed=range({NUM_JOBS})", f"hydra.sweep.dir={tmp_path}/sweep",
-        "data=mnist5k", "trainer=cpu", "trainer.max_epochs=1", "trainer.limit_train_batches=2",
-        "trainer.limit_val_batches=1", "test=false",
+        sys.executable, "-m", "src.train", "-m", *TINY, f"seed=range({NUM_JOBS})", f"hydra.sweep.dir={tmp_path}/sweep",
+        "trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "test=false",
     ]  # fmt: skip
+    env = {**os.environ, "PROJECT_ROOT": str(tmp_path), "ALLOWED_TARGETS": "tests"}
     memory = []
     with (
         (tmp_path / "log").open("wb") as log,
-        subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PROJECT_ROOT": str(tmp_path)}, stderr=log) as process,
+        subprocess.Popen(command, cwd=ROOT, env=env, stderr=log) as process,
     ):
         for seed in range(NUM_JOBS):
             while not (tmp_path / "sweep" / f"seed={seed}" / "metrics.json").is_file():

@@ -12,7 +12,7 @@ from src.engine.runs.build import restore
 from src.engine.runs.resume import quoted
 from src.engine.sweeps.study import STORAGE, open_study
 from src.train import train
-from tests.compose import compose_cfg
+from tests.engine.tiny import compose_tiny
 
 EPOCHS = 3
 SAMPLER = {"_target_": "optuna.samplers.RandomSampler"}
@@ -32,7 +32,7 @@ def make_study(folder: Path, pruner: dict[str, Any]) -> optuna.Study:
     return open_study(folder, "it's a study", None, "max", SAMPLER, OmegaConf.create(pruner))
 
 
-def run_trial(folder: Path, data: Path, trial: optuna.Trial, *overrides: str) -> dict[str, Any]:
+def run_trial(folder: Path, trial: optuna.Trial, *more: str) -> dict[str, Any]:
     """Train as a search's job does.
 
     Returns:
@@ -40,13 +40,10 @@ def run_trial(folder: Path, data: Path, trial: optuna.Trial, *overrides: str) ->
     """
     study = quoted(trial.study.study_name)
     arguments = f"study:{study},trial:{trial.number},monitor:'val/acc'"
+    prune = f"++callbacks.pruning={{_target_:src.engine.sweeps.pruning.Pruning,{arguments}}}"
     train(
-        compose_cfg(
-            folder, f"data.root={data}", "data.source=files", "data.md5=null", "data.val_size=50", "trainer=cpu",
-            f"trainer.max_epochs={EPOCHS}", "logger=[]", "callbacks=minimal", "test=false",
-            f"++callbacks.pruning={{_target_:src.engine.sweeps.pruning.Pruning,{arguments}}}", *overrides,
-        )
-    )  # fmt: skip
+        compose_tiny(folder, f"trainer.max_epochs={EPOCHS}", "trainer.log_every_n_steps=1", "test=false", prune, *more)
+    )
     record: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     return record
 
@@ -55,11 +52,11 @@ def run_trial(folder: Path, data: Path, trial: optuna.Trial, *overrides: str) ->
     ("pruner", "num_epochs", "pruned"), [(NEVER, EPOCHS, False), (AT_TWO, 2, True), (AT_LAST, EPOCHS, False)]
 )
 def test_a_trial_ends_when_the_studys_pruner_says_so_but_for_its_last_epoch(
-    pruner: dict[str, Any], num_epochs: int, pruned: bool, tmp_path: Path, mnist_root: Path
+    pruner: dict[str, Any], num_epochs: int, pruned: bool, tmp_path: Path
 ) -> None:
     study = make_study(tmp_path, pruner)
     other, trial = study.ask(), study.ask()
-    record = run_trial(tmp_path / "job", mnist_root, trial)
+    record = run_trial(tmp_path / "job", trial)
     assert record["pruned"] is pruned
     reported = study.trials[trial.number].intermediate_values
     assert list(reported) == list(range(num_epochs))
@@ -68,32 +65,44 @@ def test_a_trial_ends_when_the_studys_pruner_says_so_but_for_its_last_epoch(
     assert study.trials[other.number].intermediate_values == {}
 
 
-def test_checkpoints_of_a_trial_that_a_pruner_has_compared_can_be_read(tmp_path: Path, mnist_root: Path) -> None:
+def test_checkpoints_of_a_trial_that_a_pruner_has_compared_can_be_read(tmp_path: Path) -> None:
     study = make_study(tmp_path, MEDIAN)
     study.add_trial(optuna.create_trial(value=0.0, intermediate_values=dict.fromkeys(range(EPOCHS), 0.0)))
-    assert not run_trial(tmp_path / "job", mnist_root, study.ask())["pruned"]
+    assert not run_trial(tmp_path / "job", study.ask())["pruned"]
     for name in ("best", "last"):
         assert restore(tmp_path / "job" / "checkpoints" / f"{name}.ckpt").net
 
 
-def test_a_trial_that_is_run_again_repeats_epochs_in_silence(tmp_path: Path, mnist_root: Path) -> None:
+def test_a_trial_that_is_run_again_repeats_epochs_in_silence(tmp_path: Path) -> None:
     study = make_study(tmp_path, NEVER)
     trial = study.ask()
-    run_trial(tmp_path / "job", mnist_root, trial, "trainer.max_epochs=2")
+    run_trial(tmp_path / "job", trial, "trainer.max_epochs=2")
     reported = study.trials[0].intermediate_values
-    run_trial(tmp_path / "again", mnist_root, trial)  # a warning would be an error here
+    run_trial(tmp_path / "again", trial)  # a warning would be an error here
     again = study.trials[0].intermediate_values
     assert len(again) == EPOCHS
     assert reported.items() <= again.items()
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_validation_outside_of_training_is_not_reported(tmp_path: Path, mnist_root: Path) -> None:
+def test_validation_outside_of_training_is_not_reported(tmp_path: Path) -> None:
     study = make_study(tmp_path, NEVER)
     trial = study.ask()
-    run_trial(tmp_path / "job", mnist_root, trial, "trainer.num_sanity_val_steps=1", "trainer.max_epochs=1")
+    run_trial(tmp_path / "job", trial, "trainer.num_sanity_val_steps=1", "trainer.max_epochs=1")
     last = tmp_path / "job" / "checkpoints" / "last.ckpt"
     again = study.ask()
     # It has nothing left to train, and validates once.
-    run_trial(tmp_path / "job", mnist_root, again, f"ckpt_path={quoted(last)}", "trainer.max_epochs=1")
+    run_trial(tmp_path / "job", again, f"ckpt_path={quoted(last)}", "trainer.max_epochs=1")
     assert [list(trial.intermediate_values) for trial in study.trials] == [[0], []]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_trial_that_is_killed_in_the_validation_that_prunes_it_comes_back_as_pruned(tmp_path: Path) -> None:
+    study = make_study(tmp_path, AT_TWO)
+    trial = study.ask()
+    assert run_trial(tmp_path / "job", trial)["pruned"]
+    (tmp_path / "job" / "metrics.json").unlink()  # what a kill just before it was written leaves
+    last = tmp_path / "job" / "checkpoints" / "last.ckpt"
+    record = run_trial(tmp_path / "job", trial, f"ckpt_path={quoted(last)}")
+    assert record["pruned"]
+    assert list(study.trials[0].intermediate_values) == [0, 1]  # of three epochs

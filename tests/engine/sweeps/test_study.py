@@ -1,4 +1,4 @@
-"""src/sweeps/study.py: the search space, what a study proposes, and what a kill leaves of it."""
+"""The search space, what a study proposes, and what a kill leaves of it."""
 
 import random
 import signal
@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from src.engine.errors import ConfigError
+from src.engine.errors import ConfigError, SweepError
 from src.engine.settings.check import CONF, ROOT
 from src.engine.sweeps.folder import SweepFolder
 from src.engine.sweeps.study import OWNER, STORAGE, Search, Study, make_space, open_storage, open_study
@@ -92,6 +92,15 @@ def proposals(study: optuna.Study, num: int) -> list[float]:
     return drawn
 
 
+@pytest.mark.parametrize("name", ["TPESampler", "RandomSampler"])
+def test_a_search_proposes_the_same_with_and_without_a_stop_in_between(name: str, tmp_path: Path) -> None:
+    sampler = {"_target_": f"optuna.samplers.{name}", "seed": 3}
+    whole = proposals(open_in(tmp_path / "a", sampler=sampler), 20)
+    assert len(set(whole)) == 20
+    parts = [proposals(open_in(tmp_path / "b", sampler=sampler), num) for num in (1, 11, 8)]  # TPE starts with ten
+    assert [value for part in parts for value in part] == whole
+
+
 def test_a_seed_gives_the_same_trials_and_a_continued_study_new_ones(tmp_path: Path) -> None:
     first = proposals(open_in(tmp_path / "a"), 5)
     assert proposals(open_in(tmp_path / "b"), 5) == first
@@ -158,12 +167,12 @@ def search_in(folder: Path, study: Study, space: dict[str, BaseDistribution]) ->
 def test_only_what_this_sweep_has_left_is_run_again(tmp_path: Path) -> None:
     space: dict[str, BaseDistribution] = {"x": FloatDistribution(0, 1), "y": CategoricalDistribution(["a", True])}
     storage = f"sqlite:///{tmp_path}/study.db"
-    study = open_in(tmp_path / "a", name="shared", storage=storage)
     for owner in ("a", "b"):
-        study.ask(space).set_user_attr(OWNER, str(tmp_path / owner))
-    study.ask()  # another sweep may just be asking for it
+        study = open_in(tmp_path / owner, name="shared", storage=storage)
+        assert study.ask(space).user_attrs == {OWNER: str(tmp_path / owner)}
+    optuna.load_study(study_name="shared", storage=storage).ask()  # another sweep may just be asking for it
     search = search_in(tmp_path / "a", open_in(tmp_path / "a", name="shared", storage=storage), space)
-    assert [trial.number for trial in search.orphans] == [0]
+    assert list(search.orphans) == [0]
     assert search.wants_more()
 
 
@@ -172,15 +181,12 @@ WRITER = """
 import sys
 from pathlib import Path
 from optuna.distributions import FloatDistribution
-from src.engine.sweeps.study import OWNER, open_study
+from src.engine.sweeps.study import open_study
 folder = Path(sys.argv[1])
 study = open_study(folder, None, None, "max", {"_target_": "optuna.samplers.RandomSampler"}, None)
 print("opened", flush=True)
 while True:
-    trial = study.ask()
-    params = {key: trial.suggest_float(key, 0, 1) for key in "xy"}
-    trial.set_user_attr(OWNER, str(folder))
-    study.tell(trial, 1.0)
+    study.tell(study.ask({key: FloatDistribution(0, 1) for key in "xy"}), 1.0)
 """
 
 
@@ -199,16 +205,16 @@ def test_a_journal_is_whole_after_any_kill_and_the_trial_is_run_again(tmp_path: 
         study = open_in(tmp_path)
         assert time.monotonic() - start < 5  # Optuna itself waits for 30 s where the kill has left a lock
         search = search_in(tmp_path, study, space)
-        assert len(search.orphans) == len(study.get_trials(states=(TrialState.RUNNING,))) <= 1
-        for trial in list(search.orphans):
-            known = trial.params
+        search.num_trials = 10**9
+        assert not study.get_trials(states=(TrialState.RUNNING,))[len(search.orphans) :]
+        for trial in study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING)):
             (overrides,) = islice(search.jobs(), 1)
             assert overrides[2].startswith(f"hydra.sweep.subdir='{trial.number:04d},x=")
             again = study.trials[trial.number]
             assert overrides[:2] == [f"x={again.params['x']}", f"y={again.params['y']}"]
-            assert known.items() <= again.params.items()
+            assert trial.params.items() <= again.params.items()
             assert again.user_attrs == {OWNER: str(tmp_path)}
-            study.tell(trial, 1.0)
+            study.tell(trial.number, 1.0)
             orphans.append(trial.number)
     assert orphans
 
@@ -221,6 +227,36 @@ def test_a_line_that_a_full_disk_has_cut_off_is_dropped(tmp_path: Path) -> None:
         study = open_in(tmp_path)
         assert [trial.params["x"] for trial in study.trials] == first
         assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.RUNNING]
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    proposals(open_in(tmp_path), 2)
+    journal = tmp_path / "study.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:3], lines[3][:9], *lines[4:]]))
+    with pytest.raises(SweepError, match=rf"^{journal}: line 4 is damaged .*; delete the file and repeat the command"):
+        open_in(tmp_path)
+
+
+def test_a_trial_without_a_sign_of_life_makes_room_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.engine.sweeps.study.HEARTBEAT", 1)
+    monkeypatch.setattr("src.engine.sweeps.study.PATIENCE", 2)
+    space: dict[str, BaseDistribution] = {"x": FloatDistribution(0, 1)}
+    storage = f"sqlite:///{tmp_path}/study.db"
+    dead, living, other = (
+        search_in(tmp_path / name, open_in(tmp_path / name, name="shared", storage=storage), space)
+        for name in ("dead", "living", "other")
+    )
+    with living.alive():
+        for search in (dead, living):
+            next(search.jobs())
+            other.num_trials = 2
+            assert other.wants_more() is (search is dead)
+        time.sleep(4)
+        assert other.wants_more()
+        assert [trial.state.name for trial in other.study.trials] == ["FAIL", "RUNNING"]
+    dead.tell(all_ended=True)  # it was only asleep
+    assert [trial.state.name for trial in other.study.trials] == ["FAIL", "RUNNING"]
 
 
 # Opens a storage when it is told to.

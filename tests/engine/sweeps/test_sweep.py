@@ -9,22 +9,20 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
+from tests.engine.tiny import TINY
 from tests.forks import run_command
 
-SMALL = (
-    "data=mnist5k",
-    "trainer=cpu",
-    "trainer.limit_train_batches=6",
-    "trainer.max_epochs=1",
-    "callbacks=minimal",
-)
+SMALL = (*TINY, "trainer.max_epochs=1", "callbacks=minimal")
+OURS = {"ALLOWED_TARGETS": "tests"}
 RATES = ("0.0005", "0.008")
 
 
@@ -48,7 +46,7 @@ class Sweep(NamedTuple):
 def run_sweep(root: Path, *arguments: str) -> Sweep:
     """Run a sweep of the small jobs."""
     before = set(root.glob("logs/multirun/*"))
-    result = run_command("train", "-m", *SMALL, *arguments, PROJECT_ROOT=str(root))
+    result = run_command("train", "-m", *SMALL, *arguments, PROJECT_ROOT=str(root), **OURS)
     (path,) = set(root.glob("logs/multirun/*")) - before
     return Sweep(path, result)
 
@@ -56,7 +54,7 @@ def run_sweep(root: Path, *arguments: str) -> Sweep:
 def run_again(sweep: Sweep, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Start a sweep once more in its folder."""
     folder = f"hydra.sweep.dir='{sweep.path}'"
-    return run_command("train", "-m", *SMALL, *arguments, folder)
+    return run_command("train", "-m", *SMALL, *arguments, folder, **OURS)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
@@ -82,8 +80,8 @@ def rates(logs: Path) -> Sweep:
 
 @pytest.fixture(scope="module")
 def recipes(logs: Path, rates: Sweep) -> Sweep:
-    """Five learning rates for the recipes that fit a pattern; beside the other sweep. The recipe would download."""
-    return run_sweep(logs, "sweep=lr", "experiment=glob(paper1998)", "data.source=package")
+    """Five learning rates for the optimizers that fit a pattern; beside the other sweep."""
+    return run_sweep(logs, "sweep=lr", "optimizer=glob(adamw)")
 
 
 def test_folders_and_tensorboards_runs_are_named_by_the_swept_values_alone(rates: Sweep, recipes: Sweep) -> None:
@@ -94,13 +92,14 @@ def test_folders_and_tensorboards_runs_are_named_by_the_swept_values_alone(rates
     runs = EventMultiplexer().AddRunsFromDirectory(str(rates.path)).Reload().Runs()
     assert set(runs) == names | {"."}
     assert {path.name for path in recipes.path.iterdir() if path.is_dir()} == {
-        f"optimizer.lr={rate},experiment=paper1998" for rate in ("0.0005", "0.001", "0.002", "0.004", "0.008")
+        f"optimizer.lr={rate},optimizer=adamw" for rate in ("0.0005", "0.001", "0.002", "0.004", "0.008")
     }
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", rates.path.name)
 
 
 def test_every_job_is_followed_by_where_the_sweep_stands(rates: Sweep) -> None:
-    said = re.findall(r"^(\d+) of 10 jobs: (\d+) finished; best: (\S+), val/acc (\S+)$", rates.result.stdout, re.M)
+    line = r"^(\d+) of 10 jobs: (\d+) finished; best: (\S+), val/acc ([\d.]+)(?:; about .* left)?$"
+    said = re.findall(line, rates.result.stdout, re.M)
     assert [(int(ended), int(finished)) for ended, finished, _, _ in said] == [(n, n) for n in range(1, 11)]
     for _, _, job, score in said:
         assert f"{rates.record(job)['best']['score']:.4f}" == score
@@ -139,7 +138,7 @@ def test_the_winners_seeds_alone_are_tested(rates: Sweep) -> None:
     winner = rates.rows()[0]["optimizer.lr"]
     assert rates.tested() == {f"seed={seed},optimizer.lr={winner}" for seed in range(5)}
     for row in rates.rows():
-        assert not any(name.startswith("test/") for name in rates.record(row["job"])["metrics"])
+        assert not any(name.startswith("test") for name in rates.record(row["job"])["metrics"])
         assert bool(row["test/acc"]) == (row["optimizer.lr"] == winner)
     tests = [rates.record(f"{name}/test")["metrics"]["test/acc"] for name in rates.tested()]
     assert f"test/acc: {statistics.mean(tests):.4f} ± {statistics.stdev(tests):.4f} (n=5)" in rates.result.stdout
@@ -148,19 +147,23 @@ def test_the_winners_seeds_alone_are_tested(rates: Sweep) -> None:
 @pytest.mark.slow
 def test_all_jobs_are_tested_where_that_is_asked_for(tmp_path: Path) -> None:
     sweep = run_sweep(tmp_path, "test=all", "optimizer.lr=0.0005,8e-3")
-    assert sweep.result.returncode == 0
+    assert sweep.result.returncode == 0, sweep.result.stderr
     assert sweep.tested() == {"optimizer.lr=0.0005", "optimizer.lr=0.008"}
     table = (sweep.path / "sweep.md").read_text()
     for row in sweep.rows():
         record = sweep.record(f"{row['job']}/test")
         assert float(row["test/acc"]) == record["metrics"]["test/acc"]
         score = sweep.record(row["job"])["best"]["score"]
-        assert f"| {score:.4f} | {record['metrics']['test/acc']:.4f} | finished |" in table
+        assert (
+            f"| {score:.4f} | {record['metrics']['test/acc']:.4f} | {record['metrics']['test/loss']:.4f} | finished |"
+            in table
+        )
 
 
 def test_tensorboard_shows_the_figure(rates: Sweep) -> None:
     (image,) = EventAccumulator(str(rates.path)).Reload().Images("sweep")
-    assert image.encoded_image_string == (rates.path / "sweep.png").read_bytes()
+    shown, written = (Image.open(file) for file in (BytesIO(image.encoded_image_string), rates.path / "sweep.png"))
+    assert list(shown.get_flattened_data()) == list(written.convert("RGB").get_flattened_data())
 
 
 @pytest.fixture
@@ -197,7 +200,7 @@ def ask(address: str, question: str) -> Any:
 
 def test_the_hparams_tab_has_every_job_of_both_sweeps(tensorboard: str, rates: Sweep, recipes: Sweep) -> None:
     columns = {info["name"] for info in ask(tensorboard, "experiment")["hparamInfos"]}
-    assert columns == {"optimizer.lr", "seed", "experiment"}
+    assert columns == {"optimizer.lr", "seed", "optimizer"}
     rows = {row["name"]: row for row in ask(tensorboard, "session_groups")["sessionGroups"]}
     for sweep in (rates, recipes):
         for planned in sweep.rows():
@@ -218,10 +221,10 @@ def test_the_same_command_changes_nothing_where_all_has_finished(rates: Sweep) -
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     """One job of three is well."""
-    return run_sweep(tmp_path_factory.mktemp("failed"), "optimizer.lr=0.01,-1,1e30", "test=false")
+    return run_sweep(tmp_path_factory.mktemp("failed"), "data.batch_size=20,0,-1", "test=false")
 
 
-FAILURES = {"optimizer.lr=-1": "expected a number above 0", "optimizer.lr=1e+30": "the training loss is nan in epoch 0"}
+FAILURES = {f"data.batch_size={size}": f"batch_size={size}: expected 1 or more" for size in (0, -1)}
 
 
 def test_failed_jobs_are_named_and_the_others_finish(failed: Sweep) -> None:
@@ -229,13 +232,13 @@ def test_failed_jobs_are_named_and_the_others_finish(failed: Sweep) -> None:
     assert "error: 2 of 3 jobs failed" in failed.result.stderr
     assert "Traceback" not in failed.result.stderr
     rows = {row["job"]: row for row in failed.rows()}
-    assert rows["optimizer.lr=0.01"]["status"] == "finished"
+    assert rows["data.batch_size=20"]["status"] == "finished"
     for job, error in FAILURES.items():
         assert re.search(f"^  {re.escape(job)}: .*{error}", failed.result.stderr, re.M)
         assert (rows[job]["status"], rows[job]["best val/acc"]) == ("failed", "")
         assert error in rows[job]["error"]
         log = (failed.path / job / "train.log").read_text()
-        assert log.count("Traceback (most recent call last)") == 1
+        assert log.count("stack trace:") == 1
         assert error in log
 
 
@@ -260,11 +263,3 @@ def test_a_sweep_that_cannot_be_is_refused_in_a_line(arguments: tuple[str, ...],
     (line,) = (result.stdout + result.stderr).splitlines()
     assert line.startswith(REFUSED[arguments])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_single_run_whose_loss_is_not_finite_ends_at_once(tmp_path: Path) -> None:
-    result = run_command("train", *SMALL, "optimizer.lr=1e30", PROJECT_ROOT=str(tmp_path))
-    assert result.returncode == 1
-    assert "error: the training loss is nan in epoch 0, by step 6: try a lower optimizer.lr" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert not list(tmp_path.glob("logs/train/*/metrics.json"))
