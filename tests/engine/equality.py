@@ -15,7 +15,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """All curves but the one of a clock."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    tags = set(events.Tags()["scalars"]) - {"train/images_per_second"}
+    tags = {tag for tag in events.Tags()["scalars"] if "per_second" not in tag}
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
@@ -24,7 +24,7 @@ def table(folder: Path) -> list[dict[str, str]]:
     if not (folder / "csv").exists():
         return []
     with (folder / "csv" / "metrics.csv").open() as file:
-        return [{**line, "train/images_per_second": ""} for line in csv.DictReader(file)]
+        return [{key: line[key] for key in line if "per_second" not in key} for line in csv.DictReader(file)]
 
 
 def weights(checkpoint: Path) -> torch.Tensor:
@@ -53,7 +53,9 @@ def content(path: Path) -> dict[str, Any]:
     checkpoint = load_checkpoint(path)
     for name in ("config", "hyper_parameters"):
         checkpoint.pop(name, None)
-    checkpoint["metrics"].pop("train/images_per_second", None)
+    checkpoint["metrics"] = {
+        name: checkpoint["metrics"][name] for name in checkpoint["metrics"] if "per_second" not in name
+    }
     checkpoint["callbacks"].pop("Speed", None)
     for state in checkpoint["callbacks"].values():
         for key in [key for key in state if "path" in key or key in ("dirpath", "best_k_models", "current_score")]:

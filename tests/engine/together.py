@@ -25,7 +25,7 @@ class Run(NamedTuple):
     @property
     def metrics(self) -> dict[str, float]:
         metrics: dict[str, float] = json.loads((self.path / "metrics.json").read_text())["metrics"]
-        return {name: value for name, value in metrics.items() if name != "train/images_per_second"}
+        return {name: value for name, value in metrics.items() if "per_second" not in name}
 
 
 def assert_equal_runs(run: Run, alone: Run) -> None:

@@ -73,7 +73,7 @@ DEVICE = {
 # that is not here, anything.
 METRICS = {
     "src.classifier.ImageClassifier": ("train/acc", "train/loss", "val/acc", "val/loss"),
-    "src.callbacks.speed.Speed": ("train/images_per_second",),
+    "src.callbacks.speed.Speed": ("train/images_per_second", "train/samples_per_second"),
 }
 
 # By the beginning of a node's `_target_`, or the key of one that has none; the commands' names are the tops of
@@ -231,7 +231,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "every_n_steps": _or_null(_int(1)),
         "refresh_rate": _int(0),
         "num_images": _int(1),
-        "ci": _or_null(TEXT),
+        "ci": NAME,
     },
     "src.engine.runs.loggers.": {
         "save_dir": TEXT,
