@@ -1,6 +1,5 @@
 """What the tests of several rooms share."""
 
-import os
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -9,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-# What a config may name beside the project's own classes.
-os.environ.setdefault("ALLOWED_TARGETS", "tests")
 # The fixtures of MNIST, as long as it is here.
 pytest_plugins = ["tests.mnist.files"] if Path(__file__).with_name("mnist").exists() else []
 

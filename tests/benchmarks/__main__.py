@@ -119,7 +119,7 @@ def run_template(data: Data, *overrides: str, ends: bool = False) -> Run:
         return run(
             "-m", "src.train", f"data.root={data.root}", f"data.source={data.source}", f"hydra.run.dir={folder}/run",
             "test=false", "+callbacks.clock._target_=tests.benchmarks.clock.Clock", *clock, *overrides,
-            stamps=stamps, env={"ALLOWED_TARGETS": "tests.benchmarks"},
+            stamps=stamps,
         )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """Which checkpoint a command takes, and whether it is whole: found without importing torch."""
 
+import csv
+import json
 import logging
 import os
 import zipfile
@@ -26,6 +28,32 @@ def check_checkpoint(path: str | Path) -> None:
         damaged = str(error)
     if damaged:
         raise CheckpointError(f"ckpt_path={path}: damaged ({damaged}); choose another file")
+
+
+def find_best(folder: Path) -> Path:
+    """The best checkpoint of a run, or of a sweep's winner, by what they have recorded.
+
+    Raises:
+        CheckpointError: If there is no such record, or no such file.
+    """
+    said = f"ckpt_path={folder}:"
+    try:
+        if (folder / "sweep.csv").is_file():
+            rows = csv.DictReader((folder / "sweep.csv").read_text(encoding="utf-8").splitlines())
+            row = next(row for row in rows if row["status"] == "finished")  # the best one comes first
+            run, name = folder / row["job"], row["checkpoint"]
+        else:
+            record = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            run, name = folder, record["best"]["checkpoint"]
+    except (OSError, StopIteration) as error:
+        raise CheckpointError(f"{said} no finished run's folder, nor a sweep's; choose a checkpoint file") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{said} its record is damaged; choose a file in its checkpoints folder") from error
+    # The path was right when it was written; the folder may have been moved since.
+    for path in (run / name, run / "checkpoints" / Path(name).name) if name else ():
+        if path.is_file():
+            return path
+    raise CheckpointError(f"{said} its record names no checkpoint that is there; choose a file")
 
 
 def newest_checkpoint(logs: Path) -> Path:

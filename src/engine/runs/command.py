@@ -1,16 +1,19 @@
-"""What surrounds every command: its config is checked, its folder claimed, its errors said in short."""
+"""What surrounds every command: its config is checked, its folder claimed, its errors printed in short."""
 
 import atexit
 import ctypes
 import gc
 import logging
 import os
+import shutil
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 
 from src.engine.errors import ConfigError
-from src.engine.runs.checkpoints import check_checkpoint, find_checkpoint, newest_checkpoint
+from src.engine.runs.checkpoints import check_checkpoint, find_best, find_checkpoint, newest_checkpoint
 from src.engine.runs.processes import (
     GRACE,
     SWEEP_PARENT,
@@ -32,11 +35,11 @@ from src.engine.runs.processes import (
     is_requeued,
     is_started_from_outside,
 )
-from src.engine.runs.resume import expand
+from src.engine.runs.resume import expand, quoted
 from src.engine.runs.status import describe_start, write_status
-from src.engine.settings.check import ROOT, check
-from src.engine.settings.explain import explain
-from src.engine.settings.trust import guard_hydra
+from src.engine.settings.check import CONF, ROOT, check, check_values
+from src.engine.settings.explain import explain, is_refusal, nearest_key
+from src.engine.settings.trust import admit
 
 log = logging.getLogger(__name__)
 
@@ -45,41 +48,58 @@ SLURM_LAUNCHER = "hydra_plugins.slurm_launcher.SlurmLauncher"  # as its option i
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _asked_full_error = ""  # what the user has set it to
 _check_more: Callable[[DictConfig], None] | None = None  # the command's own check
+_made: list[Path] = []  # the run's folder and those around it, as far as this process has made them
+_is_refused = False  # whether the run has ended before it began, by what the user can mend
+# Hydra's own flags, and those of them that take the next word.
+FLAGS = (
+    "--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--shell-completion",
+    "-sc",
+)  # fmt: skip
+FLAGS_OF_TWO = (
+    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
+    "--experimental-rerun", "--info", "-i",
+)  # fmt: skip
 
 
 class JobError(Exception):
     """A sweep's job has failed; the message says why, without the traceback, which would keep the model in memory."""
 
 
-def run(main: Callable[[], Any], config_name: str, check: Callable[[DictConfig], None] | None = None) -> None:
+def run(
+    main: Callable[[], Any], config_name: str, check: Callable[[DictConfig], None] | None = None, positional: str = ""
+) -> None:
     """Run a command that ``hydra.main`` decorates; errors of composition are printed in short, with exit status 1.
 
     Args:
         main: The decorated function.
         config_name: Its root in ``conf/``, where misspelt keys are looked up.
         check: The command's own check of its config, made before the run's folder.
+        positional: The key that words without one belong to.
     """
     global _asked_full_error, _check_more
     _check_more = check
     # Lightning 2.6 calls what torch 2.15 has deprecated; nothing that a user could mend.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-    # A run that goes on in its folder.
+    # A run that resumes in its folder.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     # The table of the model then says the weights' size as of 32 bits, which they have.
     warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
-    # A run that goes on in a new folder has its best checkpoint there.
+    # A run that resumes in a new folder has its best checkpoint there.
     warnings.filterwarnings("ignore", message="The dirpath has changed")
-    # A run that goes on with other callbacks: that its config differs is said already.
+    # A run that resumes with other callbacks: you are told already that its config differs.
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
     # At every start outside of a job, on a machine that has Slurm.
     warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")
     os.environ.setdefault("PROJECT_ROOT", str(ROOT))
     _asked_full_error = os.environ.get(FULL_ERROR, "")
     os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would print over many lines
-    guard_hydra()
     exit_on_signals()
     end_with_parent()
     try:
+        sys.argv[1:] = arrange(sys.argv[1:], config_name, positional)
+        if not {"--help", "-h"}.isdisjoint(sys.argv):
+            print(describe_command(config_name))
+            return
         if config_name == "train" and not is_child():  # whose arguments are expanded
             sys.argv[1:] = expand(sys.argv[1:])
         main()
@@ -87,6 +107,66 @@ def run(main: Callable[[], Any], config_name: str, check: Callable[[DictConfig],
         if _asked_full_error == "1":
             raise
         _leave(explain(error, config_name))
+    finally:
+        if _is_refused:
+            _remove_folders()
+
+
+def arrange(arguments: Sequence[str], config_name: str, positional: str = "") -> list[str]:
+    """Arguments as Hydra wants them: flags first, then overrides.
+
+    Args:
+        arguments: Those of the command line, in any order.
+        config_name: The command's root in ``conf/``.
+        positional: The key that words without one belong to, files that exist among them.
+
+    Raises:
+        ConfigError: If a setting is written as a flag.
+    """
+    flags, overrides, files = [], [], []
+    words = iter(arguments)
+    for word in words:
+        name, _, value = word.partition("=")
+        if word.startswith("-"):
+            if not any(
+                flag == name or (name.startswith("--") and flag.startswith(name)) for flag in FLAGS + FLAGS_OF_TWO
+            ):
+                value = value or next(words, "<value>")
+                key = nearest_key(name.lstrip("-").replace("-", "_"), config_name) or "key"
+                raise ConfigError(f"{name}: settings are written key=value, as in {key}={value}")
+            flags.append(word)
+            if "=" not in word and name in FLAGS_OF_TWO:
+                flags.extend([next(words, "")])
+        elif positional and (Path(word).exists() or not ("=" in word or word.startswith("~"))):
+            files.append(word)
+        elif (CONF / name).is_dir() and value == "null":  # a group that is off
+            overrides.append(f"{name}=[]")
+        elif (CONF / name).is_dir() and value.isdecimal():
+            options = sorted(path.stem for path in (CONF / name).glob("*.yaml"))
+            raise ConfigError(f"{word}: no such file in conf/{name}/; there are: {', '.join(options)}")
+        else:
+            overrides.append(word)
+    return [*flags, *overrides, *([f"{positional}=[{','.join(map(quoted, files))}]"] if files else [])]
+
+
+def describe_command(config_name: str) -> str:
+    """What ``--help`` prints: the keys of the command's file in ``conf/`` with their comments, and its groups."""
+    lines = (CONF / f"{config_name}.yaml").read_text().splitlines()
+    entries = [line.strip(" -").split(":")[0] for line in lines if line.startswith("  - ")]
+    groups = [group for group in entries if (CONF / group).is_dir() and group != "hydra"]
+    options = [f"{group}={', '.join(sorted(path.stem for path in (CONF / group).glob('*.yaml')))}" for group in groups]
+    keys = dropwhile(lambda line: line != "", lines)
+    own = [line for line in takewhile(lambda line: line != "hydra:", keys) if not line.startswith(("root_", "output_"))]
+    return "\n".join([lines[0].strip("# "), *own, "", *options, "", "--cfg job: all settings; -m: several values"])
+
+
+def _remove_folders() -> None:
+    """Remove the folder of a run that never began, and those that were made for it; not one with a checkpoint."""
+    if _made and not list(_made[0].rglob("*.ckpt")):
+        shutil.rmtree(_made[0])
+        with suppress(OSError):  # another run is in there by now
+            for folder in _made[1:]:
+                folder.rmdir()
 
 
 def _leave(message: str) -> NoReturn:
@@ -96,6 +176,7 @@ def _leave(message: str) -> NoReturn:
     sys.exit(message if is_first_of_host() else 1)
 
 
+@cache
 def load_libraries() -> None:
     """Import torch and Lightning, and set up this process to compute fast; the numbers stay the same.
 
@@ -144,6 +225,7 @@ def short_errors(cfg: DictConfig) -> Iterator[None]:
     In a sweep the error is written to ``error.txt`` too. Each job is checked here, since ``Preflight`` checks
     single runs only.
     """
+    global _is_refused
     message = ""
     try:
         if in_sweep():
@@ -152,14 +234,15 @@ def short_errors(cfg: DictConfig) -> Iterator[None]:
             gc.collect()  # the previous job's data: Lightning's objects point at each other
             gc.freeze()  # what is left are the libraries, which the next collection need not look through
             _require_own_process(cfg)
-            _check(cfg)
+            _check(cfg, HydraConfig.get())
         yield
     except Exception as error:
         if _asked_full_error == "1" and not in_sweep():
             raise
-        logging.raiseExceptions = False  # a log that cannot be written, on a full disk, shall not hide the error
+        logging.raiseExceptions = False  # a log that cannot be written, on a full disk, must not hide the error
         log.log(logging.ERROR if _asked_full_error == "1" else logging.DEBUG, "stack trace:", exc_info=error)
-        message = explain(error)
+        message = explain(error, cfg=cfg)
+        _is_refused = is_refusal(error, cfg) and not in_sweep()
         if is_child():  # of what has befallen its parent too, that one tells, and takes this process along
             time.sleep(GRACE)
         log.error(f"[{get_name()}] {message}" if get_name() else message)
@@ -173,7 +256,7 @@ def short_errors(cfg: DictConfig) -> Iterator[None]:
 
 
 def continue_if_requeued(cfg: DictConfig) -> None:
-    """Where Slurm has started this job once more, go on from the last checkpoint in its folder."""
+    """Where Slurm has started this job once more, resume from the last checkpoint in its folder."""
     if not is_requeued():
         return
     folder = Path(cfg.output_dir)
@@ -186,17 +269,23 @@ def continue_if_requeued(cfg: DictConfig) -> None:
 class Preflight(Callback):
     """Hydra's callback ahead of a run: rejects a bad config before its folder is made, then claims the folder."""
 
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Trust what the sweep's config names: its winner is tested."""
+        _admit(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]), config.hydra)
+
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check the config and claim ``hydra.run.dir``; ends the command where that fails."""
-        os.environ[FULL_ERROR] = _asked_full_error  # composed: what the run starts shall see what the user has set
+        os.environ[FULL_ERROR] = _asked_full_error  # composed: what the run starts must see what the user has set
         try:
             job = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             job.output_dir = config.hydra.run.dir
             if SWEEP_PARENT not in os.environ:
                 _refuse_sweep(config)
                 _refuse_output_dir(config)
-                _check(job)
+                _check(job, config.hydra)
+                config.merge_with(OmegaConf.masked_copy(job, [key for key in ("ckpt_path",) if key in job]))
             folder = Path(config.hydra.run.dir)
+            missing = [path for path in (folder, *folder.parents) if not path.exists()]
             if any(override.startswith("hydra.run.dir=") for override in config.hydra.overrides.hydra):
                 folder.mkdir(parents=True, exist_ok=True)  # named by the user, it may be there: another rank's, say
             elif is_started_from_outside():
@@ -206,23 +295,40 @@ class Preflight(Callback):
                 )
             else:
                 config.hydra.run.dir = str(claim(folder))
-                if "resume" in config:  # nothing goes on with a run of the other commands
+                missing = [Path(config.hydra.run.dir), *(path for path in missing if path != folder)]
+                if "resume" in config:  # no run of the other commands is resumed
                     write_status(Path(config.hydra.run.dir), "queued", describe_start(config.hydra))
+            if missing[:1] == [Path(config.hydra.run.dir)]:
+                _made[:] = missing
         except Exception as error:  # Hydra turns an Exception in a callback into a warning
             if os.environ.get(FULL_ERROR) == "1":
                 traceback.print_exc()
             _leave(explain(error))
 
 
-def _check(cfg: DictConfig) -> None:
-    """Check a command's config and the checkpoint that it names."""
-    check(cfg)
+def _check(cfg: DictConfig, hydra: Any) -> None:
+    """Check a command's config and the checkpoint that it names; that of a run's or sweep's folder is looked up."""
+    added = [override.lstrip("+").partition("=")[0].partition(".")[0] for override in hydra.overrides.task]
+    check(cfg, declared=[*hydra.runtime.choices, *added])
     if _check_more:
         _check_more(cfg)
     if cfg.get("ckpt_path"):
+        if Path(cfg.ckpt_path).is_dir():
+            cfg.ckpt_path = str(find_best(Path(cfg.ckpt_path)))
         check_checkpoint(cfg.ckpt_path)
     elif "seed" not in cfg:  # all commands but training take one
         newest_checkpoint(Path(cfg.root_dir) / "logs")
+    load_libraries()
+    check_values(cfg)
+    _admit(cfg, hydra)
+
+
+def _admit(cfg: DictConfig, hydra: Any) -> None:
+    """Let checkpoints build what the user's own config names, in folders of theirs too."""
+    admit(cfg)
+    for source in hydra.runtime.config_sources:
+        if source.provider == "command-line":
+            admit(Path(source.path))
 
 
 def _require_own_process(cfg: DictConfig) -> None:

@@ -1,24 +1,47 @@
-"""Whether a config makes sense: checked in milliseconds, since the classes that take it need seconds to import."""
+"""Whether a config makes sense, as far as it can be told without the classes: their imports take seconds."""
 
+import difflib
 import importlib.util
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.engine.errors import ConfigError
-from src.engine.settings.rules import METRICS, NODE, RULES
-from src.engine.settings.trust import check_targets
+from src.engine.settings.arguments import check_arguments, describe, find_nodes, takes
 
 ROOT = Path(__file__).resolve().parents[3]
 CONF = ROOT / "conf"
 
-
-# Each builds one object, where a command trains; those that are _partial_ get the rest of their arguments then.
-REQUIRED_NODES = {"data": False, "model": False, "optimizer": True, "trainer": True}
-NODES_BY_NAME = ("callbacks", "logger")  # each holds named nodes
+POSITIVE = Annotated[int, range(1, sys.maxsize)]
+# The template's own keys: those that no class takes.
+OWN: dict[str, Any] = {
+    "seed": Annotated[int, range(2**32)] | None,
+    "monitor": str | None,
+    "mode": Literal["min", "max"],
+    "train": bool,
+    "test": bool | Literal["all"],
+    "resume": str | None,
+    "ckpt_path": str | None,
+    "task_name": str | None,
+    "tags": list[str] | str | None,
+    "data.root": str | None,
+    "data.batch_size": POSITIVE | None,
+    "inputs": str | list[str],
+    "batch_size": POSITIVE,
+    "output": str | None,
+    "format": Literal["onnx", "pt2", "safetensors"],
+    "port": Annotated[int, range(2**16)],
+    "root_dir": str,
+    "output_dir": str,
+}
+DECLARED = ("train", "task_name", "tags", "paths", "extras")  # what other templates have
 MARKS = {"inputs": "predict", "format": "export", "port": "demo"}  # a key that only this command has
+NEEDED = ("model", "trainer")  # to train
+NAMED = ("callbacks", "logger")  # each holds named nodes
 # By a format, or a logger's class: what it needs, and the extra of pyproject.toml that has it.
 PACKAGES = {
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "export"),
@@ -29,48 +52,131 @@ PACKAGES = {
 }
 
 
-def check(cfg: DictConfig) -> None:
-    """Check a command's config, resolved and whole.
+def check(cfg: DictConfig, declared: Iterable[str] = ()) -> None:
+    """Check a command's config without importing what it names: keys, own values, nodes and modules.
+
+    Args:
+        cfg: The config, whole.
+        declared: Keys at the top that are known beside those of the command's file in ``conf/``.
 
     Raises:
-        ConfigError: At the first value that cannot be.
+        ConfigError: At the first that cannot be.
     """
-    try:
-        config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, dict)
-    for key in map(str, config):
-        if "/" in key:
-            raise ConfigError(f"{key}: no such group in conf/; keys are written with points")
-    is_training = not config.keys().isdisjoint(("seed", "model", "trainer"))
-    if is_training:
-        for name, is_partial in REQUIRED_NODES.items():
-            _require_target(name, config.get(name), is_partial)
-        if scheduler := config.get("scheduler"):
-            _require_target("scheduler.scheduler", scheduler.get("scheduler"), is_partial=True)
-    for name in NODES_BY_NAME:
+    config = _resolve(cfg)
+    command = _command(config)
+    _check_keys(config, command, declared)
+    for key, annotation in OWN.items():
+        group, _, name = key.rpartition(".")
+        node = config.get(group) if group else config
+        if isinstance(node, dict) and "_target_" not in node and name in node and not takes(annotation, node[name]):
+            raise ConfigError(f"{key}={node[name]}: expected {describe(annotation)}")
+    if command == "train":
+        _check_training(config)
+    for name in NAMED:
         nodes = config.get(name) or {}
         if not isinstance(nodes, dict):
             raise ConfigError(f"{name}={nodes}: expected named nodes, each with a _target_")
         for key, node in nodes.items():
             if node is not None:
                 _require_target(f"{name}.{key}", node)
-    check_targets(config)
+    for key, node in find_nodes(config):
+        _find_module(key, node["_target_"])
     for key, node in (config.get("logger") or {}).items():
         _require_packages("logger", key, str((node or {}).get("_target_")).rpartition(".")[2])
-    command = "train" if is_training else next((name for key, name in MARKS.items() if key in config), "test")
-    _check_node("", config, command)
-    if is_training:
-        _check_resume(config)
-        _check_clipping(config["trainer"], config["optimizer"])
-        _check_monitors(config)
     if command == "predict":
-        _require_packages("output", config["output"], Path(config["output"] or "").suffix[1:])
+        _check_inputs(config)
     if command == "export":
         _require_packages("format", config["format"], config["format"])
+
+
+def check_values(cfg: DictConfig) -> None:
+    """Check what only the classes know that a config names: their arguments. It imports them.
+
+    Raises:
+        ConfigError: At the first that cannot be.
+    """
+    config = _resolve(cfg)
+    check_arguments(config)
     device = config.get("trainer") or config.get("accelerator") or {}  # a test has no trainer of its own
     _check_accelerator(device.get("accelerator"))
+
+
+def _resolve(cfg: DictConfig) -> dict[str, Any]:
+    try:
+        config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    return {str(key): value for key, value in config.items()}  # type: ignore[union-attr]
+
+
+def _command(config: Mapping[str, Any]) -> str:
+    if not config.keys().isdisjoint(("seed", "model", "trainer")):
+        return "train"
+    return next((name for key, name in MARKS.items() if key in config), "test")
+
+
+def _check_keys(config: Mapping[str, Any], command: str, declared: Iterable[str]) -> None:
+    """A key in a file that nobody reads is as wrong as one on the command line."""
+    root: Any = OmegaConf.to_container(OmegaConf.load(CONF / f"{command}.yaml"))
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    own = {key: node for key, node in root.items() if key not in ("defaults", "hydra")}
+    needed = {*own, *(name for name in ("accelerator",) if any(name in entry for entry in root["defaults"]))}
+    for path, node, known in [
+        ("", config, {*own, *groups, *DECLARED, *declared}),
+        *((f"{key}.", config[key], set(child)) for key, child in own.items()
+          if isinstance(child, dict) and isinstance(config.get(key), dict)),
+    ]:  # fmt: skip
+        for key in node:
+            if "/" in str(key):
+                raise ConfigError(f"{key}: no such group in conf/; keys are written with points")
+            if key not in known:
+                close = nearest(str(key), sorted(known))
+                raise ConfigError(f"{path}{key}: no such key; {close} (a key of your own: conf/{command}.yaml, extras)")
+    for key in needed:
+        if key not in config:
+            raise ConfigError(f"{key}: is missing" + (f"; expected {describe(OWN[key])}" if key in OWN else ""))
+
+
+def nearest(name: str, options: Iterable[str], limit: int = 20) -> str:
+    """Which of some names is meant: one by its last part, or a similar one; else all of them, if there are few."""
+    options = list(options)
+    close = [option for option in options if option.rpartition(".")[2] == name]
+    close = close or difflib.get_close_matches(name, options, n=1, cutoff=0.7)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    if len(options) > limit:
+        return "--cfg job shows what there is, --cfg hydra Hydra's own keys"
+    return f"there are: {', '.join(options) or 'none'}"
+
+
+def _check_training(config: Mapping[str, Any]) -> None:
+    for name in NEEDED:
+        _require_target(name, config.get(name))
+    for name in ("data", "optimizer"):
+        if config.get(name) is not None:
+            _require_target(name, config[name])
+    if not config["trainer"].get("_partial_"):
+        raise ConfigError(f"trainer._partial_={config['trainer'].get('_partial_')}: expected true")
+    scheduler = config.get("scheduler")
+    if isinstance(scheduler, dict) and scheduler and "_target_" not in scheduler:
+        _require_target("scheduler.scheduler", scheduler.get("scheduler"))
+    resume, folder = config["resume"], config["output_dir"]
+    if resume is not None and Path(resume).resolve() != Path(folder).resolve():
+        # From a file, it would come too late to be replaced by how its run was started.
+        raise ConfigError(f"resume={resume}: resumes a run from the command line only, not from a file")
+    precision, clip = str(config["trainer"].get("precision")), config["trainer"].get("gradient_clip_val")
+    if clip and precision.endswith("-mixed") and (config.get("optimizer") or {}).get("fused"):
+        raise ConfigError(
+            f"trainer.gradient_clip_val={clip}: a fused optimizer unscales {precision} gradients itself, after the "
+            "clipping; set optimizer.fused=false"
+        )
+
+
+def _check_inputs(config: Mapping[str, Any]) -> None:
+    suffix = Path(config["output"] or "_.csv").suffix
+    if suffix not in (".csv", ".json", ".parquet"):
+        raise ConfigError(f"output={config['output']}: expected a file that ends in .csv, .json or .parquet")
+    _require_packages("output", config["output"], suffix[1:])
 
 
 def _require_packages(key: str, value: str | None, what: str) -> None:
@@ -80,71 +186,35 @@ def _require_packages(key: str, value: str | None, what: str) -> None:
         raise ConfigError(f"{key}={value}: needs {' and '.join(missing)}: pip install -e '.[{extra}]'")
 
 
-def _require_target(key: str, node: Any, is_partial: bool = False) -> None:
-    if not NODE.holds(node):
+def _require_target(key: str, node: Any) -> None:
+    if not (isinstance(node, dict) and "_target_" in node):
         found = ", ".join(map(str, node)) if isinstance(node, dict) else node
         raise ConfigError(f"{key}: expected a node with a _target_, the class to build; found {found}")
-    if node.get("_partial_", False) is not is_partial:
-        raise ConfigError(f"{key}._partial_={node.get('_partial_')}: expected {'true' if is_partial else 'false'}")
 
 
-def _check_node(path: str, node: Any, prefix: str | None = None) -> None:
-    """Apply the rules that have this prefix, else those of the node's target or key, then go down into it."""
-    if isinstance(node, list):
-        for index, child in enumerate(node):
-            _check_node(f"{path}[{index}]", child)
-    if not isinstance(node, dict):
-        return
-    if prefix is None:
-        target = node.get("_target_", "")
-        prefix = next((name for name in RULES if "." in name and target.startswith(name)), "" if target else path)
-    rules = RULES.get(prefix, {})
-    for key, rule in rules.items():
-        full_key = f"{path}.{key}".lstrip(".")
-        if key in node and not rule.holds(node[key]):
-            raise ConfigError(f"{full_key}={node[key]}: expected {rule.expected}")
-        if rule.needed and key not in node:
-            raise ConfigError(f"{full_key}: is missing; expected {rule.expected}")
-    for key, value in node.items():
-        _check_node(f"{path}.{key}".lstrip("."), value)
+def _find_module(key: str, target: Any) -> None:
+    """Look for a target's module among the files: importing torch takes seconds."""
+    said = f"{key}._target_={target}"
+    if not isinstance(target, str) or not all(name.isidentifier() for name in target.split(".")) or "." not in target:
+        raise ConfigError(f"{said}: expected the dotted name of a class, as in torch.optim.Adam")
+    package, *names = target.split(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise ConfigError(f"{said}: no package {package} is installed")
+    places = [Path(place) for place in spec.submodule_search_locations or ()]
+    while places and len(names) > 1:
+        files = [file for folder in places for file in folder.iterdir()]
+        found = [file for file in files if file.name.split(".")[0] == names[0]]
+        initial = [folder / "__init__.py" for folder in places if (folder / "__init__.py").is_file()]
+        if not found and not any(names[0] in path.read_text("utf-8", "replace") for path in initial):
+            known = sorted({file.stem for file in files if file.name[0] not in "_."})
+            raise ConfigError(f"{said}: {package} has no {names[0]}; {nearest(names[0], known)}")
+        package, places = f"{package}.{names.pop(0)}", [file for file in found if file.is_dir()]
 
 
-def _check_resume(config: dict[Any, Any]) -> None:
-    """From a file, ``resume`` would come too late to be replaced by how its run was started."""
-    resume, folder = config["resume"], config["output_dir"]
-    if resume is not None and Path(resume).resolve() != Path(folder).resolve():
-        raise ConfigError(f"resume={resume}: goes on with a run from the command line alone, not from a file")
-
-
-def _check_clipping(trainer: dict[str, Any], optimizer: dict[str, Any]) -> None:
-    precision, clip = str(trainer.get("precision")), trainer.get("gradient_clip_val")
-    if clip and precision.endswith("-mixed") and optimizer.get("fused"):
-        raise ConfigError(
-            f"trainer.gradient_clip_val={clip}: a fused optimizer unscales {precision} gradients by itself, behind the "
-            "clipping; set optimizer.fused=false"
-        )
-
-
-def _check_monitors(config: dict[Any, Any]) -> None:
-    """Where it is known what is logged: a metric that never comes would else be missed behind the first epoch."""
-    callbacks = {name: node for name, node in (config.get("callbacks") or {}).items() if node}
-    targets = [config["model"]["_target_"], *(node["_target_"] for node in callbacks.values())]
-    if targets[0] not in METRICS or not all(target.startswith(("src.", "pytorch_lightning.")) for target in targets):
-        return
-    known = sorted({metric for target in targets for metric in METRICS.get(target, ())})
-    nodes = {"": config, "scheduler.": config.get("scheduler") or {}}
-    for path, node in (nodes | {f"callbacks.{name}.": node for name, node in callbacks.items()}).items():
-        if node.get("monitor") not in (None, *known):
-            raise ConfigError(
-                f"{path}monitor={node['monitor']}: no metric of that name; expected one of {', '.join(known)} "
-                "(those of your own belong into METRICS in src/engine/settings/rules.py)"
-            )
-
-
-def _check_accelerator(accelerator: str | None) -> None:
-    """Look for the device; torch is imported only when one is asked for, as the run will need it anyway."""
+def _check_accelerator(accelerator: Any) -> None:
     if accelerator in ("gpu", "cuda", "mps"):
-        import torch
+        import torch  # here: most of this file is to answer before it is imported
 
         has_mps = torch.backends.mps.is_available()
         if accelerator == "mps" and not has_mps:

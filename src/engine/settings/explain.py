@@ -1,58 +1,123 @@
 """Errors in a line or two: the setting or file, the value, what was expected, the remedy."""
 
-import difflib
 import re
+import sys
+import sysconfig
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.engine.errors import SweepError
-from src.engine.settings.check import CONF
+from src.engine.settings.arguments import find_function, find_nodes
+from src.engine.settings.check import CONF, ROOT, nearest
 
 EXTRAS = {"hydra/launcher/submitit_slurm": "slurm", "hydra/launcher/ray": "ray"}
-UNEXPECTED = r"got an unexpected keyword argument '(\w+)'"
-MAX_OPTIONS = 20  # more are not listed
+IN_LOG = "The stack trace is in the run's log; HYDRA_FULL_ERROR=1 prints it."
+DOORS = [f"src/{name}.py" for name in ("train", "test", "predict", "export", "demo", "reproduce")]
+PLUMBING = tuple(str(ROOT / name) for name in ("src/engine", "hydra_plugins", *DOORS))
+LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 
 
-def explain(error: BaseException, config_name: str = "") -> str:
-    """Say an error in one or two lines: the setting or file, the value, what was expected, the remedy."""
-    return re.sub(r"(\S{100})\S{300,}", r"\1...", _explain(error, config_name))
+def is_refusal(error: BaseException, cfg: DictConfig) -> bool:
+    """Whether the settings are at fault, or what they lead to: nothing that a run which is on its way comes to."""
+    names = ("ConfigError", "CheckpointError", "TargetError", "ArgumentError", "DataError", "InstantiationException",
+             "MisconfigurationException")  # fmt: skip
+    return type(error).__name__ in names or bool(_find_key(error, cfg))
 
 
-def _explain(error: BaseException, config_name: str) -> str:
+def explain(error: BaseException, config_name: str = "", cfg: DictConfig | None = None) -> str:
+    """An error in one or two lines: the setting or file, the value, what was expected, the remedy.
+
+    Args:
+        error: What was raised.
+        config_name: The command, where its config could not be composed.
+        cfg: The config that the command ran with.
+    """
+    said = re.sub(r"(\S{100})\S{300,}", r"\1...", f"error: {_explain(error, config_name, cfg)}")
+    return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in said)
+
+
+def _explain(error: BaseException, config_name: str, cfg: DictConfig | None) -> str:
+    if type(error).__name__ == "InstantiationException":  # "Error in call to target 'x.Y':\n...\nfull_key: optimizer"
+        found = re.search(r"full_key: (\S+)", str(error))
+        return _explain_constructor(error.__cause__ or error, found[1] if found else "config", config_name, cfg)
     if isinstance(error, HydraException | OmegaConfBaseException | MissingConfigException):
         return " ".join(_explain_config(error, config_name).split())  # a value may have line breaks
-    if isinstance(error, TypeError) and (name := re.match(rf"Trainer\.__init__\(\) {UNEXPECTED}", str(error))):
-        return f"error: trainer.{name[1]}: pytorch_lightning.Trainer takes no such argument"
+    if type(error).__module__ == "src.engine.errors":
+        return str(error) if type(error).__name__ == "SweepError" else " ".join(str(error).split())
+    if key := _find_key(error, cfg):
+        return _explain_constructor(error, key, config_name, cfg)
     if isinstance(error, IndexError) and (label := re.fullmatch(r"Target (\d+) is out of bounds\.", str(error))):
-        return f"error: model.num_classes: the data have a class {label[1]}; expected {int(label[1]) + 1} or more"
+        return f"model.num_classes: the data have a class {label[1]}; expected {int(label[1]) + 1} or more"
     if isinstance(error, OSError) and error.strerror:
-        where = f" {error.filename}" if error.filename else ""
-        return f"error:{where}: {error.strerror}; mend that or choose another folder with hydra.run.dir=<folder>"
-    if isinstance(error, SweepError):
-        return f"error: {error}"
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; mend that or choose another folder with hydra.run.dir=<folder>"
     if "/gloo/" in str(error) or type(error).__name__.startswith("Dist"):  # torch's DistNetworkError and so on
         reason = re.sub(r".*/gloo/\S+\] ", "", _first_line(error)).split(". This is")[0]
         if "connectFullMesh" in str(error):
             reason += " (is GLOO_SOCKET_IFNAME the interface that leads to the other machines?)"
         return (
-            f"error: another process of this run has ended or does not answer: {reason}; "
-            "see what it says itself, then go on with resume=<the run's folder>"
+            f"another process of this run has ended or does not answer: {reason}; "
+            "see what it says itself, then continue with resume=<the run's folder>"
         )
-    if isinstance(error, OSError) or type(error).__module__.startswith("src."):
-        return f"error: {' '.join(str(error).split())}"
-    frame = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
-    where = f" ({Path(frame.filename).name}, line {frame.lineno})" if frame else ""
-    trace = "HYDRA_FULL_ERROR=1 prints the stack trace."
-    if not config_name:
-        trace = "The stack trace is in the run's log; HYDRA_FULL_ERROR=1 prints it."
-    return f"error: {type(error).__name__}: {_first_line(error)}{where}\n{trace}"
+    if isinstance(error, OSError) or type(error).__name__ == "MisconfigurationException":  # Lightning's
+        return " ".join(str(error).split())
+    trace = "HYDRA_FULL_ERROR=1 prints the stack trace." if config_name else IN_LOG
+    return f"{type(error).__name__}: {_first_line(error)}{_where(error) or _last_place(error)}\n{trace}"
+
+
+def _explain_constructor(error: BaseException, key: str, config_name: str, cfg: DictConfig | None) -> str:
+    """What the constructor of a node raises; its own keys are told in full."""
+    if type(error).__module__ == "src.engine.errors" and not isinstance(error, ValueError):
+        return _explain(error, config_name, cfg)
+    lines = (str(error).strip() or repr(error)).splitlines()  # a bare assert says nothing
+    said = " ".join(" ".join(lines[: 2 if lines[0].endswith(":") else 1]).split())  # the reason follows the colon
+    name = re.match(r"(\w+)(=|[.:\[])", said)
+    if name and (name[2] == "=" or (cfg is not None and OmegaConf.select(cfg, f"{key}.{name[1]}") is not None)):
+        return f"{key}.{said}"
+    if name := re.search(r"got an unexpected keyword argument '(\w+)'", said):
+        return f"{key}.{name[1]}: its _target_ takes no such argument"
+    return f"{key}: {said}" + ("" if isinstance(error, ValueError) else _where(error))
+
+
+def _find_key(error: BaseException, cfg: DictConfig | None) -> str:
+    """The key of the node whose constructor has raised an error: optimizers, say, are built in the module."""
+    if cfg is None or error.__traceback__ is None:
+        return ""
+    keys = {}
+    for key, node in find_nodes(OmegaConf.to_container(cfg, resolve=True)):
+        module, _, name = str(node["_target_"]).rpartition(".")
+        found = getattr(sys.modules.get(module), name, None)
+        if code := getattr(find_function(found), "__code__", None) if callable(found) else None:
+            keys[code] = key
+    codes: list[CodeType] = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((keys[code] for code in reversed(codes) if code in keys), "")
+
+
+def _frames(error: BaseException) -> Iterator[tuple[str, int]]:
+    for frame in traceback.extract_tb(error.__traceback__):
+        if not frame.filename.startswith((*LIBRARIES, "<")):
+            yield frame.filename, frame.lineno or 0
+
+
+def _where(error: BaseException) -> str:
+    """The last place in the user's own code; in no library."""
+    own = [frame for frame in _frames(error) if not frame[0].startswith(PLUMBING)]
+    if not own:
+        return ""
+    path = Path(own[-1][0])
+    return f" ({path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}, line {own[-1][1]})"
+
+
+def _last_place(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
 
 
 def _explain_config(error: Exception, config_name: str) -> str:
@@ -61,66 +126,59 @@ def _explain_config(error: Exception, config_name: str) -> str:
         group, _, option = error.missing_cfg_file.rpartition("/")
         if error.missing_cfg_file in EXTRAS:
             extra = EXTRAS[error.missing_cfg_file]
-            return f"error: {group}={option}: not installed; pip install -e '.[{extra}]' does it"
+            return f"{group}={option}: not installed; pip install -e '.[{extra}]' does it"
         options = error.options or sorted(path.stem for path in (CONF / group).glob("*.yaml"))  # a list has none
-        return f"error: {group}={option}: no such file in conf/{group}/; {_nearest(option, options)}"
+        key, place = (group, f"conf/{group}/") if group else ("--config-name", "conf/")
+        return f"{key}={option}: no such file in {place}; {nearest(option, options)}"
+    if several := re.match(r"\s*Ambiguous value for argument '(.*?)'\s", str(error), re.DOTALL):
+        return f"{several[1]}: several values need -m: python -m src.train -m {several[1]}"
     if isinstance(error, ConfigCompositionException):
-        return f"error: {_explain_composition(error, config_name)}"
+        return _explain_composition(error, config_name)
     if isinstance(error, OmegaConfBaseException):
-        return f"error: {error.full_key or 'config'}: {_first_line(error)}"
-    if type(error).__name__ == "InstantiationException":
-        # "Error in call to target 'torch.optim.Adam':\nTypeError(...)\nfull_key: optimizer"
-        if type(error.__cause__).__module__.startswith("src.") and error.__cause__:
-            return _explain(error.__cause__, config_name)
-        key = re.search(r"full_key: (\S+)", str(error))
-        cause = error.__cause__ or error
-        where = key.group(1) if key else "config"
-        if name := re.search(UNEXPECTED, str(cause)):
-            target = re.search(r"target '(\S+)'", str(error))
-            return f"error: {where}.{name[1]}: {target[1] if target else 'its _target_'} takes no such argument"
-        lines = (str(cause).strip() or repr(cause)).splitlines()  # a bare assert says nothing
-        said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])  # the reason stands behind the colon
-        return f"error: {where}: {said}"
+        return f"{error.full_key or 'config'}: {_first_line(error)}"
     if isinstance(error, OverrideParseException):
-        return f"error: {error.override}: expected key=value, with quotes as in 'key=\"a, b\"' or 'key=[a,b]'"
-    return f"error: {error}"
+        return f"{error.override}: expected key=value, with quotes as in 'key=\"a, b\"' or 'key=[a,b]'"
+    return str(error)
 
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def _nearest(name: str, options: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    if len(options) > MAX_OPTIONS and not close:
-        return "--cfg job shows what there is, --cfg hydra Hydra's own keys"
-    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(options) or 'none'}"
-
-
 def _explain_composition(error: ConfigCompositionException, config_name: str) -> str:
     """Find the nearest name for a key that is not there."""
-    found = re.search(r"Could not (?:override|delete)[^']*'([^']+)'", str(error))
+    found = re.search(r"Could not (override|delete)[^']*'([^']+)'", str(error))
     if not found:
         cause = error.__cause__
         key = f"{cause.full_key}: " if isinstance(cause, OmegaConfBaseException) and cause.full_key else ""
         return key + " ".join(str(cause or error).split("full_key")[0].split())
-    key = found.group(1).split("=")[0].lstrip("+~")
+    key = found[2].split("=")[0].lstrip("+~")
     if isinstance(error.__cause__, OmegaConfBaseException) and "not in struct" not in str(error.__cause__):
         return f"{key}: {_first_line(error.__cause__)}"
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(config_name)
-    groups = [path.name for path in CONF.iterdir() if path.is_dir()]  # those that are off have no key
-    keys = [*_all_keys(cfg), *groups]
-    if key in keys:
+    keys = _all_keys(config_name)
+    if key in keys and found[1] == "delete":
         return f"{key}: cannot be deleted; {key}=null may do"
-    return f"{key}: no such key; {_nearest(key, keys)}" + f" (+{key}=... adds a new one)"
+    if key in keys and (chosen := [word for word in sys.argv if word.startswith(f"{key.partition('.')[0]}=")]):
+        return f"{key}: {chosen[-1]} has no such key; is it the sweep's? conf/sweep/ may have one without it"
+    if config_name != "train" and (CONF / key).is_dir():
+        own = ", ".join(option for option in keys if option not in ("root_dir", "output_dir"))
+        return f"{key}: python -m src.{config_name} reads this from the checkpoint; there are: {own}"
+    groups = [path.name for path in CONF.iterdir() if path.is_dir()]  # those that are off have no key
+    return f"{key}: no such key; {nearest(key, [*keys, *groups])} (+{key}=... adds a new one)"
 
 
-def _all_keys(node: Any, path: str = "") -> list[str]:
-    if not isinstance(node, DictConfig) or node._is_none():
-        return []
-    keys = []
-    for key in node:
-        full_key = f"{path}.{key!s}".lstrip(".")
-        keys += [full_key, *_all_keys(node._get_node(key), full_key)]
-    return keys
+def nearest_key(name: str, config_name: str) -> str:
+    """The key of a command's config that is called so, or nearly so; empty without one."""
+    return nearest(name, _all_keys(config_name), 0).removeprefix("did you mean ").split()[0].rstrip("?")
+
+
+def _all_keys(config_name: str) -> list[str]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return list(_walk(OmegaConf.to_container(compose(config_name)), ""))
+
+
+def _walk(node: Any, path: str) -> Iterator[str]:
+    for key, child in node.items():
+        yield f"{path}.{key}".lstrip(".")
+        if isinstance(child, dict):
+            yield from _walk(child, f"{path}.{key}".lstrip("."))

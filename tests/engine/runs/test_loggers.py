@@ -50,7 +50,7 @@ def train(root: Path, *arguments: str, **env: str) -> subprocess.CompletedProces
     for name in ("home", "cwd"):
         (root / name).mkdir(parents=True, exist_ok=True)
     folders = {"HOME": str(root / "home"), "MPLCONFIGDIR": str(root / "matplotlib"), "PROJECT_ROOT": str(root)}
-    result = forks.run_command("train", *arguments, cwd=root / "cwd", **{"ALLOWED_TARGETS": "tests", **folders, **env})
+    result = forks.run_command("train", *arguments, cwd=root / "cwd", **{**folders, **env})
     assert list((root / "cwd").iterdir()) == []
     assert [path for path in (root / "home").rglob("*") if path.is_file()] == []
     return result
@@ -240,7 +240,7 @@ def test_a_signal_ends_the_run_as_killed(root: Path) -> None:
     go = root / "go"
     wait = f"+callbacks.wait={{_target_: tests.engine.faults.WaitAt, step: 7, path: '{go}'}}"
     command = [sys.executable, "-m", "src.train", *SHORT, *BOTH, wait, f"hydra.run.dir={folder}"]
-    env = {**os.environ, "PROJECT_ROOT": str(root), "ALLOWED_TARGETS": "tests", "HOME": str(root / "home")}
+    env = {**os.environ, "PROJECT_ROOT": str(root), "HOME": str(root / "home")}
     with (root / "said").open("w") as said:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=said, stderr=said)
     wait_until(lambda: "waiting in" in (root / "said").read_text(), seconds=120)

@@ -63,7 +63,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a cluster of two nodes of one CPU each."""
     folder = tmp_path_factory.mktemp("meet")
     (folder / "meet.py").write_text(MEET)
-    env = {**ENV, "PYTHONPATH": f"{ROOT}:{folder}", "ALLOWED_TARGETS": "meet"}  # what jobs have
+    env = {**ENV, "PYTHONPATH": f"{ROOT}:{folder}"}  # what jobs have
     address = f"127.0.0.1:{free_port()}"
     nodes = [
         start_node(env, "--head", f"--port={address.split(':')[1]}", "--include-dashboard=false"),

@@ -115,7 +115,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     folder = tmp_path_factory.mktemp("slurm")
     (folder / "slow.py").write_text(SLOW_SOURCE)
     with serve_slurm(folder) as env:
-        yield {**env, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{folder}", "ALLOWED_TARGETS": "slow"}
+        yield {**env, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{folder}"}
 
 
 @contextmanager
