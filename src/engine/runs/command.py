@@ -308,7 +308,8 @@ class Preflight(Callback):
 
 def _check(cfg: DictConfig, hydra: Any) -> None:
     """Check a command's config and the checkpoint that it names; that of a run's or sweep's folder is looked up."""
-    added = [override.lstrip("+").partition("=")[0].partition(".")[0] for override in hydra.overrides.task]
+    overrides: Any = OmegaConf.to_container(hydra.overrides.task)  # they may have interpolations
+    added = [override.lstrip("+").partition("=")[0].partition(".")[0] for override in overrides]
     check(cfg, declared=[*hydra.runtime.choices, *added])
     if _check_more:
         _check_more(cfg)

@@ -225,6 +225,8 @@ def _words(annotation: Any) -> Iterator[str]:
         yield from map(str, arguments)
     elif origin in WORDS:
         yield WORDS[origin]
+    elif origin is inspect.Parameter.empty:
+        yield "it"
     elif origin is None:
         yield "null"
     elif origin is _tensor():

@@ -14,7 +14,7 @@ from src.engine.runs.build import (
     restore,
 )
 from src.engine.runs.checkpoints import newest_checkpoint
-from src.engine.settings.check import CONF, check
+from src.engine.settings.check import CONF, check, check_values
 from src.train import train
 from tests.compose import compose_cfg
 from tests.forks import run_command
@@ -31,9 +31,10 @@ def test_every_yaml_file_composes_and_builds(option: str, tmp_path: Path) -> Non
     cfg = compose_cfg(tmp_path, option)
     if cfg.trainer.accelerator in ("gpu", "mps"):  # right config, wrong machine; tested on a GPU in test_train.py
         with pytest.raises(ConfigError, match="accelerator="):
-            check(cfg)
+            check_values(cfg)
         cfg.trainer.accelerator = "cpu"
     check(cfg)
+    check_values(cfg)
     assert build_datamodule(cfg).batch_size == cfg.data.batch_size  # type: ignore[attr-defined]
     module = build_module(cfg)
     if option == "trainer=fsdp":

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from src.engine.settings.check import ROOT
 from tests import forks
@@ -16,23 +17,13 @@ REJECTED_BEFORE_TORCH = {
     "optimizer.lrr=0.1": "optimizer.lrr: no such key; did you mean optimizer.lr?",
     "modell=lenet5": "modell: no such key; did you mean model?",
     "model=lenet": "model=lenet: no such file in conf/model/; did you mean lenet5?",
-    "data.batch_size=0": "data.batch_size=0: expected a whole number of 1 or more",
     "data.batch_size=1.5": "data.batch_size=1.5: expected a whole number",
     "data.batch_size=true": "data.batch_size=True: expected a whole number",
-    "optimizer.lr=-1": "optimizer.lr=-1: expected a number above 0",
-    "optimizer.lr=fast": "optimizer.lr=fast: expected a number above 0",
-    "optimizer.lr=nan": "optimizer.lr=nan: expected a number above 0",
-    "optimizer.betas=[0.9,1]": "optimizer.betas=[0.9, 1]: expected two numbers",
-    "trainer.max_epochs=abc": "trainer.max_epochs=abc: expected a whole number of 1 or more",
-    "trainer.limit_train_batches=1.5": "trainer.limit_train_batches=1.5: expected a whole number",
-    "data.val_size=60000": "data.val_size=60000: expected a whole number from 1 to 59999",
-    "data.source=web": "data.source=web: expected one of auto, files, download, package",
-    "model.net.activation=sigmoid": "model.net.activation=sigmoid: expected one of tanh, relu",
-    "trainer.devices=0": "trainer.devices=0: expected a whole number of 1 or more",
-    "trainer.devices=[]": "trainer.devices=[]: expected a whole number of 1 or more, a list of devices' indices",
-    "+trainer.num_nodes=0": "trainer.num_nodes=0: expected a whole number of 1 or more",
+    "optimizer.lr=fast": "optimizer.lr=fast: expected a number",
+    "optimizer.betas=[0.9]": "optimizer.betas=[0.9]: expected a list of",
+    "trainer.max_epochs=abc": "trainer.max_epochs=abc: expected a whole number or null",
     "monitor=[]": "monitor=[]: expected text",
-    "mode=best": "mode=best: expected one of min, max",
+    "mode=best": "mode=best: expected min or max",
     "sweep=lr": "sweep=lr: a sweep needs -m: python -m src.train -m sweep=lr",
     "seed=-1": "seed=-1: expected a whole number from 0",
     "ckpt_path=nowhere.ckpt": "ckpt_path=nowhere.ckpt: no such file",
@@ -48,9 +39,9 @@ REJECTED_BEFORE_TORCH = {
     "callbacks=[default,early_stop]": "callbacks=early_stop: no such file in conf/callbacks/; did you mean early",
     "+optimizer/mine=adam": "optimizer/mine: no such group in conf/",
     "output_dir=here": "output_dir: follows hydra.run.dir; set hydra.run.dir=<folder> instead",
-    "callbacks.lr._target_=os.system": "callbacks.lr._target_=os.system: not among what a config may build",
+    "callbacks.lr._target_=os.sep": "callbacks.lr._target_=os.sep: a str; expected a class or function",
     "optimizer._target_=torch.optim.Adamm": "torch.optim has no Adamm; did you mean Adam?",
-    f"model.net.activation={'x' * 5000}": f"model.net.activation={'x' * 79}... expected one of tanh, relu",
+    f"mode={'x' * 5000}": f"mode={'x' * 95}... expected min or max",
 }
 
 
@@ -78,7 +69,7 @@ print("torch" in sys.modules)
 """
 
 
-@pytest.mark.parametrize("argument", ["--help", "--cfg=job", "optimizer.lr=-1", "optimizer.lrr=1", "model=lenet"])
+@pytest.mark.parametrize("argument", ["--help", "--cfg=job", "seed=-1", "optimizer.lrr=1", "model=lenet"])
 def test_what_does_not_train_does_not_import_torch(argument: str) -> None:
     command = [sys.executable, "-c", SAY_WHETHER_TORCH_IS_IMPORTED, argument]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -88,10 +79,10 @@ def test_what_does_not_train_does_not_import_torch(argument: str) -> None:
 
 
 def test_the_stack_trace_is_printed_on_request(tmp_path: Path) -> None:
-    result = run_command("train", "optimizer.lr=-1", PROJECT_ROOT=str(tmp_path), HYDRA_FULL_ERROR="1")
+    result = run_command("train", "seed=-1", PROJECT_ROOT=str(tmp_path), HYDRA_FULL_ERROR="1")
     assert result.returncode == 1
     assert "Traceback" in result.stderr
-    assert "optimizer.lr=-1: expected" in result.stderr
+    assert "seed=-1: expected" in result.stderr
 
 
 @pytest.mark.parametrize("override", ["trainer=gpu", "accelerator=gpu"])
@@ -103,10 +94,12 @@ def test_a_gpu_that_is_not_there_is_said(override: str, tmp_path: Path) -> None:
 
 
 def test_testing_on_a_gpu_that_is_not_there_is_said(tmp_path: Path) -> None:
-    result = forks.run_command("test", "accelerator=gpu", PROJECT_ROOT=str(tmp_path), CUDA_VISIBLE_DEVICES="")
+    torch.save({}, tmp_path / "best.ckpt")
+    arguments = (f"ckpt_path={tmp_path}/best.ckpt", "accelerator=gpu")
+    result = forks.run_command("test", *arguments, PROJECT_ROOT=str(tmp_path), CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 1
     assert "accelerator=gpu: torch finds no GPU" in result.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "best.ckpt"]
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="a Mac has MPS")
