@@ -25,7 +25,7 @@ from src.data.sources import read_package
 from src.engine.errors import ConfigError
 from src.engine.runs.build import load_checkpoint, restore, restore_datamodule
 from src.engine.settings.check import check
-from src.engine.settings.trust import instantiate
+from src.engine.settings.trust import admit, instantiate
 from src.export import export, export_module
 from src.models.lenet5 import LeNet5
 from tests import forks
@@ -173,10 +173,8 @@ FLATTEN = {"_target_": "torch.nn.Flatten"}
 
 
 @pytest.mark.parametrize("file_format", ["onnx", "pt2", "safetensors"])
-def test_a_net_and_data_of_the_users_own_are_exported(
-    file_format: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("src.engine.settings.trust.OWN", ("tests",))
+def test_a_net_and_data_of_the_users_own_are_exported(file_format: str, trained: Path, tmp_path: Path) -> None:
+    admit({"_target_": "tests.test_export.FloatDigits"})
     norm = {"_target_": "torch.nn.BatchNorm1d", "num_features": 64}
     linear = {"_target_": "torch.nn.Linear", "in_features": 64, "out_features": 10}
     model = {"net": sequential(FLATTEN, norm, linear), "input_size": [1, 8, 8]}

@@ -47,7 +47,7 @@ class Search(NamedTuple):
 
 
 def search(folder: Path, *arguments: str, space: tuple[str, ...] = SPACE, **env: str) -> Search:
-    env |= {"PROJECT_ROOT": str(folder), "ALLOWED_TARGETS": "tests"}
+    env |= {"PROJECT_ROOT": str(folder)}
     result = forks.run_command(
         "train", "-m", *SMALL, "hydra/sweeper=optuna", *space, f"hydra.sweep.dir={folder}", *arguments, **env
     )
@@ -154,7 +154,7 @@ def test_a_killed_search_comes_to_its_target_with_the_trials_that_it_was_killed_
         f"hydra/launcher={launcher}", "+callbacks.slow={_target_:tests.engine.faults.SlowAt,step:50,seconds:3}",
     )  # fmt: skip
     command = ["-m", *SMALL, "hydra/sweeper=optuna", *SPACE, *arguments]
-    env = {"PROJECT_ROOT": str(tmp_path), "ALLOWED_TARGETS": "tests"}
+    env = {"PROJECT_ROOT": str(tmp_path)}
     process = forks.start("train", command, Path(os.devnull), env)
 
     def ended() -> dict[Path, int]:

@@ -36,7 +36,7 @@ def start_worker(folder: Path, url: str, study_name: str) -> subprocess.Popen[st
         f"hydra.sweeper.n_trials={TARGET}", f"hydra.sweeper.study_name={study_name}",
         "hydra/launcher=process", "hydra.launcher.n_jobs=1", "hydra.sweeper.storage=${oc.env:STUDY_URL}",
     ]  # fmt: skip
-    env = {**os.environ, "STUDY_URL": url, "OMP_NUM_THREADS": "1", "ALLOWED_TARGETS": "tests"}
+    env = {**os.environ, "STUDY_URL": url, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -23,7 +23,7 @@ from tests.processes import living, wait_until
 pytestmark = pytest.mark.netns
 
 MAIN = "10.77.0.1"
-ENV = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ALLOWED_TARGETS": "tests,tell"}
+ENV = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 # 4 steps an epoch.
 COMMON = (
     *TINY, "trainer=ddp_cpu", "trainer.num_nodes=2", "data.batch_size=60", "trainer.log_every_n_steps=2",

@@ -22,7 +22,6 @@ from tests.engine.tiny import TINY
 from tests.forks import run_command
 
 SMALL = (*TINY, "trainer.max_epochs=1", "callbacks=minimal")
-OURS = {"ALLOWED_TARGETS": "tests"}
 RATES = ("0.0005", "0.008")
 
 
@@ -46,7 +45,7 @@ class Sweep(NamedTuple):
 def run_sweep(root: Path, *arguments: str) -> Sweep:
     """Run a sweep of the small jobs."""
     before = set(root.glob("logs/multirun/*"))
-    result = run_command("train", "-m", *SMALL, *arguments, PROJECT_ROOT=str(root), **OURS)
+    result = run_command("train", "-m", *SMALL, *arguments, PROJECT_ROOT=str(root))
     (path,) = set(root.glob("logs/multirun/*")) - before
     return Sweep(path, result)
 
@@ -54,7 +53,7 @@ def run_sweep(root: Path, *arguments: str) -> Sweep:
 def run_again(sweep: Sweep, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Start a sweep once more in its folder."""
     folder = f"hydra.sweep.dir='{sweep.path}'"
-    return run_command("train", "-m", *SMALL, *arguments, folder, **OURS)
+    return run_command("train", "-m", *SMALL, *arguments, folder)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
