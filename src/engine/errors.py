@@ -23,7 +23,3 @@ class DataError(ValueError):
 
 class DivergenceError(ArithmeticError):
     """The loss is no longer finite; the message says since when, and what to try."""
-
-
-class ArgumentError(TypeError):
-    """An optimizer or scheduler that does not take what it is given; the message names both."""

@@ -118,6 +118,9 @@ class TinyLoader:
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position % len(self)}
 
+    def rewind(self, num_batches: int) -> None:
+        self.position = num_batches
+
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._first = state["position"]
 

@@ -1,65 +1,152 @@
-"""From a config to objects, and from a checkpoint to a module."""
+"""From a config to objects, and from a checkpoint to a module and its data."""
 
 import csv
+import inspect
+import logging
+import os
 import pickle
+import secrets
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import DeviceStatsMonitor, LearningRateMonitor
+from pytorch_lightning.callbacks import Checkpoint, DeviceStatsMonitor, LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger
+from torch import nn
 
-from src.classifier import ImageClassifier
-from src.engine.errors import CheckpointError
+from src.engine.errors import CheckpointError, ConfigError
+from src.engine.runs.checkpoint_io import AtomicCheckpointIO
 from src.engine.runs.checkpoints import check_checkpoint
+from src.engine.runs.processes import is_started_from_outside, prepare_trainer
+from src.engine.runs.resume import find_first_step
+from src.engine.runs.session import Session
 from src.engine.settings.trust import instantiate
 
+log = logging.getLogger(__name__)
 
-def build_datamodule(cfg: DictConfig) -> pl.LightningDataModule:
-    """The data module of ``cfg.data``."""
-    datamodule: pl.LightningDataModule = instantiate(cfg.data)
+FACTORIES = ("optimizer", "scheduler")  # groups that a module gets if its constructor takes them
+COMPILED = "_orig_mod."
+
+
+def seed_everything(cfg: DictConfig) -> None:
+    """Seed Python, NumPy and torch by ``cfg.seed``. If that is null, draw one first; it is then the run's seed.
+
+    Raises:
+        ConfigError: If it is null where several processes are started from outside: each would draw another.
+    """
+    if cfg.seed is None:
+        if is_started_from_outside():
+            raise ConfigError("seed=null: several processes cannot agree on one; set it, as in seed=42")
+        cfg.seed = int(os.environ.get("PL_GLOBAL_SEED") or secrets.randbelow(2**32))  # a child has its parent's
+    pl.seed_everything(cfg.seed, verbose=False)
+
+
+def build_datamodule(cfg: DictConfig) -> pl.LightningDataModule | None:
+    """The data module of ``cfg.data``; None without one: the module then has loaders of its own."""
+    datamodule: pl.LightningDataModule | None = None
+    if cfg.get("data"):
+        datamodule = instantiate(cfg.data, _convert_="object")
     return datamodule
 
 
-def build_module(cfg: DictConfig) -> ImageClassifier:
-    """The task of ``cfg.model`` with its optimizer and scheduler, ready to train.
+def build_module(cfg: DictConfig) -> pl.LightningModule:
+    """The LightningModule of ``cfg.model``, ready to train.
 
-    The whole config, resolved to plain values, becomes the module's hyper-parameters: Lightning puts them into each
-    checkpoint, from which ``restore`` builds the module again.
+    Its constructor gets what stands in ``cfg.model``, lists and dicts as plain ones. It gets ``cfg.optimizer`` and
+    ``cfg.scheduler`` too if it takes arguments of these names and ``cfg.model`` does not have them itself; a group that
+    it does not get is set to null in ``cfg``. A scheduler's ``total_steps`` that is null is filled in with the run's
+    number of optimizer steps when the scheduler is made.
     """
-    module: ImageClassifier = instantiate(
-        cfg.model, optimizer=instantiate(cfg.optimizer), scheduler=_plain(instantiate(cfg.get("scheduler")))
-    )
-    module.save_hyperparameters(OmegaConf.to_container(cfg, resolve=True))
+    takes = _parameters(cfg.model)
+    factories: list[_Factory] = []
+    arguments: dict[str, Any] = {}
+    for name in FACTORIES:
+        if cfg.get(name) and (name not in takes or name in cfg.model):
+            log.info(f"{name}: not used: {cfg.model._target_} has its own")
+            cfg[name] = None
+        if cfg.get(name):
+            arguments[name] = _fill_steps(instantiate(cfg[name], _convert_="object"), factories)
+    for name, node in cfg.model.items():
+        if OmegaConf.is_dict(node) and node.get("_partial_") and node.get("total_steps", 0) is None:
+            arguments[str(name)] = _fill_steps(instantiate(node, _convert_="object"), factories)
+    module: pl.LightningModule = instantiate(cfg.model, _convert_="object", **arguments)
+    for factory in factories:
+        factory.module = module
+    module.register_load_state_dict_pre_hook(_fit_names)
     return module
 
 
-def _plain(node: Any) -> dict[str, Any] | None:
-    """The scheduler's DictConfig around a live factory, as a dict."""
-    return dict(node) if node else None
+def _parameters(node: DictConfig) -> set[str]:
+    """The names that a node's target takes; those of a base class too where its constructor takes ``**kwargs``."""
+    target = get_object(node._target_)
+    names: set[str] = set()
+    for each in target.__mro__ if isinstance(target, type) else [target]:
+        if isinstance(target, type) and "__init__" not in vars(each):
+            continue
+        parameters = inspect.signature(each).parameters
+        names |= set(parameters)
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return names
 
 
-def build_trainer(cfg: DictConfig, first_step: int | None = None, **overrides: Any) -> pl.Trainer:
+class _Factory(partial):
+    """A scheduler's factory whose ``total_steps`` is null: it is known when the trainer has the data."""
+
+    module: pl.LightningModule | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.module is not None
+        return super().__call__(*args, **{"total_steps": int(self.module.trainer.estimated_stepping_batches), **kwargs})
+
+
+def _fill_steps(value: Any, factories: list[_Factory]) -> Any:
+    """Put a factory that knows the run's steps in the place of each one in ``value`` that lacks them."""
+    if isinstance(value, dict):
+        return {key: _fill_steps(child, factories) for key, child in value.items()}
+    if isinstance(value, partial) and value.keywords.get("total_steps", 0) is None:
+        factories.append(_Factory(value.func, *value.args, **value.keywords))
+        return factories[-1]
+    return value
+
+
+def _fit_names(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+    """Rename what torch.compile has renamed, so that compiled and plain nets load each other's weights."""
+    own = {name.replace(COMPILED, ""): name for name in module.state_dict()}
+    for name in list(state_dict):
+        state_dict[own.get(name.replace(COMPILED, ""), name)] = state_dict.pop(name)
+
+
+def build_trainer(cfg: DictConfig) -> pl.Trainer:
     """The trainer of ``cfg.trainer`` with the nodes of ``cfg.callbacks`` and ``cfg.logger``.
 
-    Args:
-        cfg: A command's config.
-        first_step: Where a run goes on: what its curves in ``cfg.output_dir`` have from this step on is dropped.
-        overrides: Arguments of the Trainer that go before the config's.
+    Each of its checkpoints holds the config, resolved and plain, under the key ``config``. Where ``cfg.ckpt_path`` or
+    ``cfg.resume`` resumes a run, what its curves in ``cfg.output_dir`` have of later steps is dropped.
     """
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    checkpoint = load_checkpoint(cfg.ckpt_path) if cfg.get("ckpt_path") else None
+    first_step = find_first_step(cfg, config, checkpoint)
     loggers = [_build_logger(node, first_step) for node in (cfg.get("logger") or {}).values() if node is not None]
     callbacks = _build_named(cfg.get("callbacks"))
-    if not loggers:  # these refuse to run without; so that logger=[] works alone
-        alone = (LearningRateMonitor, DeviceStatsMonitor)
-        callbacks = [callback for callback in callbacks if not isinstance(callback, alone)]
+    if not loggers:  # these refuse to run without one; logger=[] must be enough
+        needy = (LearningRateMonitor, DeviceStatsMonitor)
+        callbacks = [callback for callback in callbacks if not isinstance(callback, needy)]
+    extra: dict[str, Any] = {}
+    if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+        extra["enable_checkpointing"] = cfg.trainer.get("enable_checkpointing") or False  # else Lightning adds its own
     trainer: pl.Trainer = instantiate(cfg.trainer)(
-        callbacks=callbacks,
+        callbacks=[*callbacks, Session(config)],
         logger=loggers,
         default_root_dir=cfg.output_dir,
-        **overrides,
+        **extra,
     )
+    if isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO):
+        trainer.strategy.checkpoint_io.config = config
+    prepare_trainer(trainer)
     return trainer
 
 
@@ -86,8 +173,11 @@ def _build_logger(node: DictConfig, first_step: int | None) -> Any:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint to the CPU; nothing in it is ever unpickled but tensors and plain values.
 
+    Returns:
+        What Lightning wrote, and the run's ``config``. (Checkpoints of release 0.1.0 have it as hyper-parameters.)
+
     Raises:
-        CheckpointError: If the file is missing, damaged, or holds anything else.
+        CheckpointError: If the file is missing, damaged, or not of a run of this project.
     """
     check_checkpoint(path)
     try:
@@ -97,30 +187,30 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"ckpt_path={path}: no checkpoint that can be read ({reason}); choose another file"
         ) from error
-    missing = {"state_dict", "hyper_parameters"} - set(checkpoint if isinstance(checkpoint, dict) else ())
-    if missing:
+    found = checkpoint if isinstance(checkpoint, dict) else {}
+    config = found.get("config", found.get("hyper_parameters"))
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict) or "state_dict" not in found:
         raise CheckpointError(
-            f"ckpt_path={path}: not a checkpoint of this template: it lacks {' and '.join(sorted(missing))}"
+            f"ckpt_path={path}: not a checkpoint of this project: it lacks the weights, or the config of its run"
         )
-    return checkpoint
+    return {**checkpoint, "config": config}
 
 
-def restore(path: str | Path) -> ImageClassifier:
+def restore(path: str | Path) -> Any:
     """Build the module that a checkpoint holds, weights and all, from the file alone.
 
     Args:
-        path: A ``best.ckpt`` or ``last.ckpt``.
+        path: A checkpoint of a run.
 
     Returns:
-        The module in evaluation mode, on the CPU.
+        The LightningModule in evaluation mode, on the CPU.
 
     Raises:
         CheckpointError: If the file is missing, damaged, or its weights do not fit the model that it describes.
     """
     checkpoint = load_checkpoint(path)
-    cfg = OmegaConf.create(checkpoint["hyper_parameters"])
-    module: ImageClassifier = instantiate(cfg.model)
-    module.save_hyperparameters(checkpoint["hyper_parameters"])
+    cfg = OmegaConf.create(checkpoint["config"])
+    module = build_module(cfg)
     try:
         module.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
@@ -130,23 +220,29 @@ def restore(path: str | Path) -> ImageClassifier:
     return module.eval()
 
 
-def restore_datamodule(path: str | Path, **overrides: Any) -> pl.LightningDataModule:
+def restore_datamodule(path: str | Path, **overrides: Any) -> Any:
     """Build the data module that a checkpoint's run used, with the same split.
 
-    A run on the package's digits is given those again, any other the files: neither is ever tested on images that it
-    was trained on.
+    It gets the state that the run's data module has left in the checkpoint, by its ``load_state_dict``.
 
     Args:
         path: A checkpoint.
-        overrides: Arguments of the data module that go before the run's; None keeps the run's.
+        overrides: Arguments of the data module that override the run's; None keeps the run's, and so does one that the
+            data module does not take.
+
+    Returns:
+        The LightningDataModule; None of a run without one.
     """
     checkpoint = load_checkpoint(path)
-    cfg = OmegaConf.create(checkpoint["hyper_parameters"])
-    cfg.data.update({key: value for key, value in overrides.items() if value is not None})
-    state = next((state for state in checkpoint.values() if isinstance(state, dict) and "source" in state), {})
-    if cfg.data.get("source") == "auto":
-        cfg.data.source = "package" if state.get("source") == "package" else "download"
-    return build_datamodule(cfg)
+    cfg = OmegaConf.create({"data": checkpoint["config"].get("data")})
+    if cfg.data is None:
+        return None
+    takes = _parameters(cfg.data)
+    cfg.data.update({key: value for key, value in overrides.items() if value is not None and key in takes})
+    datamodule: Any = build_datamodule(cfg)
+    if state := checkpoint.get(type(datamodule).__qualname__):  # where Lightning puts it
+        datamodule.load_state_dict(state)
+    return datamodule
 
 
 def preprocess(inputs: torch.Tensor, datamodule: pl.LightningDataModule | None) -> torch.Tensor:

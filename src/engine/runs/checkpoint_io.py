@@ -1,18 +1,71 @@
 """How checkpoints reach the disk."""
 
+import io
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import Container, OmegaConf
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from src.engine.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+HYPER = "hyper_parameters"  # of the module, and of the data module
+PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    Tensor,
+    torch.dtype,
+    torch.device,
+)  # and None
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place and renames it: a kill or a full disk leaves the previous one as it was.
 
     Lightning's own goes through a temporary folder, from which a move to another file system is a copy.
+
+    A checkpoint holds plain values and tensors only, so that it loads under ``weights_only=True``, and the run's config
+    under the key ``config``. What of the hyper-parameters is not plain, as a net, is left out: the config rebuilds it.
     """
+
+    config: dict[str, Any] | None = None
+    _is_rehearsing = False
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Meanwhile, checkpoints are written to memory, without their tensors' values, and read back."""
+        self._is_rehearsing = True
+        try:
+            yield
+        finally:
+            self._is_rehearsing = False
+
+    def _rehearse(self, checkpoint: dict[str, Any]) -> None:
+        for key, part in checkpoint.items():
+            file = io.BytesIO()
+            try:
+                torch.save(tree_map_only(Tensor, lambda tensor: tensor.new_empty(0), part), file)
+                file.seek(0)
+                torch.load(file, weights_only=True)
+            except Exception as error:  # whatever a user's object raises when it is pickled
+                reason = str(error).strip().split("\n")[0]
+                raise CheckpointError(
+                    f"a checkpoint of this run could not be read back: its part {key!r} holds more than tensors and "
+                    f"plain values ({reason}); change what puts it there"
+                ) from error
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write the checkpoint whole or not at all.
@@ -20,6 +73,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: If the disk is full or cannot be written to.
         """
+        checkpoint = {key: _keep_plain(value) if key.endswith(HYPER) else value for key, value in checkpoint.items()}
+        checkpoint.pop("hparams_type", None)  # a class of OmegaConf
+        if self.config is not None:
+            checkpoint["config"] = self.config
+        if self._is_rehearsing:
+            self._rehearse(checkpoint)
+            return
         path = Path(path)
         aside = path.with_name(f".{path.name}.part")  # one that a kill has left is written over
         try:
@@ -35,3 +95,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise OSError(f"{path}: cannot be written ({reason}); free some space or set hydra.run.dir") from error
         finally:
             aside.unlink(missing_ok=True)
+
+
+def _keep_plain(parameters: Any) -> dict[str, Any]:
+    """Hyper-parameters without those that are not made of plain values and tensors."""
+    if isinstance(parameters, Container):
+        parameters = OmegaConf.to_container(parameters, resolve=True)
+    left = [str(key) for key, value in parameters.items() if not _is_plain(value)]
+    if left:
+        log.debug(f"hyper-parameters left out of the checkpoint, since they are not plain values: {', '.join(left)}")
+    return {key: value for key, value in parameters.items() if str(key) not in left}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, [*value, *value.values()]))
+    if isinstance(value, list | tuple | set):
+        return type(value) in (list, tuple, set, torch.Size) and all(map(_is_plain, value))
+    return value is None or type(value) in PLAIN

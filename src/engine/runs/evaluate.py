@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from src.engine.runs.processes import prepare_trainer
+from src.engine.errors import ConfigError
+from src.engine.runs import report
 
 
 def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
@@ -12,32 +13,42 @@ def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **
 
     Args:
         path: A checkpoint.
-        output_dir: Where ``metrics.json`` is to be written.
+        output_dir: Where ``metrics.json`` is written.
         trainer: Arguments of the Trainer: ``accelerator``, ``devices`` and so on.
-        overrides: Arguments of the data module that go before the run's; None keeps the run's.
+        overrides: Arguments of the data module that override the run's; None keeps the run's.
 
     Returns:
-        What ``metrics.json`` holds: ``metrics`` by name, ``class_accuracy`` (a list), ``confusion`` (rows: true
-        classes), ``data``, ``checkpoint`` and the environment.
-    """
-    import pytorch_lightning as pl
+        What ``metrics.json`` holds: ``metrics`` by name, of all test loaders; ``confusion`` (rows: true classes) and
+        ``class_accuracy`` (a list), each None unless the module has a tensor ``confusion`` after the test; ``data``,
+        ``checkpoint`` and the environment.
 
-    from src.engine.runs import build, report
+    Raises:
+        ConfigError: If the module has no ``test_step``.
+    """
+    import pytorch_lightning as pl  # here: a sweep's command imports this before its config is known to be good
+    from pytorch_lightning.utilities.model_helpers import is_overridden
+
+    from src.engine.runs import build
+    from src.engine.runs.processes import prepare_trainer
+    from src.engine.runs.record import describe_data
 
     module = build.restore(path)
+    if not is_overridden("test_step", module):
+        raise ConfigError(f"ckpt_path={path}: {type(module).__name__} has no test_step: there is nothing to test")
     datamodule = build.restore_datamodule(path, **overrides)
     tester = pl.Trainer(
         **trainer, logger=False, enable_checkpointing=False, enable_model_summary=False,
         enable_progress_bar=False, default_root_dir=output_dir,
     )  # fmt: skip
     prepare_trainer(tester)
-    (metrics,) = tester.test(module, datamodule, verbose=False)
-    confusion = module.confusion.tolist() if hasattr(module, "confusion") else None
+    tested = tester.test(module, datamodule, verbose=False)
+    confusion: Any = getattr(module, "confusion", None)
+    matrix = None if confusion is None else confusion.tolist()
     result = {
-        "metrics": metrics,
-        "class_accuracy": report.class_accuracies(confusion) if confusion else None,
-        "confusion": confusion,
-        "data": {key: value for key, value in datamodule.state_dict().items() if key != "loader"},
+        "metrics": {name: value for metrics in tested for name, value in metrics.items()},
+        "class_accuracy": report.class_accuracies(matrix) if matrix else None,
+        "confusion": matrix,
+        "data": describe_data(datamodule),
         "checkpoint": str(path),
         **report.environment(),
     }

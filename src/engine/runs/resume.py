@@ -9,10 +9,12 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import OverrideParseException
+from omegaconf import DictConfig
 
-from src.engine.errors import ConfigError
+from src.engine.errors import CheckpointError, ConfigError
 from src.engine.runs.checkpoints import find_checkpoint
-from src.engine.runs.processes import get_name
+from src.engine.runs.processes import get_name, is_requeued
+from src.engine.runs.report import shown
 from src.engine.runs.status import is_held, read_status
 
 log = logging.getLogger(__name__)
@@ -105,6 +107,34 @@ def _find_run(value: str) -> Path:
             "ckpt_path=<checkpoint> goes on in a new folder"
         )
     return folder
+
+
+def find_first_step(cfg: DictConfig, asked: Mapping[str, Any], checkpoint: Mapping[str, Any] | None) -> int | None:
+    """Where a run resumes; what differs from the run so far is warned of, or rejected.
+
+    Args:
+        cfg: Its config.
+        asked: The same, resolved and plain.
+        checkpoint: What ``cfg.ckpt_path`` holds; None without one.
+
+    Returns:
+        The step that comes next, 0 for a run that has not come to its first checkpoint, or None for a new run.
+
+    Raises:
+        CheckpointError: If the checkpoint holds weights only.
+        ConfigError: If a difference would be without effect, or would not make sense.
+    """
+    if checkpoint is None:
+        return 0 if cfg.get("resume") or is_requeued() else None
+    if "loops" not in checkpoint or "optimizer_states" not in checkpoint:
+        raise CheckpointError(
+            f"ckpt_path={cfg.ckpt_path}: holds weights only, nothing to resume from; choose a run's last.ckpt"
+        )
+    first_step: int = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
+    check_difference(checkpoint["config"], asked)
+    if not get_name():
+        log.info(f"resuming from {shown(cfg.ckpt_path)}, step {first_step}")
+    return first_step
 
 
 def check_difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

@@ -1,9 +1,15 @@
+"""What a config builds, and what a checkpoint gives back; modules that are written as their communities write them."""
+
+import functools
 import io
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from src.engine.errors import CheckpointError, ConfigError
 from src.engine.runs.build import (
@@ -12,13 +18,16 @@ from src.engine.runs.build import (
     build_trainer,
     load_checkpoint,
     restore,
+    restore_datamodule,
 )
 from src.engine.runs.checkpoints import newest_checkpoint
 from src.engine.settings.check import CONF, check, check_values
 from src.train import train
 from tests.compose import compose_cfg
+from tests.engine.tiny import TinyData, TinyNet, TinyTask, compose_tiny
 from tests.forks import run_command
 
+ME = "tests.engine.runs.test_build"
 OPTIONS = [
     f"{path.parent.name}={path.stem}"
     for path in sorted(CONF.glob("*/*.yaml"))
@@ -29,27 +38,161 @@ OPTIONS = [
 @pytest.mark.parametrize("option", [*OPTIONS, "scheduler=[]", "logger=[]", "callbacks=[]"])
 def test_every_yaml_file_composes_and_builds(option: str, tmp_path: Path) -> None:
     cfg = compose_cfg(tmp_path, option)
-    if cfg.trainer.accelerator in ("gpu", "mps"):  # right config, wrong machine; tested on a GPU in test_train.py
+    if cfg.trainer.accelerator in ("gpu", "mps"):  # right config, wrong machine; test_train.py tests it on a GPU
         with pytest.raises(ConfigError, match="accelerator="):
             check_values(cfg)
         cfg.trainer.accelerator = "cpu"
     check(cfg)
     check_values(cfg)
-    assert build_datamodule(cfg).batch_size == cfg.data.batch_size  # type: ignore[attr-defined]
+    datamodule: Any = build_datamodule(cfg)
+    assert datamodule.batch_size == cfg.data.batch_size
     module = build_module(cfg)
     if option == "trainer=fsdp":
         with pytest.raises(ValueError, match="requires a GPU"):
             build_trainer(cfg)
         return
     module.trainer = trainer = build_trainer(cfg)
-    assert module.hparams["seed"] == 42
     assert trainer.max_epochs == cfg.trainer.max_epochs
+
+
+class UpstreamTask(TinyTask):
+    """Keeps all its arguments as hyper-parameters, and makes optimizer and scheduler of them."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: Any,
+        scheduler: Any,
+        compile: bool,
+        splits: list[int],
+        where: Path | None = None,
+    ) -> None:
+        super().__init__(net)
+        self.save_hyperparameters(logger=False)
+
+    def configure_optimizers(self) -> Any:
+        assert type(self.hparams["splits"]) is list
+        assert isinstance(self.hparams["net"], TinyNet)
+        optimizer = self.hparams["optimizer"](params=self.parameters())
+        scheduler = self.hparams["scheduler"](optimizer=optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class OwnOptimizer(TinyTask):
+    """Takes neither an optimizer nor a scheduler."""
+
+    def __init__(self, net: nn.Module, lr: float, cfg: dict[str, Any]) -> None:
+        super().__init__(net)
+        self.save_hyperparameters(ignore="net")
+        assert type(cfg["sizes"]) is list
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), self.hparams["lr"])
+
+
+class PassesOn(TinyTask):
+    """Hands all but its own argument over to its base class."""
+
+    def __init__(self, own: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
+UPSTREAM = (
+    f"model._target_={ME}.UpstreamTask", "+model.compile=false", "+model.splits=[8,2]",
+    "+model.optimizer={_target_: torch.optim.SGD, _partial_: true, lr: 0.05}",
+    "+model.scheduler={_target_: torch.optim.lr_scheduler.OneCycleLR, _partial_: true, max_lr: 0.1, total_steps: null}",
+)  # fmt: skip
+OWN = (f"model._target_={ME}.OwnOptimizer", "+model.lr=0.03", "+model.cfg={sizes: [1, 2]}")
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of")  # as upstream's modules have it
+def test_a_module_with_its_own_optimizer_and_scheduler_trains_and_comes_back(tmp_path: Path) -> None:
+    cfg = compose_tiny(tmp_path, *UPSTREAM, "trainer.max_epochs=1", "scheduler=onecycle", "trainer.log_every_n_steps=1")
+    train(cfg)
+    assert cfg.optimizer is None  # so that the record does not tell of one that was not used
+    assert cfg.scheduler is None
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["lr_schedulers"][0]["total_steps"] == 12  # 240 rows in batches of 20, though the config says null
+    assert last["hyper_parameters"] == {"compile": False, "splits": [8, 2], "where": None}  # what is plain
+    module = restore(tmp_path / "checkpoints" / "best.ckpt")
+    assert isinstance(module, UpstreamTask)
+    assert isinstance(module.hparams["net"], TinyNet)
+    for name, values in torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"].items():
+        assert torch.equal(module.state_dict()[name], values)
+
+
+def test_a_module_that_takes_no_optimizer_makes_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "src.engine.runs.build")
+    cfg = compose_tiny(tmp_path, *OWN, "trainer.max_epochs=1", "trainer.log_every_n_steps=1")
+    train(cfg)
+    assert f"optimizer: not used: {ME}.OwnOptimizer has its own" in caplog.text
+    last = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    assert last["optimizer_states"][0]["param_groups"][0]["lr"] == 0.03
+    assert last["hyper_parameters"] == {"lr": 0.03, "cfg": {"sizes": [1, 2]}}
+    assert last["config"]["optimizer"] is None
+
+
+def test_keyword_arguments_that_are_passed_on_count_as_taken(tmp_path: Path) -> None:
+    cfg = compose_tiny(tmp_path, f"model._target_={ME}.PassesOn", "+model.own=3", "optimizer.lr=0.02")
+    module = build_module(cfg)
+    assert isinstance(module.optimizer, functools.partial)
+    assert module.optimizer.keywords["lr"] == 0.02
+
+
+@pytest.mark.parametrize("more", [["optimizer=[]"], ["optimizer=[]", "scheduler=[]"]])
+def test_without_an_optimizer_a_module_is_built(more: list[str], tmp_path: Path) -> None:
+    module = build_module(compose_tiny(tmp_path, *more))
+    assert isinstance(module, TinyTask)
+    assert module.optimizer is None
+
+
+class OwnLoaders(TinyTask):
+    """Has its loaders itself."""
+
+    def _loader(self) -> DataLoader:
+        rows = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(rows, (rows.sum(dim=1) > 0).long()), 10)
+
+    train_dataloader = val_dataloader = test_dataloader = _loader
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_run_needs_no_data_module(tmp_path: Path) -> None:
+    cfg = compose_tiny(
+        tmp_path, f"model._target_={ME}.OwnLoaders", "data=[]", "trainer.max_epochs=2", "trainer.log_every_n_steps=1"
+    )
+    assert train(cfg)["test/loss"] > 0
+    assert restore_datamodule(tmp_path / "checkpoints" / "best.ckpt") is None
+
+
+class Unreadable(TinyTask):
+    """Puts an object into its checkpoints that only pickle could read."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["extra"] = {"path": Path("somewhere")}
+
+
+def test_a_checkpoint_that_could_not_be_read_back_is_found_before_the_first_step(tmp_path: Path) -> None:
+    cfg = compose_tiny(tmp_path, f"model._target_={ME}.Unreadable")
+    with pytest.raises(CheckpointError, match="its part 'extra' holds more than tensors and plain values"):
+        train(cfg)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_drawn_seed_is_recorded_and_gives_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    short = ("trainer.max_epochs=1", "trainer.log_every_n_steps=1")
+    cfg = compose_tiny(tmp_path / "drawn", "seed=null", *short)
+    drawn = train(cfg)
+    seed = load_checkpoint(tmp_path / "drawn" / "checkpoints" / "last.ckpt")["config"]["seed"]
+    assert isinstance(seed, int)
+    assert train(compose_tiny(tmp_path / "given", f"seed={seed}", *short)) == drawn
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    train(compose_cfg(folder, "data=mnist5k", "debug=fast", "trainer.accelerator=cpu", "callbacks=minimal"))
+    train(compose_tiny(folder, "trainer.max_epochs=2", "trainer.log_every_n_steps=1"))
     return folder / "checkpoints" / "best.ckpt"
 
 
@@ -60,14 +203,20 @@ def test_restore_rebuilds_the_module_from_the_file_alone(checkpoint: Path) -> No
         key: tensor.tolist() for key, tensor in saved.items()
     }
     assert not module.training
-    assert module(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
+    assert module(torch.zeros(3, 4)).shape == (3, 2)
 
 
-def test_a_checkpoint_holds_plain_values_config_and_data(checkpoint: Path) -> None:
-    content = load_checkpoint(checkpoint)
-    assert content["hyper_parameters"]["optimizer"]["lr"] == 4e-3
-    assert content["MNISTDataModule"]["source"] == "package"
-    assert content["MNISTDataModule"]["num_images"] == {"train": 4000, "val": 500, "test": 500}
+def test_restore_rebuilds_the_data_module_with_the_runs_settings_and_those_asked_for(checkpoint: Path) -> None:
+    datamodule = restore_datamodule(checkpoint, batch_size=5, num_rows=None, root="not an argument of it")
+    assert isinstance(datamodule, TinyData)
+    assert (datamodule.batch_size, datamodule.num_rows) == (5, 240)
+
+
+def test_a_checkpoint_holds_the_config_beside_the_modules_own_hyper_parameters(checkpoint: Path) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    assert content["config"]["optimizer"]["lr"] == 4e-3
+    assert content["config"]["model"]["_target_"] == "tests.engine.tiny.TinyTask"
+    assert "hyper_parameters" not in content  # TinyTask keeps none
 
 
 class _Payload:
@@ -80,23 +229,25 @@ class _Payload:
 
 def test_a_pickled_payload_is_refused_and_not_run(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
-    torch.save({"state_dict": {}, "hyper_parameters": _Payload(victim)}, tmp_path / "bad.ckpt")
+    torch.save({"state_dict": {}, "config": _Payload(victim)}, tmp_path / "bad.ckpt")
     with pytest.raises(CheckpointError, match=r"bad\.ckpt"):
-        restore(tmp_path / "bad.ckpt")
+        load_checkpoint(tmp_path / "bad.ckpt")
     assert not victim.exists()
 
 
 @pytest.mark.slow
-def test_no_command_runs_what_a_checkpoint_asks_for(checkpoint: Path, tmp_path: Path) -> None:
-    content, victim, run = load_checkpoint(checkpoint), tmp_path / "victim", tmp_path / "logs"
-    bad = run / "checkpoints" / "last.ckpt"
-    bad.parent.mkdir(parents=True)
-    (run / "status.json").write_text('{"state": "running", "overrides": [], "config_dirs": []}')
-    target = {"_target_": "subprocess.getoutput", "cmd": f"touch {victim}"}
-    for hyper_parameters in (_Payload(victim), content["hyper_parameters"] | {"model": target}):
-        torch.save(content | {"hyper_parameters": hyper_parameters}, bad)
-        for command in (("test", f"ckpt_path={bad}"), ("train", f"ckpt_path={bad}"), ("train", f"resume={run}")):
-            result = run_command(*command, PROJECT_ROOT=str(tmp_path))
+def test_a_hostile_checkpoint_runs_nothing_with_any_command(checkpoint: Path, tmp_path: Path) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    victim, bad = tmp_path / "victim", tmp_path / "bad.ckpt"
+    target = {"_target_": "os.system", "command": f"touch {victim}"}
+    for config in (_Payload(victim), content["config"] | {"model": target}):
+        torch.save(content | {"config": config}, bad)
+        commands = [
+            ["predict", f"inputs={checkpoint}"], ["export"], ["test"],
+            ["train", "trainer=cpu", "test=false"], ["train", "trainer=cpu", "trainer.max_epochs=3"],
+        ]  # fmt: skip
+        for verb, *more in commands:
+            result = run_command(verb, f"ckpt_path={bad}", *more, PROJECT_ROOT=str(tmp_path))
             assert result.returncode == 1
             assert result.stderr.splitlines()[-1].startswith("error: ")
             assert "Traceback" not in result.stderr
@@ -122,12 +273,78 @@ def test_what_is_no_checkpoint_is_named(content: str, checkpoint: Path, tmp_path
 
 def test_weights_that_do_not_fit_are_named(checkpoint: Path, tmp_path: Path) -> None:
     content = torch.load(checkpoint, weights_only=True)
-    content["hyper_parameters"]["model"]["net"]["in_channels"] = 3
+    content["config"]["model"]["net"]["num_hidden"] = 3
     torch.save(content, tmp_path / "bad.ckpt")
-    with pytest.raises(CheckpointError, match=r"bad\.ckpt: its weights do not fit its model.*net\.c1\.weight"):
+    with pytest.raises(CheckpointError, match=r"bad\.ckpt: its weights do not fit its model.*net\.0\.weight"):
         restore(tmp_path / "bad.ckpt")
 
 
 def test_no_run_yet_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="train first"):
         newest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("is_compiled", [(True, False), (False, True), (True, True)])
+def test_compiled_and_plain_nets_load_each_others_weights(is_compiled: tuple[bool, bool], tmp_path: Path) -> None:
+    modules: list[Any] = []
+    for seed, compile_it in enumerate(is_compiled):
+        torch.manual_seed(seed)
+        module: Any = build_module(compose_tiny(tmp_path))
+        if compile_it:
+            module.net = torch.compile(module.net, backend="eager")
+        modules.append(module)
+    trained, fresh = modules
+    assert ("net._orig_mod.0.weight" in trained.state_dict()) == is_compiled[0]
+    fresh.load_state_dict(trained.state_dict())
+    rows = torch.randn(5, 4)
+    assert torch.equal(fresh.eval()(rows), trained.eval()(rows))
+
+
+class MaybeCompiled(TinyTask):
+    """Compiles its net when it is built, if it is told to."""
+
+    compiles = False
+
+    def __init__(self, net: nn.Module, optimizer: Any = None, scheduler: Any = None) -> None:
+        compiled: Any = torch.compile(net, backend="eager") if self.compiles else net
+        super().__init__(compiled, optimizer, scheduler)
+
+
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_a_run_of_a_compiled_net_resumes_with_a_plain_one_and_the_other_way_round(
+    compiled_first: bool, tmp_path: Path
+) -> None:
+    def fit(name: str, epochs: int, is_compiled: bool, *more: str) -> Path:
+        cfg = compose_tiny(
+            tmp_path / name, f"model._target_={ME}.MaybeCompiled", f"trainer.max_epochs={epochs}", "test=false",
+            "trainer.log_every_n_steps=1", "model.net.dropout=0", "callbacks.checkpoint=null", *more,
+        )  # fmt: skip
+        MaybeCompiled.compiles = is_compiled
+        train(cfg)
+        return tmp_path / name / "checkpoints" / "last.ckpt"
+
+    first = fit("first", 1, compiled_first)
+    assert any("_orig_mod" in key for key in load_checkpoint(first)["state_dict"]) == compiled_first
+    resumed, whole = fit("resumed", 2, not compiled_first, f"ckpt_path={first}"), fit("whole", 2, False)
+    weights = [list(load_checkpoint(path)["state_dict"].values()) for path in (resumed, whole)]
+    torch.testing.assert_close(*weights)
+
+
+def test_names_that_do_not_fit_are_still_refused(tmp_path: Path) -> None:
+    module = build_module(compose_tiny(tmp_path))
+    state = module.state_dict()
+    state["net._orig_mod.7.weight"] = state.pop("net.0.weight")
+    with pytest.raises(RuntimeError, match=r'Missing key.*"net\.0\.weight"'):
+        module.load_state_dict(state)
+
+
+def test_without_a_checkpoint_callback_lightning_adds_none_of_its_own(tmp_path: Path) -> None:
+    cfg = compose_tiny(tmp_path, "callbacks.checkpoint=null", "callbacks.last=null", "trainer.log_every_n_steps=1")
+    train(cfg)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_each_logger_gets_the_config(tmp_path: Path) -> None:
+    train(compose_tiny(tmp_path, "logger=csv", "trainer.max_epochs=1", "trainer.log_every_n_steps=1"))
+    logged = (tmp_path / "csv" / "hparams.yaml").read_text()
+    assert "max_epochs: 1" in logged

@@ -1,0 +1,64 @@
+"""What the engine adds to every training, whatever its module, data and callbacks are."""
+
+import random
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from src.engine.runs.checkpoint_io import AtomicCheckpointIO
+
+
+class Session(Callback):
+    """Logs the config, tries a checkpoint out before the first step, and makes several processes agree.
+
+    - Each logger gets the run's config as hyper-parameters.
+    - Each process draws random numbers of its own once the module is built: dropout and augmentation would else draw
+      the same ones for different images.
+    - A checkpoint is written to memory and read back, so that a week of training cannot end with a file that nobody
+      can open.
+    - The loss is scaled where processes have unequal shares of a batch, since the plain mean of their gradients is
+      taken: for train loaders with a method ``share(batch_idx)``.
+
+    Args:
+        config: The run's config, plain; each checkpoint holds it.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+        self._batch_idx = 0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the config."""
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.config)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Seed by process; try a checkpoint out.
+
+        Raises:
+            CheckpointError: If a checkpoint could not be read back.
+        """
+        if trainer.global_rank:  # the first keeps the run's own seed
+            seed = int(np.random.SeedSequence((self.config["seed"], trainer.global_rank)).generate_state(1)[0])
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+        if isinstance(io := trainer.strategy.checkpoint_io, AtomicCheckpointIO):
+            with io.rehearsing():
+                trainer.save_checkpoint("rehearsal.ckpt", weights_only=False)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note which batch it is."""
+        self._batch_idx = batch_idx
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Scale the loss by this process's share of the batch."""
+        share = getattr(trainer.train_dataloader, "share", None)
+        if trainer.world_size > 1 and share is not None and (factor := share(self._batch_idx)) != 1.0:
+            loss *= factor
