@@ -50,7 +50,7 @@ class Description(Callback):
         if self._has_charts or not pairs:
             return
         self._has_charts = True
-        charts = {"train and val": {val[4:]: ["Multiline", [train, val]] for train, val in sorted(pairs)}}
+        charts = {"train and val": {val[4:]: ["Multiline", [train, val]] for train, val in pairs}}
         if hasattr(pl_module, "confusion"):
             charts["classes"] = {"acc of each": ["Multiline", [r"val_class_acc/.*"]]}
         for writer in find_writers(trainer):

@@ -26,7 +26,7 @@ def make_progress(refresh_rate: int = 50, ci: str | None = None) -> ProgressBar:
 
 
 class EpochLines(ProgressBar):
-    """Logs a line an epoch with all metrics that were logged in it, but for those of ``Speed``."""
+    """Logs a line an epoch with all metrics that were logged in it, by a module or a callback, but for ``Speed``."""
 
     def __init__(self) -> None:
         super().__init__()
