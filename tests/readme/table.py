@@ -1,4 +1,4 @@
-"""The README's table "From laptop to cluster", a command a row."""
+"""What the READMEs say: their text, their commands, and the table "From laptop to cluster"."""
 
 import re
 import shlex
@@ -6,14 +6,31 @@ import sys
 
 from src.engine.settings.check import ROOT
 
+SWEEPS = "src/engine/sweeps/README.md"
+# By path from the root. CONTRIBUTING.md and CHANGELOG.md are read like them.
+READMES = {
+    name: (ROOT / name).read_text()
+    for name in (
+        "README.md", "conf/README.md", "src/engine/README.md", SWEEPS, "tests/README.md", "notebooks/README.md",
+        "CONTRIBUTING.md", "CHANGELOG.md",
+    )
+}  # fmt: skip
+
+
+def read_commands() -> list[str]:
+    """Each command of a ```bash block, and of the README's table of commands, once."""
+    blocks = [block for text in READMES.values() for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]
+    table = re.findall(r"^\| `([^`]+)` \|", READMES["README.md"], re.MULTILINE)
+    return list(dict.fromkeys([*(line for block in blocks for line in block.splitlines()), *table]))
+
 
 def read_table() -> dict[str, str]:
-    """The commands by the left column.
+    """The commands of "From laptop to cluster" by the left column.
 
     Raises:
         AssertionError: If a row is anything but words and one command.
     """
-    section = (ROOT / "README.md").read_text().split("## From laptop to cluster\n")[1].split("\n## ")[0]
+    section = READMES[SWEEPS].split("## From laptop to cluster\n")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("|")][2:]
     cells = [re.fullmatch(r"\| ([^|`]+) \| `([^|`]+)` \|", row) for row in rows]
     assert all(cells), [row for row, cell in zip(rows, cells, strict=True) if not cell]

@@ -1,4 +1,4 @@
-"""Every command and every code block of the README does what it says."""
+"""Every command and every code block of the READMEs does what it says."""
 
 import os
 import re
@@ -8,28 +8,38 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from src.engine.settings.check import CONF, ROOT
 from tests.conftest import free_port
-from tests.readme.table import read_table, words_of
+from tests.readme.table import READMES, read_commands, read_table, words_of
 
-README = (ROOT / "README.md").read_text()
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+COMMANDS = read_commands()
 # A tenth of a second each; a command's own settings stay, as later ones win.
 SHORT = ["data.source=package", "trainer.max_epochs=1", "trainer.limit_train_batches=3", "trainer.log_every_n_steps=1"]
-SWEEP = "python -m src.train -m optimizer.lr=0.001,0.003,0.01"  # the others are slow tests
+# Those of the default tests: a start of each kind. The others are slow tests.
+QUICK = (
+    "python -m src.train trainer=cpu",
+    "python -m src.train trainer=gpu",
+    "python -m src.train data=mnist5k optimizer=sgd optimizer.lr=0.05",
+    "python -m src.train -m optimizer.lr=0.001,0.003,0.01",
+    "python -m src.train model=digits data=digits",
+    "python -m src.test",
+    "tensorboard --logdir logs",
+)
 # The table "From laptop to cluster": who runs the rows that are not among the commands above.
 HERE = {
-    "what there is": [],
+    "whatever is there": [],
     "two processes on the CPU": [],
     "a sweep of such runs": ["test=false"],
 }
-ON_GPU = ("one GPU", "a Mac's GPU", "all GPUs of a machine", "the same, the model divided among them")
+ON_GPU = ("one GPU", "a Mac's GPU", "all GPUs of a machine", "the same, with the model divided among them")
 TORCHRUN = "two machines, on each"
 ELSEWHERE = {
     "Slurm, a run": "engine/runs/test_slurm.py",
@@ -40,14 +50,14 @@ ELSEWHERE = {
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project, in a path with spaces, with the files that the README shows."""
+    """A copy of the project, in a path with spaces, with the files that the READMEs show."""
     project = tmp_path_factory.mktemp("my project")
     for name in ("src", "hydra_plugins", "conf", "logs"):
         shutil.copytree(
             ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__", "train", "multirun", "test")
         )
-    blocks = re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 4
+    blocks = re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", "".join(READMES.values()), re.DOTALL)
+    assert len(blocks) == 5
     for path, content in blocks:
         assert not (project / path).exists()
         (project / path).write_text(content)
@@ -67,14 +77,21 @@ def _run_words(project: Path, words: list[str], *more: str, **env: str) -> subpr
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def trained(project: Path) -> None:
+    """The newest run is one of LeNet-5, short, and interrupted by nothing."""
+    result = _run(project, "python -m src.train scheduler=step", *SHORT)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param(command, marks=pytest.mark.slow) if "-m src.train -m" in command and command != SWEEP else command
+        command if command in QUICK or "make" in command else pytest.param(command, marks=pytest.mark.slow)
         for command in COMMANDS
     ],
 )
-def test_each_command_does_what_it_says(command: str, project: Path) -> None:
+def test_each_command_does_what_it_says(command: str, project: Path, request: pytest.FixtureRequest) -> None:
     if command.startswith("make "):
         target = command.split()[1]
         dry = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -85,47 +102,82 @@ def test_each_command_does_what_it_says(command: str, project: Path) -> None:
     elif command == "python -m src.train trainer=gpu":
         result = _run(project, command, *SHORT)
         assert "torch finds no GPU" in result.stderr
-    elif "digits8x8" in command:
+    elif "digits" in command and "src.train" in command:
         result = _run(project, command, "trainer.max_epochs=3")
         assert result.returncode == 0, result.stderr
-        assert "test/acc" in result.stdout
+        assert "test_loss" in result.stdout
     elif "src.train -m" in command:
         short = {"optuna": ["hydra.sweeper.n_trials=2"], "process": ["optimizer.lr=0.001,0.01"], "": []}
         result = _run(project, command, *SHORT, *next(short[word] for word in short if word in command))
         assert result.returncode == 0, result.stderr
         assert re.search(r"^  best: .*, val/acc 0\.\d+$", result.stdout, re.MULTILINE)
         assert "test/acc" in result.stdout
+    elif "resume=latest" in command:
+        request.getfixturevalue("trained")
+        result = _run(project, command, "trainer.max_epochs=2")
+        assert result.returncode == 0, result.stderr
+        assert "epoch 2/2" in result.stderr
+        assert "epoch 1/" not in result.stderr
     elif "src.train" in command:
         result = _run(project, command, *SHORT)
         assert result.returncode == 0, result.stderr
         assert "test/acc" in result.stdout
+    elif "src.predict" in command:
+        request.getfixturevalue("trained")
+        (project / "digits").mkdir()
+        Image.new("L", (28, 28), 255).save(project / "digits" / "blank.png")
+        result = _run(project, command)
+        assert result.returncode == 0, result.stderr
+        assert "digits/blank.png" in result.stdout
+    elif "src.export" in command:
+        request.getfixturevalue("trained")
+        result = _run(project, command, "data.root=null")
+        assert result.returncode == 0, result.stderr
+        assert list(project.glob("logs/**/model.onnx"))
+    elif "src.demo" in command:
+        request.getfixturevalue("trained")
+        _assert_demo_serves(command, project)
     else:
         assert command == "python -m src.test"
         result = _run(project, command)
         assert result.returncode == 0, result.stderr
-        assert "test/acc" in result.stdout
+        assert "test" in result.stdout
+
+
+def _assert_demo_serves(command: str, project: Path) -> None:
+    port = free_port()
+    with _serving([sys.executable, *command.split()[1:], f"port={port}"], project):
+        assert "Draw a digit" in _wait_for(f"http://127.0.0.1:{port}/", "digit")
 
 
 def _assert_tensorboard_serves(command: str, project: Path) -> None:
     port = free_port()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tensorboard.main", *command.split()[1:], "--port", str(port)],
-        cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    with _serving([sys.executable, "-m", "tensorboard.main", *command.split()[1:], "--port", str(port)], project):
+        runs = _wait_for(f"http://127.0.0.1:{port}/data/runs", "train/", "multirun/")  # it finds one after the other
+    assert runs.startswith("[")
+
+
+@contextmanager
+def _serving(words: list[str], project: Path) -> Iterator[None]:
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    server = subprocess.Popen(words, cwd=project, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 300
-        runs = ""
-        while not ("train/" in runs and "multirun/" in runs):  # it finds one run after the other
-            assert time.monotonic() < deadline, runs
-            time.sleep(0.2)
-            with (
-                suppress(OSError),
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=30) as response,
-            ):
-                runs = response.read().decode()
+        yield
     finally:
         server.terminate()
         server.wait()
+
+
+def _wait_for(url: str, *parts: str) -> str:
+    """What a server answers when it answers with all of these parts."""
+    deadline = time.monotonic() + 300
+    answer = ""
+    while not (answer and all(part in answer for part in parts)):
+        assert time.monotonic() < deadline, answer
+        time.sleep(0.2)
+        with suppress(OSError), urllib.request.urlopen(url, timeout=30) as response:
+            answer = response.read().decode()
+    return answer
 
 
 def test_a_machines_own_settings_go_before_the_defaults(project: Path) -> None:
@@ -140,7 +192,8 @@ def test_a_machines_own_settings_go_before_the_defaults(project: Path) -> None:
 
 
 def test_the_groups_and_options_are_those_of_conf() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| (`[^|]*`) \|", README, re.MULTILINE)
+    section = READMES["conf/README.md"].split("## Groups\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (`[^|]*`) \|", section, re.MULTILINE)
     listed = {group: set(re.findall(r"`([\w]+)`", options)) for group, options in rows}
     there = {
         folder.name: {path.stem for path in folder.glob("*.yaml")}
@@ -150,8 +203,36 @@ def test_the_groups_and_options_are_those_of_conf() -> None:
     assert listed == there
 
 
+def test_the_other_name_of_lightning_is_replaced(tmp_path: Path) -> None:
+    (command,) = re.findall(r"^ *(find .*)$", READMES["conf/README.md"], re.MULTILINE)
+    (tmp_path / "src").mkdir()
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "csv.yaml").write_text("_target_: lightning.pytorch.loggers.CSVLogger\nproject: lightning-x\n")
+    (tmp_path / "src" / "net.py").write_text("import lightning as L\nfrom lightning.pytorch.loggers import Logger\n")
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert (tmp_path / "conf" / "csv.yaml").read_text() == (
+        "_target_: pytorch_lightning.loggers.CSVLogger\nproject: lightning-x\n"
+    )
+    assert (tmp_path / "src" / "net.py").read_text() == (
+        "import pytorch_lightning as L\nfrom pytorch_lightning.loggers import Logger\n"
+    )
+
+
+@pytest.mark.slow
+def test_tab_completes_options_and_keys(project: Path) -> None:
+    (install,) = re.findall(r'`(eval "[^`]*")`', READMES["conf/README.md"])
+    lines = [install.replace("python", "$PYTHON")]
+    for line in ("python src/train.py optimizer=sg", "python src/train.py optimizer.l"):
+        words = f"COMP_WORDS=({line}); COMP_CWORD=2; COMP_LINE='{line}'; COMP_POINT={len(line)}"
+        lines.append(f'{words}; hydra_bash_completion; echo "${{COMPREPLY[@]}}"')
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {"PATH": path, "PYTHON": sys.executable, "PYTHONPATH": str(project)}
+    result = _run_words(project, ["bash", "-c", "\n".join(lines)], **env)
+    assert result.stdout.split("\n")[:2] == ["optimizer=sgd optimizer=sgd_1998", "optimizer.lr="]
+
+
 def test_the_error_shown_is_the_one_said(project: Path) -> None:
-    command, shown = re.findall(r"```\n\$ (python .*)\n(.*)\n```", README)[0]
+    command, shown = re.findall(r"```\n\$ (python .*)\n(.*)\n```", READMES["conf/README.md"])[0]
     assert _run(project, command).stderr.strip() == shown
 
 
