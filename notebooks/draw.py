@@ -1,4 +1,4 @@
-"""The README's figures: ``python -m notebooks.draw [run folder]``."""
+"""The READMEs' figures: ``python -m notebooks.draw [run folder]``."""
 
 import argparse
 import math

@@ -1,4 +1,4 @@
-"""The README's results: ``python -m notebooks.results [sweep folder ...]`` adds sweeps to results.json, prints tables.
+"""The results of README.md: ``python -m notebooks.results [sweep folder ...]`` adds to results.json, prints tables.
 
 A sweep is called by its folder's name, as in ``hydra.sweep.dir=logs/multirun/best``.
 """

@@ -76,6 +76,20 @@ def check_rows(root: Path, outputs: list[NotebookNode]) -> None:
         assert row[2:] == pytest.approx(wanted[2:], rel=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", ["", "seed,", "optimizer.lr,seed,"])
+def test_sweeps_over_nothing_and_over_seeds_are_drawn(
+    keys: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "logs" / "multirun" / "sweep"
+    folder.mkdir(parents=True)
+    values = "0," * keys.count(",")
+    (folder / "sweep.csv").write_text(f"rank,job,{keys}status,best val/acc,seconds\n1,job,{values}finished,0.9,1.5\n")
+    (folder / "job").mkdir()
+    cells = execute("03_compare_runs.ipynb", tmp_path, monkeypatch).cells
+    assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", [])) == 2
+
+
 NUMBERS: dict[str, Callable[[Path, list[NotebookNode]], None]] = {
     "01_data.ipynb": lambda root, outputs: None,
     "02_inspect_run.ipynb": check_accuracy,

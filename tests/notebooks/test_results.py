@@ -1,4 +1,4 @@
-"""notebooks/results.py, and that README and recipes say what results.json holds."""
+"""notebooks/results.py, and that the README and the recipes say what results.json holds."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from notebooks.draw import draw_paper
 from src.engine.settings.check import CONF, ROOT
 from tests.forks import run_command
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "notebooks" / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
