@@ -44,6 +44,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     config: dict[str, Any] | None = None
     _is_rehearsing = False
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._folders: set[Path] = set()
+
     @contextmanager
     def rehearsing(self) -> Iterator[None]:
         """Meanwhile, checkpoints are written to memory, without their tensors' values, and read back."""
@@ -95,6 +99,41 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise OSError(f"{path}: cannot be written ({reason}); free some space or set hydra.run.dir") from error
         finally:
             aside.unlink(missing_ok=True)
+        self._folders.add(path.parent.resolve())
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint; what its callbacks remember of files is looked up beside it, or forgotten.
+
+        A run's folder may have been moved; and ModelCheckpoint removes the files that its state names.
+        """
+        checkpoint: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
+        for state in (checkpoint.get("callbacks") or {}).values():
+            if isinstance(state, dict) and "best_model_path" in state:
+                _relocate(state, Path(path).resolve().parent)
+        return checkpoint
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a file that ends in ``.ckpt`` from a folder in which this run has saved one; nothing else."""
+        path = Path(path)
+        if path.suffix == ".ckpt" and path.parent.resolve() in self._folders and not path.is_symlink():
+            path.unlink(missing_ok=True)
+
+
+def _relocate(state: dict[str, Any], folder: Path) -> None:
+    """Have the state of a ModelCheckpoint name files of a run's folder of checkpoints, or of its own beside it, only."""
+    name = Path(str(state.get("dirpath"))).name
+    if name not in ("", "..") and (folder.parent / name).is_dir():
+        folder = folder.parent / name
+
+    def find(name: Any) -> str:
+        path = folder / Path(str(name)).name
+        return str(path) if name and path.is_file() else ""
+
+    for key in ("best_model_path", "last_model_path", "kth_best_model_path"):
+        state[key] = find(state.get(key))
+    models = state.get("best_k_models") or {}
+    state["best_k_models"] = {find(name): score for name, score in models.items() if find(name)}
+    state["dirpath"] = str(folder)
 
 
 def _keep_plain(parameters: Any) -> dict[str, Any]:

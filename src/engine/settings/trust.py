@@ -1,15 +1,19 @@
-"""What a checkpoint may build. conf/ and the command line are the user's own; a checkpoint may come from anybody."""
+"""What a checkpoint may build, and what may be stored in one.
+
+conf/ and the command line are the user's own; a checkpoint may come from anybody, and may be given to anybody.
+"""
 
 import copy
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.resolvers import oc
 
 from src.engine.errors import CheckpointError, ConfigError
 from src.engine.settings.arguments import build, find_nodes, locate, parameters_of
@@ -24,6 +28,9 @@ USERS = ("callbacks", "logger", "trainer", "hydra")
 NEVER = ("src.engine", "src.callbacks", "hydra_plugins", "hydra", "pytorch_lightning", "lightning_fabric")
 # A path that may lead out of the project, an address, an interpolation.
 PLACE = re.compile(r"^[/~\\]|^\w:[\\/]|://|(^|[\\/])\.\.([\\/]|$)|\$\{")
+
+# Of an environment variable that holds a secret, perhaps within an address.
+SECRET = re.compile("KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|UR[IL]|DSN", re.IGNORECASE)
 
 _admitted: set[str] = set()
 
@@ -88,6 +95,29 @@ def instantiate_stranger(path: str | Path, key: str, node: Any, /, **own: Any) -
     except ConfigError as error:
         raise CheckpointError(f"ckpt_path={path}: {error}") from error
     return build(node)
+
+
+def plain_config(cfg: DictConfig) -> dict[str, Any]:
+    """A run's config, resolved, as it may be stored and logged.
+
+    What is read from the environment for a logger stays ``${oc.env:NAME}``; so does, anywhere, a variable whose name
+    is that of a secret.
+    """
+    config = _resolve(cfg, lambda name: bool(SECRET.search(name)))
+    if config.get("logger"):
+        config["logger"] = _resolve(cfg, lambda name: name != "PROJECT_ROOT")["logger"]
+    return config
+
+
+def _resolve(cfg: DictConfig, is_hidden: Callable[[str], bool]) -> dict[str, Any]:
+    def read(name: str, *default: Any) -> Any:
+        return f"${{oc.env:{name}}}" if name in os.environ and is_hidden(name) else oc.env(name, *default)
+
+    OmegaConf.register_new_resolver("oc.env", read, replace=True)
+    try:
+        return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
 
 
 def _texts(node: Any, path: str = "") -> Iterator[tuple[str, str]]:

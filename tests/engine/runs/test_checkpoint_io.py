@@ -1,6 +1,8 @@
 import random
 import time
+import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,10 @@ import torch
 from src.engine.errors import CheckpointError
 from src.engine.runs.build import load_checkpoint
 from src.engine.runs.checkpoint_io import AtomicCheckpointIO
+from src.engine.runs.checkpoints import check_checkpoint
+from src.train import train
 from tests import forks
+from tests.engine.tiny import compose_tiny
 from tests.processes import wait_until
 
 
@@ -107,3 +112,78 @@ def test_a_damaged_checkpoint_is_refused_or_holds_what_it_held(checkpoint: Path,
             assert loaded["hyper_parameters"] == held["hyper_parameters"]
     assert len(refused) > 150
     assert all("damaged.ckpt" in message for message in refused)
+
+
+def test_only_checkpoints_of_the_run_are_removed(tmp_path: Path) -> None:
+    io, run, other = AtomicCheckpointIO(), tmp_path / "run" / "checkpoints", tmp_path / "other"
+    for name in ("old.ckpt", "best.ckpt"):
+        io.save_checkpoint({"step": 1}, run / name)
+    (run / "folder.ckpt").mkdir()
+    (run / "notes.txt").touch()
+    (run / "link.ckpt").symlink_to(other / "mine.ckpt")
+    (other / "precious").mkdir(parents=True)
+    (other / "mine.ckpt").touch()
+    before = {path for path in tmp_path.rglob("*") if path.name != "old.ckpt"}
+    for path in (other, other / "mine.ckpt", other / "precious", run, run / "folder.ckpt", run / "notes.txt",
+                 run / "link.ckpt", f"local://{other}", run / ".." / ".." / "other" / "mine.ckpt"):  # fmt: skip
+        with suppress(OSError):
+            io.remove_checkpoint(path)
+    io.remove_checkpoint(run / "old.ckpt")
+    io.remove_checkpoint(run / "old.ckpt")  # gone already
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_strangers_checkpoint_has_no_folder_removed(tmp_path: Path) -> None:
+    """ModelCheckpoint believes what its state names as its k best files, and removes the worst."""
+    victim, folder = tmp_path / "victim", tmp_path / "run"
+    victim.mkdir()
+    (victim / "mine.ckpt").write_text("precious")
+    common = ("scheduler=[]", "+callbacks.checkpoint.save_top_k=1", "test=false")
+    train(compose_tiny(folder, "trainer.max_epochs=1", *common))
+    path = folder / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    (state,) = [state for state in content["callbacks"].values() if "best_k_models" in state]
+    worst = torch.tensor(-1.0)
+    for place in (str(victim), f"local://{victim}", f"{folder}/checkpoints/../../victim", str(victim / "mine.ckpt")):
+        state |= {
+            "best_k_models": {place: worst},
+            "kth_best_model_path": place,
+            "kth_value": worst,
+            "best_model_path": place,
+        }
+        torch.save(content, path)
+        train(compose_tiny(folder, "trainer.max_epochs=2", f"ckpt_path={path}", f"resume={folder}", *common))
+        assert (victim / "mine.ckpt").read_text() == "precious"
+
+
+def test_a_moved_runs_best_checkpoint_is_found(tmp_path: Path) -> None:
+    io, first, second = AtomicCheckpointIO(), tmp_path / "first", tmp_path / "second"
+    score = torch.tensor(0.5)
+    state = {
+        "best_model_path": str(first / "best.ckpt"), "dirpath": str(first), "last_model_path": "",
+        "best_k_models": {str(first / "best.ckpt"): score, str(first / "gone.ckpt"): score},
+        "kth_best_model_path": str(first / "gone.ckpt"),
+    }  # fmt: skip
+    for name in ("best.ckpt", "last.ckpt"):
+        io.save_checkpoint({"callbacks": {"ModelCheckpoint": state, "Other": {"a": 1}}}, first / name)
+    first.rename(second)
+    found = io.load_checkpoint(second / "last.ckpt", weights_only=True)["callbacks"]
+    assert found["Other"] == {"a": 1}
+    best = str(second / "best.ckpt")
+    assert found["ModelCheckpoint"] == {
+        "best_model_path": best, "dirpath": str(second), "last_model_path": "", "best_k_models": {best: score},
+        "kth_best_model_path": "",
+    }  # fmt: skip
+
+
+def test_a_checkpoint_that_is_larger_inside_is_refused_unread(tmp_path: Path) -> None:
+    plain, bomb = tmp_path / "plain.ckpt", tmp_path / "bomb.ckpt"
+    torch.save({"state_dict": {"weight": torch.zeros(1_000_000)}, "hyper_parameters": {"model": {}}}, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    assert bomb.stat().st_size < plain.stat().st_size / 100
+    check_checkpoint(plain)
+    with pytest.raises(CheckpointError, match=r"bomb\.ckpt: damaged \(of compressed parts, 4,\d{3},\d{3} bytes in all"):
+        check_checkpoint(bomb)

@@ -12,7 +12,7 @@ from torch import nn
 
 from src.engine.errors import CheckpointError
 from src.engine.settings.check import ROOT
-from src.engine.settings.trust import admit, instantiate, instantiate_stranger
+from src.engine.settings.trust import admit, instantiate, instantiate_stranger, plain_config
 from tests.engine.tiny import TINY_CONF
 
 FOREIGN = [
@@ -136,3 +136,43 @@ def test_a_list_becomes_a_tensor_where_the_annotation_says_tensor() -> None:
 def test_a_whole_number_may_be_written_with_a_power_of_ten() -> None:
     layer = instantiate({"_target_": "torch.nn.Linear", "in_features": 1e1, "out_features": 2})
     assert layer.weight.shape == (2, 10)
+
+
+def test_secrets_stay_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:hunter2@host")
+    monkeypatch.setenv("MY_PROJECT", "mnist")
+    monkeypatch.setenv("NUM_ROWS", "7")
+    monkeypatch.setenv("PROJECT_ROOT", "/project")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    cfg = OmegaConf.create(
+        {
+            "uri": "${oc.env:MLFLOW_TRACKING_URI}",
+            "root_dir": "${oc.env:PROJECT_ROOT,.}",
+            "data": {"rows": "${oc.decode:${oc.env:NUM_ROWS}}", "root": "${root_dir}/mnist"},
+            "logger": {
+                "mlflow": {
+                    "tracking_uri": "${oc.env:MLFLOW_TRACKING_URI,'x'}",
+                    "uri": "${uri}/a",
+                    "name": "${root_dir}/b",
+                },
+                "other": {"project": "${oc.env:MY_PROJECT}", "place": "${oc.env:NOT_SET,'${root_dir}/c'}"},
+            },
+        }
+    )
+    plain = plain_config(cfg)
+    assert "hunter2" not in str(plain)
+    assert plain == {
+        "uri": "${oc.env:MLFLOW_TRACKING_URI}",
+        "root_dir": "/project",
+        "data": {"rows": 7, "root": "/project/mnist"},
+        "logger": {
+            "mlflow": {
+                "tracking_uri": "${oc.env:MLFLOW_TRACKING_URI}",
+                "uri": "${oc.env:MLFLOW_TRACKING_URI}/a",
+                "name": "/project/b",
+            },
+            "other": {"project": "${oc.env:MY_PROJECT}", "place": "/project/c"},
+        },
+    }
+    assert cfg.uri == "https://me:hunter2@host"
+    assert OmegaConf.to_container(OmegaConf.create(plain), resolve=True)["uri"] == cfg.uri  # type: ignore[index,call-overload]

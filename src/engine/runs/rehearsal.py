@@ -1,0 +1,137 @@
+"""What is only known with data is found before the first epoch, by Lightning's sanity check of one validation batch."""
+
+import copy
+import difflib
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, Checkpoint
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+
+from src.engine.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+OF_VALIDATION = re.compile(r"(val|valid|validation|test)[/_.-]")  # the beginning of what training does not log
+BEGINNING = re.compile(r".*?[/_.-]")
+PARTS = ("_parameters", "_buffers", "_modules", "training")  # of a module; they are kept by other means
+
+
+def is_tested(test: bool | str, module: pl.LightningModule) -> bool | str:
+    """Whether a run is to be tested: ``test``, or False for a module without ``test_step``, which is logged."""
+    if test and not is_overridden("test_step", module):
+        log.warning(f"test=false: {type(module).__name__} has no test_step")
+        return False
+    return test
+
+
+class Rehearsal(Callback):
+    """Refuses, before the first step, to wait for a metric that validation does not log.
+
+    It looks at what a batch of validation logs: ``trainer.num_sanity_val_steps`` says how many. Lightning keeps the
+    random states meanwhile, and this callback the module's own: buffers, metrics, plain attributes. A metric that
+    begins in another way than those of validation may be one of training: it is not refused here.
+
+    Args:
+        config: The run's config, plain; errors name its keys.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+        self._kept: list[tuple[nn.Module, dict[str, Any]]] = []
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Where there is no validation, nothing may wait for it but checkpoints: the last is kept.
+
+        Raises:
+            ConfigError: If something does.
+        """
+        for key, monitor, callback in [] if trainer.enable_validation else self._monitors(trainer):
+            if OF_VALIDATION.match(monitor) and not isinstance(callback, Checkpoint):
+                raise ConfigError(
+                    f"{key}={monitor}: this run has no validation (limit_val_batches=0, no validation_step or no "
+                    f"val_dataloader); choose a metric of training, or leave out what waits for it"
+                )
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the state of the module."""
+        self._kept = [(module, copy.deepcopy(_attributes(module))) for module in pl_module.modules()]
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the module its state back, and look at what was logged.
+
+        Raises:
+            ConfigError: If something waits for what was not, or not that often.
+        """
+        for module, kept in self._kept:
+            _restore(module, kept)
+        self._kept = []
+        logged = sorted(trainer.callback_metrics)
+        beginnings = tuple({match[0] for name in logged if (match := BEGINNING.match(name))})
+        common = self.config.get("monitor")
+        for key, monitor, callback in [*self._monitors(trainer), *([("monitor", common, None)] if common else [])]:
+            if monitor not in logged and (OF_VALIDATION.match(monitor) or monitor.startswith(beginnings)):
+                close = difflib.get_close_matches(monitor, logged, n=1)
+                meant = f"did you mean {close[0]}?" if close else f"it logs {', '.join(logged) or 'nothing'}"
+                off = f"; {key}=null keeps the last checkpoint" if isinstance(callback, Checkpoint | None) else ""
+                raise ConfigError(f"{key}={monitor}: validation logs no such metric; {meant}{off}")
+        every: int = trainer.check_val_every_n_epoch or 1  # type: ignore[attr-defined]
+        for scheduler in trainer.lr_scheduler_configs:
+            is_waiting = scheduler.reduce_on_plateau and scheduler.strict and scheduler.monitor in logged
+            if is_waiting and scheduler.interval == "epoch" and scheduler.frequency % every:
+                raise ConfigError(
+                    f"scheduler.monitor={scheduler.monitor}: validation logs it every {every} epochs; set "
+                    f"+scheduler.frequency={every}, or +scheduler.strict=false"
+                )
+
+    def _monitors(self, trainer: pl.Trainer) -> Iterator[tuple[str, str, Any]]:
+        """What callbacks and schedulers wait for, with its key and who does."""
+        nodes = {name: node for name, node in (self.config.get("callbacks") or {}).items() if node}
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if isinstance(monitor := getattr(callback, "monitor", None), str):
+                keys = [f"callbacks.{name}.monitor" for name, node in nodes.items() if node.get("monitor") == monitor]
+                is_common = monitor == self.config.get("monitor") or not keys
+                yield "monitor" if is_common else keys[0], monitor, callback
+        for scheduler in trainer.lr_scheduler_configs:
+            if scheduler.reduce_on_plateau and scheduler.strict and scheduler.monitor:
+                yield "scheduler.monitor", scheduler.monitor, scheduler
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What validation may change in a module itself: buffers, and attributes of plain values and tensors."""
+    own = {name: value for name, value in vars(module).items() if name not in PARTS and _is_plain(value)}
+    return own | dict(module.named_buffers(recurse=False))
+
+
+def _restore(module: nn.Module, kept: Mapping[str, Any]) -> None:
+    """Set back what has changed."""
+    now = _attributes(module)
+    for name in now.keys() - kept.keys():
+        delattr(module, name)
+    for name, value in kept.items():
+        if name not in now or not _is_same(now[name], value):
+            setattr(module, name, value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict | list | tuple | set):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return value is None or type(value) in (bool, int, float, str, Tensor)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_is_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    return bool(one == other)

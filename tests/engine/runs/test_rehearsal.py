@@ -1,0 +1,133 @@
+"""What is only known with data is found before the first step, and the run is the same to the bit."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torchmetrics import MaxMetric, MeanMetric
+
+from src.engine.errors import ConfigError
+from src.engine.runs.build import build_datamodule, build_module, build_trainer
+from src.engine.runs.rehearsal import Rehearsal, is_tested
+from tests.engine.equality import assert_equal
+from tests.engine.tiny import TinyTask, compose_tiny
+
+PLATEAU = "scheduler=plateau"
+
+
+class Restless(TinyTask):
+    """Keeps books in validation, as modules do that were written for other loops."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.best = MaxMetric()
+        self.mean = MeanMetric()
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("count", torch.zeros(()))
+        self.outputs: list[Tensor] = []
+        self.num_validated = 0
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        torch.rand(1)
+        self.best.update(self.num_validated)
+        self.mean.update(batch[0].mean())
+        self.count += 1
+        self.outputs.append(batch[0].sum())
+        self.num_validated += 1
+        self.late = 5
+
+
+def fit(folder: Path, *overrides: str, rehearsed: bool = True, kind: type[TinyTask] = TinyTask) -> pl.Trainer:
+    cfg = compose_tiny(folder, "trainer.max_epochs=2", *overrides, f"model._target_={kind.__module__}.{kind.__name__}")
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    pl.seed_everything(1, verbose=False)
+    module, data = build_module(cfg), build_datamodule(cfg)
+    cfg.trainer.num_sanity_val_steps = int(rehearsed)
+    trainer = build_trainer(cfg)
+    if rehearsed and not any(isinstance(each, Rehearsal) for each in trainer.callbacks):  # type: ignore[attr-defined]
+        trainer.callbacks.append(Rehearsal(config))  # type: ignore[attr-defined]
+    trainer.fit(module, data)
+    return trainer
+
+
+def test_a_rehearsed_run_is_the_same_to_the_bit(tmp_path: Path) -> None:
+    trainers = [fit(tmp_path / str(rehearsed), rehearsed=rehearsed, kind=Restless) for rehearsed in (True, False)]
+    one, other = (trainer.lightning_module for trainer in trainers)
+    assert_equal(one.state_dict(), other.state_dict())
+    assert_equal(dict(trainers[0].callback_metrics), dict(trainers[1].callback_metrics))
+    assert isinstance(one, Restless)
+    assert isinstance(other, Restless)
+    assert one.num_validated == other.num_validated == len(other.outputs) == len(one.outputs)
+    assert_equal(one.outputs, other.outputs)
+    assert torch.equal(one.mean.compute(), other.mean.compute())
+    assert one.best.compute() == other.best.compute() == other.num_validated - 1
+    assert torch.equal(torch.rand(3), torch.rand(3)) is False  # the generator still runs
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["monitor=val/accc"], "monitor=val/accc: validation logs no such metric; did you mean val/acc?; monitor=null"),
+        (["monitor=val_acc"], "monitor=val_acc: validation logs no such metric; did you mean val/acc?"),
+        (["monitor=test/acc"], "monitor=test/acc: validation logs no such metric"),
+        (
+            ["callbacks.checkpoint.monitor=val/f1"],
+            "callbacks.checkpoint.monitor=val/f1: validation logs no such metric",
+        ),
+        (
+            ["callbacks=[minimal,early_stopping]", "callbacks.early_stopping.monitor=val/los"],
+            "callbacks.early_stopping.monitor=val/los: validation logs no such metric; did you mean val/loss?",
+        ),
+        (
+            ["callbacks=[minimal,early_stopping]", "trainer.limit_val_batches=0"],
+            "monitor=val/acc: this run has no validation (limit_val_batches=0,",
+        ),
+        ([PLATEAU, "scheduler.monitor=val/lss"], "scheduler.monitor=val/lss: validation logs no such metric; did you"),
+        ([PLATEAU, "trainer.limit_val_batches=0"], "scheduler.monitor=val/loss: this run has no validation"),
+        (
+            [PLATEAU, "trainer.check_val_every_n_epoch=2"],
+            "scheduler.monitor=val/loss: validation logs it every 2 epochs; set +scheduler.frequency=2",
+        ),
+    ],
+)
+def test_what_waits_for_a_metric_that_does_not_come_is_told(overrides: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        fit(tmp_path, *overrides)
+    assert str(caught.value).startswith(said)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["monitor=train/loss"],
+        ["monitor=null"],
+        ["trainer.limit_val_batches=0"],
+        [PLATEAU, "trainer.check_val_every_n_epoch=2", "+scheduler.frequency=2"],
+        [PLATEAU, "trainer.check_val_every_n_epoch=2", "+scheduler.strict=false"],
+        [PLATEAU, "scheduler.monitor=train/loss", "trainer.limit_val_batches=0"],
+        ["callbacks=[minimal,early_stopping]", "callbacks.early_stopping.monitor=train/loss"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.filterwarnings("ignore:.*not find the monitored key")
+@pytest.mark.filterwarnings("ignore:ReduceLROnPlateau conditioned on metric")
+def test_what_comes_in_time_is_let_through(overrides: list[str], tmp_path: Path) -> None:
+    assert fit(tmp_path, *overrides).current_epoch == 2
+
+
+def test_a_module_without_a_test_is_not_tested(caplog: pytest.LogCaptureFixture) -> None:
+    class NoTest(pl.LightningModule):
+        pass
+
+    with caplog.at_level(logging.WARNING):
+        assert is_tested("all", NoTest()) is False
+    assert caplog.messages == ["test=false: NoTest has no test_step"]
+    assert is_tested("all", TinyTask(nn.Identity())) == "all"
+    assert is_tested(False, NoTest()) is False
