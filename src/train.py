@@ -24,10 +24,12 @@ def train(cfg: DictConfig) -> dict[str, float]:
     """
     from src.engine.runs.build import build_datamodule, build_module, build_trainer, seed_everything
     from src.engine.runs.record import Record
+    from src.engine.runs.rehearsal import is_tested
 
     seed_everything(cfg)
     datamodule = build_datamodule(cfg)
     module = build_module(cfg)
+    cfg.test = is_tested(cfg.test, module)
     trainer = build_trainer(cfg)
     record = Record(cfg, trainer)
 

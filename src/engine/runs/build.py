@@ -22,9 +22,10 @@ from src.engine.errors import CheckpointError, ConfigError
 from src.engine.runs.checkpoint_io import AtomicCheckpointIO
 from src.engine.runs.checkpoints import check_checkpoint
 from src.engine.runs.processes import is_started_from_outside, prepare_trainer
+from src.engine.runs.rehearsal import Rehearsal
 from src.engine.runs.resume import find_first_step
 from src.engine.runs.session import Session
-from src.engine.settings.trust import instantiate
+from src.engine.settings.trust import instantiate, plain_config, tame
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +81,9 @@ def build_module(cfg: DictConfig) -> pl.LightningModule:
     return module
 
 
-def _parameters(node: DictConfig) -> set[str]:
+def _parameters(node: Any) -> set[str]:
     """The names that a node's target takes; those of a base class too where its constructor takes ``**kwargs``."""
-    target = get_object(node._target_)
+    target = get_object(node["_target_"])
     names: set[str] = set()
     for each in target.__mro__ if isinstance(target, type) else [target]:
         if isinstance(target, type) and "__init__" not in vars(each):
@@ -127,7 +128,7 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
     Each of its checkpoints holds the config, resolved and plain, under the key ``config``. Where ``cfg.ckpt_path`` or
     ``cfg.resume`` resumes a run, what its curves in ``cfg.output_dir`` have of later steps is dropped.
     """
-    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    config = plain_config(cfg)
     checkpoint = load_checkpoint(cfg.ckpt_path) if cfg.get("ckpt_path") else None
     first_step = find_first_step(cfg, config, checkpoint)
     loggers = [_build_logger(node, first_step) for node in (cfg.get("logger") or {}).values() if node is not None]
@@ -139,7 +140,7 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
     if not any(isinstance(callback, Checkpoint) for callback in callbacks):
         extra["enable_checkpointing"] = cfg.trainer.get("enable_checkpointing") or False  # else Lightning adds its own
     trainer: pl.Trainer = instantiate(cfg.trainer)(
-        callbacks=[*callbacks, Session(config)],
+        callbacks=[*callbacks, Session(config), Rehearsal(config)],
         logger=loggers,
         default_root_dir=cfg.output_dir,
         **extra,
@@ -209,11 +210,12 @@ def restore(path: str | Path) -> Any:
         CheckpointError: If the file is missing, damaged, or its weights do not fit the model that it describes.
     """
     checkpoint = load_checkpoint(path)
-    cfg = OmegaConf.create(checkpoint["config"])
-    module = build_module(cfg)
+    config = checkpoint["config"]
+    groups = [name for name in ("model", *FACTORIES) if config.get(name)]
+    module = build_module(OmegaConf.create({name: tame(path, name, config[name]) for name in groups}))
     try:
         module.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"ckpt_path={path}: its weights do not fit its model: {' '.join(str(error).split())}"
         ) from error
@@ -234,12 +236,12 @@ def restore_datamodule(path: str | Path, **overrides: Any) -> Any:
         The LightningDataModule; None of a run without one.
     """
     checkpoint = load_checkpoint(path)
-    cfg = OmegaConf.create({"data": checkpoint["config"].get("data")})
-    if cfg.data is None:
+    if checkpoint["config"].get("data") is None:
         return None
-    takes = _parameters(cfg.data)
-    cfg.data.update({key: value for key, value in overrides.items() if value is not None and key in takes})
-    datamodule: Any = build_datamodule(cfg)
+    data = tame(path, "data", checkpoint["config"]["data"])
+    takes = _parameters(data)
+    data |= {key: value for key, value in overrides.items() if value is not None and key in takes}
+    datamodule: Any = build_datamodule(OmegaConf.create({"data": data}))
     if state := checkpoint.get(type(datamodule).__qualname__):  # where Lightning puts it
         datamodule.load_state_dict(state)
     return datamodule

@@ -120,7 +120,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def _relocate(state: dict[str, Any], folder: Path) -> None:
-    """Have the state of a ModelCheckpoint name files of a run's folder of checkpoints, or of its own beside it, only."""
+    """Have the state of a ModelCheckpoint name files of the checkpoint's folder only, or of its own beside that."""
     name = Path(str(state.get("dirpath"))).name
     if name not in ("", "..") and (folder.parent / name).is_dir():
         folder = folder.parent / name

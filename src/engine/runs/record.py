@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.engine.runs import report
 from src.engine.runs.build import load_checkpoint
+from src.engine.settings.trust import plain_config
 
 PLAIN = (bool, int, float, str)
 
@@ -33,7 +34,7 @@ class Record:
         self._environment = report.environment()
         if trainer.is_global_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(cfg, self._folder / "config.yaml", resolve=True)
+            OmegaConf.save(plain_config(cfg), self._folder / "config.yaml")
 
     def add_training(self) -> None:
         """Note the last metrics and the best checkpoint; of a run that had trained to its end before, those of then."""

@@ -80,7 +80,7 @@ class Rehearsal(Callback):
                 meant = f"did you mean {close[0]}?" if close else f"it logs {', '.join(logged) or 'nothing'}"
                 off = f"; {key}=null keeps the last checkpoint" if isinstance(callback, Checkpoint | None) else ""
                 raise ConfigError(f"{key}={monitor}: validation logs no such metric; {meant}{off}")
-        every: int = trainer.check_val_every_n_epoch or 1  # type: ignore[attr-defined]
+        every: int = trainer.check_val_every_n_epoch or 1
         for scheduler in trainer.lr_scheduler_configs:
             is_waiting = scheduler.reduce_on_plateau and scheduler.strict and scheduler.monitor in logged
             if is_waiting and scheduler.interval == "epoch" and scheduler.frequency % every:

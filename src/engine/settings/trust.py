@@ -32,7 +32,8 @@ PLACE = re.compile(r"^[/~\\]|^\w:[\\/]|://|(^|[\\/])\.\.([\\/]|$)|\$\{")
 # Of an environment variable that holds a secret, perhaps within an address.
 SECRET = re.compile("KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|UR[IL]|DSN", re.IGNORECASE)
 
-_admitted: set[str] = set()
+_targets: set[str] = set()
+_places: set[str] = set()
 
 
 def admit(source: Any) -> None:
@@ -47,7 +48,9 @@ def admit(source: Any) -> None:
                 admit(OmegaConf.load(path))
     else:
         plain = OmegaConf.to_container(source) if OmegaConf.is_config(source) else source
-        _admitted.update(text for key, text in _texts(plain) if not key.startswith(USERS))
+        for key, text in _texts(plain):
+            if not key.startswith(USERS):
+                (_targets if key.rpartition(".")[2] == "_target_" else _places).add(text)
 
 
 @cache
@@ -66,11 +69,12 @@ def instantiate(config: Any, **kwargs: Any) -> Any:
     return build(config, **kwargs)
 
 
-def instantiate_stranger(path: str | Path, key: str, node: Any, /, **own: Any) -> Any:
-    """Build what a checkpoint describes, if it is of a class that the user's own config names, or a library's layer.
+def tame(path: str | Path, key: str, node: Any, /, **own: Any) -> Any:
+    """What a checkpoint has of its run's config, such that it may be built.
 
-    It reads no environment variable, and no folder or address that the checkpoint chooses: where it has one that
-    the user's config does not name, the user's own value is taken, or the constructor's default.
+    It may name the classes that the user's own config names, and the libraries' layers. It reads no environment
+    variable, and no folder or address that it chooses: where it has one that the user's config does not have, the
+    user's own value is taken, or the constructor's default.
 
     Args:
         path: The checkpoint.
@@ -82,19 +86,21 @@ def instantiate_stranger(path: str | Path, key: str, node: Any, /, **own: Any) -
         CheckpointError: If the checkpoint asks for anything else.
     """
     _admit_conf()
-    if not (isinstance(node, dict) and "_target_" in node):
+    if not isinstance(node, dict) or ("_target_" not in node and key != "scheduler"):
         raise CheckpointError(f"ckpt_path={path}: its {key} is no node with a _target_; choose another file")
-    node = {**copy.deepcopy(node), "_recursive_": True}  # what is built later would not be checked
-    node |= own
+    node = {**copy.deepcopy(node), **own}
     try:
-        for full_key, child in find_nodes(node, key):
-            child.pop("_recursive_", None)
+        for full_key, child in find_nodes({**node, "_recursive_": True} if "_target_" not in node else node, key):
+            child.pop("_recursive_", None)  # what is built later would not be looked at
             _check_target(full_key, child["_target_"])
             for name in [name for name in child if _find_place(child[name]) and not (child is node and name in own)]:
                 _replace_place(full_key, child, name)
+        for full_key, text in _texts({name: value for name, value in node.items() if name not in own}, key):
+            if "${" in text:
+                raise ConfigError(f"{full_key}={text}: a checkpoint may not refer to what is outside of it")
     except ConfigError as error:
         raise CheckpointError(f"ckpt_path={path}: {error}") from error
-    return build(node)
+    return node
 
 
 def plain_config(cfg: DictConfig) -> dict[str, Any]:
@@ -132,7 +138,7 @@ def _check_target(key: str, target: Any) -> None:
     said = f"{key}._target_={target}"
     if not isinstance(target, str) or re.search(r"\b_", target) or _is_within(target, NEVER):
         raise ConfigError(f"{said}: not among what a checkpoint may build")
-    if target in _admitted:
+    if target in _targets:
         return
     if not _is_within(target, LIBRARIES):
         raise ConfigError(f"{said}: a checkpoint may build what conf/ names; if it is yours, name it in a file there")
@@ -153,7 +159,7 @@ def _find_place(value: Any) -> str:
     roots = [ROOT, Path(os.environ.get("PROJECT_ROOT", ROOT)).resolve()]
     for _, text in _texts(value):
         is_inside = "${" not in text and any(Path(text).expanduser().resolve().is_relative_to(root) for root in roots)
-        if PLACE.search(text) and text not in _admitted and not is_inside:
+        if PLACE.search(text) and text not in _places and not is_inside:
             return text
     return ""
 

@@ -28,6 +28,7 @@ class Restless(TinyTask):
         self.best = MaxMetric()
         self.mean = MeanMetric()
         self.norm = nn.BatchNorm1d(4)
+        self.count: Tensor
         self.register_buffer("count", torch.zeros(()))
         self.outputs: list[Tensor] = []
         self.num_validated = 0

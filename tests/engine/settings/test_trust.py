@@ -12,8 +12,13 @@ from torch import nn
 
 from src.engine.errors import CheckpointError
 from src.engine.settings.check import ROOT
-from src.engine.settings.trust import admit, instantiate, instantiate_stranger, plain_config
+from src.engine.settings.trust import admit, instantiate, plain_config, tame
 from tests.engine.tiny import TINY_CONF
+
+
+def instantiate_stranger(path: str, key: str, node: Any, **own: Any) -> Any:
+    return instantiate(tame(path, key, node, **own))
+
 
 FOREIGN = [
     "os.system", "subprocess.run", "pathlib.Path", "builtins.eval", "torch.load", "torch.hub.load",
@@ -176,3 +181,26 @@ def test_secrets_stay_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
     }
     assert cfg.uri == "https://me:hunter2@host"
     assert OmegaConf.to_container(OmegaConf.create(plain), resolve=True)["uri"] == cfg.uri  # type: ignore[index,call-overload]
+
+
+def test_a_text_of_a_checkpoint_is_no_permission() -> None:
+    """What was built from a checkpoint adds nothing to what the next one may have built."""
+    bait = {
+        "_target_": "torch.nn.Conv2d",
+        "in_channels": 1,
+        "out_channels": 1,
+        "kernel_size": 1,
+        "padding_mode": "os.system",
+    }
+    with pytest.raises(Exception, match=r"os\.system"):
+        instantiate_stranger("x", "model", bait)
+    with pytest.raises(CheckpointError, match=r"data\._target_=os\.system"):
+        tame("x", "data", {"_target_": "os.system", "command": "true"})
+
+
+def test_a_scheduler_and_its_settings_are_looked_at_too() -> None:
+    step = {"_target_": "torch.optim.lr_scheduler.StepLR", "_partial_": True, "step_size": 3}
+    assert tame("x", "scheduler", {"interval": "epoch", "scheduler": step})["scheduler"] == step
+    for bad in ({"interval": "${oc.env:HOME}", "scheduler": step}, {"scheduler": {"_target_": "os.system"}}):
+        with pytest.raises(CheckpointError, match=r"ckpt_path=x: scheduler\."):
+            tame("x", "scheduler", bad)

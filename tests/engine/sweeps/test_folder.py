@@ -23,7 +23,7 @@ from src.engine.runs.resume import quoted
 from src.engine.runs.status import write_status
 from src.engine.sweeps.folder import NAME_LENGTH, SweepFolder, job_name
 from tests import forks
-from tests.engine.sweeps.test_sweep import OURS, SMALL, Sweep, run_again
+from tests.engine.sweeps.test_sweep import SMALL, Sweep, run_again
 from tests.processes import wait_until
 
 VALUES = st.text(max_size=200) | st.floats().map(str) | st.sampled_from(["a/b", "a_b", "A", "[1,2]", "../..", "é"])
@@ -265,7 +265,7 @@ class Resumed(NamedTuple):
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Resumed:
     """Let a job fail and one finish, kill the sweep behind the first epoch of the next, then start it again."""
     root = tmp_path_factory.mktemp("resumed")
-    env = {"PROJECT_ROOT": str(root), **OURS}
+    env = {"PROJECT_ROOT": str(root)}
     sweep, again = root / "my = sweep", (*SMALL, *LONG, *wait(root), f"hydra.sweep.dir='{root}/my = sweep'")
     (root / "1").touch()
     process = forks.start("train", ["-m", *again], root / "said", env)
