@@ -15,13 +15,8 @@ import torch
 from src.engine.settings.check import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
-# Besides the commands: TensorBoard, which is imported when the first curve is written.
-CONTEXT.set_forkserver_preload(
-    [
-        *("src.train", "src.engine.runs.build", "src.engine.runs.report", "src.engine.runs.last_checkpoint"),
-        *("torchvision", "torch.utils.tensorboard"),
-    ]
-)
+# Slow to import; the project itself is imported anew by each command.
+CONTEXT.set_forkserver_preload(["hydra", "pytorch_lightning", "torchvision", "torch.utils.tensorboard"])
 
 
 def start(
