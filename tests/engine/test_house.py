@@ -2,6 +2,8 @@
 
 import ast
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -9,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from src.engine.settings.check import ROOT
+from src.engine.settings.check import CONF, ROOT
 
-ERRORS = "src.engine.errors"
+FLOORS = ("src.engine.errors", "src.engine.settings", "src.engine.runs", "src.engine.sweeps", "hydra_plugins")
+ERRORS = FLOORS[0]
 PUBLIC = ("_replace", "_asdict", "_fields", "_make")  # of named tuples, which have no other way to say so
 
 
@@ -40,6 +43,16 @@ def _imported(name: str) -> set[str]:
 def _own(name: str) -> set[str]:
     """The project's modules among them; a package's empty __init__ is none."""
     return {imported for imported in _imported(name) if imported in MODULES and TREES[imported].body}
+
+
+def _floor(name: str) -> int:
+    return next(number for number, room in enumerate(FLOORS) if f"{name}.".startswith(f"{room}."))
+
+
+@pytest.mark.parametrize("name", [name for name in ENGINE if name.count(".") > 1 or name.startswith("hydra_plugins")])
+def test_the_engine_imports_from_its_own_floor_and_below(name: str) -> None:
+    assert [imported for imported in _own(name) if imported not in ENGINE] == []
+    assert [imported for imported in _own(name) if _floor(imported) > _floor(name)] == []
 
 
 @pytest.mark.parametrize("name", FRONT)
@@ -79,3 +92,31 @@ def _private(tree: ast.AST) -> Iterator[str]:
 @pytest.mark.parametrize("name", [*FRONT, *DOORS])
 def test_front_rooms_and_doors_use_no_private_names(name: str) -> None:
     assert list(_private(TREES[name])) == []
+
+
+@pytest.mark.parametrize("name", ENGINE)
+def test_the_engine_names_no_class_of_the_front_rooms(name: str) -> None:
+    classes = {node.name for front in FRONT for node in ast.walk(TREES[front]) if isinstance(node, ast.ClassDef)}
+    own = {node.name for engine in ENGINE for node in ast.walk(TREES[engine]) if isinstance(node, ast.ClassDef)}
+    tree = TREES[name]
+    named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    named |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert named & (classes - own) == set()
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    assert [text for text in texts if any(f"{text}.".startswith(f"{front}.") for front in FRONT)] == []
+
+
+@pytest.mark.slow
+def test_the_engine_is_tested_without_the_front_rooms(tmp_path: Path) -> None:
+    """Models, data, all that minimal runs do without: deleting them deletes their tests and no others."""
+    root = tmp_path / "project"
+    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".*", "__pycache__", "logs", "data"), symlinks=True)
+    for room in ("src/models", "tests/models", "tests/data", "tests/mnist", "notebooks", "tests/notebooks"):
+        shutil.rmtree(root / room, ignore_errors=True)
+    for path in [*root.glob("src/demo.py"), *root.glob("src/callbacks/*.py")]:
+        if f"src.callbacks.{path.stem}" not in (CONF / "callbacks" / "minimal.yaml").read_text():
+            path.unlink()
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    for arguments in (["--collect-only", "tests/engine"], ["tests/engine/runs/test_determinism.py"]):
+        result = subprocess.run([*command, *arguments], cwd=root, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout[-3000:]

@@ -78,9 +78,8 @@ class TinyTask(pl.LightningModule):
         optimizer = self.optimizer(self.parameters())
         if not self.scheduler:
             return optimizer
-        make = self.scheduler["scheduler"]
-        steps = {"total_steps": int(self.trainer.estimated_stepping_batches)} if "total_steps" in make.keywords else {}
-        return {"optimizer": optimizer, "lr_scheduler": {**self.scheduler, "scheduler": make(optimizer, **steps)}}
+        scheduler = self.scheduler["scheduler"](optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {**self.scheduler, "scheduler": scheduler}}
 
 
 class TinyLoader:

@@ -320,6 +320,25 @@ def test_a_second_signal_ends_the_run_at_once(runs: Runs) -> None:
     assert runs.state("impatient") == "interrupted"
 
 
+def test_an_exception_in_training_saves_the_steps_before(runs: Runs) -> None:
+    steady = ("data.noise=0", "model.net.dropout=0", "~callbacks.averaging")
+    whole = runs.whole("plain", *steady)
+    fault = "+callbacks.fault={_target_: tests.engine.faults.FailAt, step: 60}"
+    process = runs.begin("failed", *steady, fault)
+    runs.end(process, status=1)
+    assert runs.state("failed") == "failed"
+    assert "error: RuntimeError: step 60 fails" in runs.said()
+    assert load_checkpoint(runs.last("failed"))["global_step"] == 60
+    runs.resume("failed", "callbacks.fault=null")
+    assert "an exception had ended the run within a step" in runs.said()
+    # What draws no random numbers resumes exactly all the same; the failed step's rows were not lost.
+    weights = [
+        load_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in (whole, runs.path("failed"))
+    ]
+    assert_equal(*weights)
+    assert scalars(whole)["val/acc"] == scalars(runs.path("failed"))["val/acc"]
+
+
 def test_resuming_nothing_is_refused_in_a_line(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     sweep = tmp_path_factory.mktemp("sweep")
     (sweep / "sweep.json").touch()
