@@ -7,11 +7,13 @@ import copy
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers import oc
 
@@ -183,7 +185,8 @@ def _own_options(key: str) -> list[dict[str, Any]]:
     """The nodes that a key has by the options of its group in conf/."""
     group = key.partition(".")[0]
     found = []
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    is_composed = GlobalHydra.instance().is_initialized()  # by the command
+    with nullcontext() if is_composed else initialize_config_dir(str(CONF), version_base="1.3"):
         for path in sorted((CONF / group).glob("*.yaml")):
             node = OmegaConf.select(compose("train", [f"{group}={path.stem}"]), key)
             if OmegaConf.is_dict(node):
