@@ -74,10 +74,10 @@ class Leaderboard:
         for job in jobs:
             groups.setdefault(repr(_without_seed(job.values)) if SEED in self.keys else job.name, []).append(job)
         sign = -1 if mode == "max" else 1
+        self.planned = [Setting(_without_seed(group[0].values), group, scores_of(group)) for group in groups.values()]
         # A setting of which a seed failed ranks below those that are complete: one lucky run must not win.
         self.settings = sorted(
-            (Setting(_without_seed(group[0].values), group, _scores(group)) for group in groups.values()),
-            key=lambda setting: (-len(setting.scores), sign * setting.mean if setting.scores else 0.0),
+            self.planned, key=lambda setting: (-len(setting.scores), sign * setting.mean if setting.scores else 0.0)
         )
         self._sign = sign
 
@@ -204,7 +204,8 @@ def _counts(job: Job) -> bool:
     return job.status == "finished" and job.score is not None and math.isfinite(job.score)
 
 
-def _scores(jobs: Iterable[Job]) -> list[float]:
+def scores_of(jobs: Iterable[Job]) -> list[float]:
+    """The scores of the finished jobs."""
     return [job.score for job in jobs if _counts(job) and job.score is not None]
 
 
