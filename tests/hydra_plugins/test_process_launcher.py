@@ -247,6 +247,24 @@ def test_a_signal_ends_a_sweep_in_one_process(signum: signal.Signals, tmp_path: 
 
 
 @pytest.mark.slow
+def test_a_job_that_was_stopped_has_not_failed_and_is_resumed(tmp_path: Path) -> None:
+    arguments = ("data.batch_size=40,20", *PROCESS)
+    with start_sweep(tmp_path, *arguments, HOLD=HELD) as sweep:
+        sweep.wait_until_held(QUICK)
+        os.kill(sweep.spied(HELD)["pid"], signal.SIGTERM)
+        (tmp_path / "released").touch()
+        assert sweep.process.wait(60) == 1
+    assert {job: row["status"] for job, row in sweep.table().items()} == {QUICK: "finished", HELD: "stopped"}
+    assert f"1 of 2 jobs did not finish; the same command with hydra.sweep.dir={sweep.path} resumes" in sweep.stderr
+    assert (sweep.path / HELD / "checkpoints" / "last.ckpt").is_file()
+    assert not (sweep.path / HELD / "error.txt").exists()
+    with start_sweep(tmp_path, *arguments) as sweep:
+        assert sweep.process.wait(300) == 0, sweep.stderr
+    lines = (sweep.path / HELD / "console.log").read_text().splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("epoch")] == ["1/2", "2/2"]
+
+
+@pytest.mark.slow
 def test_a_killed_sweep_leaves_no_job_and_goes_on_where_it_was(tmp_path: Path, reference: Sweep) -> None:
     arguments = ("data.batch_size=40,20", *PROCESS)
     with start_sweep(tmp_path, *arguments, HOLD=HELD) as sweep:

@@ -65,7 +65,7 @@ class SweepFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).resolve()
-        self._ended: dict[str, Job] = {}  # read once
+        self._known: dict[str, Job] = {}  # as last read
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -121,15 +121,21 @@ class SweepFolder:
         plan = self.plan
         write_json(self.path / "sweep.json", plan | {"jobs": plan["jobs"] | dict(jobs)})
 
-    def jobs(self) -> list[Job]:
-        """All planned jobs, in their order; those that have ended are read once."""
-        jobs = [self._ended.get(name) or self.job(name, values) for name, values in self.plan["jobs"].items()]
-        self._ended |= {job.name: job for job in jobs if job.status in ENDED}
-        return jobs
+    def jobs(self, changed: str | None = None) -> list[Job]:
+        """All planned jobs, in their order; those that have ended are read once.
+
+        Args:
+            changed: The only job to be read anew; None: all that have not ended.
+        """
+        for name, values in (planned := self.plan["jobs"]).items():
+            known = self._known.get(name)
+            if known is None or (known.status not in ENDED and changed in (None, name)):
+                self._known[name] = self.job(name, values)
+        return [self._known[name] for name in planned]
 
     def forget(self, name: str) -> None:
         """Read a job anew when it is next asked for."""
-        self._ended.pop(name, None)
+        self._known.pop(name, None)
 
     def job(self, name: str, values: Mapping[str, Any]) -> Job:
         """How a job stands."""

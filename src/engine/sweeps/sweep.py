@@ -60,8 +60,8 @@ def running(config: DictConfig, space: Mapping[str, str]) -> Iterator[SweepFolde
         board = renew(folder)
         if config.test and board.winner:
             _test(folder, board.jobs if config.test == "all" else board.winner.jobs, shared)
-            board = renew(folder)
         drop_checkpoints(folder, board, keep)
+        board = renew(folder)
     board.show(f"sweep {report.shown(path)}")
     _raise_failures(board.jobs, path)
 
@@ -119,10 +119,12 @@ class KeepLeaderboard(Callback):
             return
         self._folder = folder = self._folder or SweepFolder(config.hydra.sweep.dir)
         self._num_ended += 1
-        board = make_board(folder)
+        job_return.cfg = job_return.hydra_cfg = None  # else all jobs' configs stay in memory
+        is_due = time.monotonic() - self._drawn > INTERVAL or self._num_ended == 1
+        board = make_board(folder, None if is_due else config.hydra.sweep.subdir)
         statuses = [job.status for job in board.jobs if job.status != "waiting"]
         num_ended, num_jobs = sum(status in ENDED for status in statuses), max(len(board.jobs), self._target)
-        if time.monotonic() - self._drawn > INTERVAL or self._num_ended == 1:
+        if is_due:
             write_board(folder, board)
             if folder.plan["config"].get("test") != "all":  # which needs them at the end
                 drop_checkpoints(folder, board, self._keep)
@@ -149,12 +151,12 @@ def _shown(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
-def make_board(folder: SweepFolder) -> "Leaderboard":
-    """A sweep's leaderboard as it stands."""
+def make_board(folder: SweepFolder, changed: str | None = None) -> "Leaderboard":
+    """A sweep's leaderboard as it stands, or with only one job read anew."""
     from src.engine.sweeps.leaderboard import Leaderboard  # here: Hydra imports this file at each command's start
 
     plan = folder.plan
-    return Leaderboard(folder.jobs(), plan["monitor"], plan["mode"])
+    return Leaderboard(folder.jobs(changed), plan["monitor"], plan["mode"])
 
 
 def write_board(folder: SweepFolder, board: "Leaderboard") -> None:

@@ -16,6 +16,7 @@ import yaml
 
 from src.engine.settings.check import ROOT
 from tests.conftest import free_port
+from tests.engine.tiny import TINY
 from tests.readme.table import words_of
 
 pytestmark = [
@@ -88,7 +89,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def sweep(address: str, root: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], Path]:
     """A sweep by Ray as the README has it, to its end, and its folder."""
-    command = [*words_of("Ray, a sweep", address=address), "data=mnist5k", "trainer.max_epochs=1", *arguments]
+    words = words_of("Ray, a sweep", address=address)
+    command = [*words[:4], *TINY, *words[4:], "trainer.max_epochs=1", *arguments]
     env = {**os.environ, **ENV, "PROJECT_ROOT": str(root)}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500, check=False)
     (folder,) = (root / "logs" / "multirun").iterdir()
@@ -97,7 +99,7 @@ def sweep(address: str, root: Path, *arguments: str) -> tuple[subprocess.Complet
 
 def test_a_sweeps_jobs_run_on_both_nodes_and_fail_alone(address: str, tmp_path: Path) -> None:
     result, folder = sweep(
-        address, tmp_path, "optimizer.lr=0.001,0.01,-1", "trainer.limit_train_batches=20",
+        address, tmp_path, "optimizer.lr=0.01", "data.batch_size=20,40,-1",
         "+node=${oc.env:RAY_RAYLET_PID,none}", "+callbacks.meet._target_=meet.Meet",
     )  # fmt: skip
     assert "1 of 3 jobs failed" in result.stderr, result.stderr
@@ -106,8 +108,12 @@ def test_a_sweeps_jobs_run_on_both_nodes_and_fail_alone(address: str, tmp_path: 
     nodes = {yaml.safe_load(path.read_text())["node"] for path in folder.glob("*/config.yaml")}
 
     assert result.returncode == 1
-    assert "optimizer.lr=-1: expected a number above 0" in result.stderr
-    assert status == {"optimizer.lr=0.001": "finished", "optimizer.lr=0.01": "finished", "optimizer.lr=-1": "failed"}
+    assert "batch_size=-1: expected 1 or more" in result.stderr
+    assert status == {
+        "data.batch_size=20": "finished",
+        "data.batch_size=40": "finished",
+        "data.batch_size=-1": "failed",
+    }
     assert len(nodes) == 2
     assert len(list(folder.glob("*/test/metrics.json"))) == 1
 

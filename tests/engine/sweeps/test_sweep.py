@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import re
 import statistics
 import subprocess
@@ -9,15 +10,20 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from hydra.core.utils import JobReturn
+from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
+from src.engine.sweeps.folder import SweepFolder
+from src.engine.sweeps.sweep import KeepLeaderboard
 from tests.engine.tiny import TINY
 from tests.forks import run_command
 
@@ -262,3 +268,73 @@ def test_a_sweep_that_cannot_be_is_refused_in_a_line(arguments: tuple[str, ...],
     (line,) = (result.stdout + result.stderr).splitlines()
     assert line.startswith(REFUSED[arguments])
     assert list(tmp_path.iterdir()) == []
+
+
+KEPT = {"all": {"best.ckpt", "last.ckpt"}, "last": {"last.ckpt"}, "winner": set()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", KEPT)
+def test_the_checkpoints_that_stay_are_the_winners_and_those_asked_for(keep: str, tmp_path: Path) -> None:
+    more = ("seed=0,1", "optimizer.lr=0.001,0.1", f"hydra.sweeper.keep={keep}")
+    sweep = run_sweep(tmp_path, *more)
+    assert sweep.result.returncode == 0, sweep.result.stderr
+    winner = sweep.rows()[0]["optimizer.lr"]
+    for row in sweep.rows():
+        left = {path.name for path in (sweep.path / row["job"]).rglob("*.ckpt")}
+        is_winner = row["optimizer.lr"] == winner
+        assert left == (KEPT["all"] if is_winner else KEPT[keep])
+        assert bool(row["checkpoint"]) == (is_winner or keep == "all")
+    assert len(sweep.tested()) == 2
+    assert run_again(sweep, *more).returncode == 0  # nothing is left to do
+
+
+def test_a_word_for_the_checkpoints_that_is_none_is_refused(tmp_path: Path) -> None:
+    result = run_command("train", "-m", *SMALL, "seed=0,1", "hydra.sweeper.keep=best", PROJECT_ROOT=str(tmp_path))
+    assert result.returncode == 1
+    assert result.stderr == "error: hydra.sweeper.keep=best: expected one of all, winner, last\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def make_sweep(path: Path, num_jobs: int) -> tuple[KeepLeaderboard, SweepFolder]:
+    """A sweep that has just started, and the callback that accompanies it."""
+    folder, callback = SweepFolder(path), KeepLeaderboard()
+    with folder.opened(OmegaConf.create({"monitor": "acc", "mode": "max"}), {}):
+        folder.add({f"seed={seed}": {"seed": seed} for seed in range(num_jobs)})
+    callback.on_multirun_start(OmegaConf.create({"hydra": {"sweeper": {}}}))
+    return callback, folder
+
+
+def end_job(callback: KeepLeaderboard, folder: SweepFolder, seed: int) -> None:
+    """What a job of any module leaves, and Hydra's word of its end."""
+    job = folder.path / f"seed={seed}"
+    job.mkdir()
+    record = {"metrics": {"acc": seed / 10}, "best": {"score": seed / 10, "checkpoint": None, "monitor": "acc"}}
+    (job / "metrics.json").write_text(json.dumps(record))
+    hydra = {"sweep": {"dir": str(folder.path), "subdir": job.name}}
+    callback.on_job_end(OmegaConf.create({"hydra": hydra}), JobReturn())
+
+
+def test_the_leaderboard_is_drawn_every_few_seconds_and_told_at_every_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback, folder = make_sweep(tmp_path, 4)
+    drawn = []
+    for seed in range(3):
+        if seed == 2:
+            monkeypatch.setattr("src.engine.sweeps.sweep.INTERVAL", 0)
+        end_job(callback, folder, seed)
+        drawn.append((tmp_path / "sweep.csv").read_text().count("finished"))
+    assert drawn == [1, 1, 3]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(";")[0] for line in lines] == [f"{n} of 4 jobs: {n} finished" for n in (1, 2, 3)]
+    assert lines[2].startswith("3 of 4 jobs: 3 finished; best: seed=2, acc 0.2000; about ")
+
+
+def test_jobs_elsewhere_leave_the_leaderboard_to_the_process_that_started_the_sweep(tmp_path: Path) -> None:
+    callback, folder = make_sweep(tmp_path, 2)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(end_job, callback, folder, 0).result()
+    assert not (tmp_path / "sweep.csv").exists()
+    end_job(callback, folder, 1)
+    assert (tmp_path / "sweep.csv").read_text().count("finished") == 2
