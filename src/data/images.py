@@ -1,21 +1,31 @@
 """Pictures of digits from files of any kind, made to look as MNIST's do."""
 
+import logging
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+from scipy import ndimage
 
 from src.data.sources import parse_idx
+
+log = logging.getLogger(__name__)
 
 SIZE = 28
 BOX = 20  # a digit's longer side
 MASS_CENTRE = 14  # the pixel at which a digit's centre of mass lies, both ways: measured on MNIST
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # not all that Pillow opens: EPS starts a program
+PAPER_SIZE, WINDOW = 32, 22  # in pixels: the paper's brightness, and the part of it that is looked at for a pixel's
+FULL = 0.9  # of a row or column that is ink: a line from edge to edge
+SPECK = 0.15  # of the digit's longer side
 IDX = "idx3-ubyte"  # in an IDX file's name
 WORK_SIZE = 256  # larger pictures are made smaller first, which also takes out most noise
+MAX_PIXELS = 40_000_000
 OPAQUE = 240  # of 255
 MIN_CONTRAST = 32  # of 255; below, a picture is blank
 
@@ -41,7 +51,13 @@ def read_digits(path: Path) -> NDArray[np.uint8]:
     ink = _find_ink(_open(path))
     if np.ptp(ink) < MIN_CONTRAST:
         raise ValueError("blank: nothing in it stands out from its background")
-    return (ink if ink.shape == (SIZE, SIZE) else _normalise(ink))[np.newaxis]
+    if _fits(ink):
+        return ink[np.newaxis]
+    threshold = _otsu(ink)
+    ink, count = _find_digit(ink, threshold)
+    if count > 1:
+        log.warning("%s: seems to show %d digits, and is read as one", path, count)
+    return _normalise(ink, threshold)[np.newaxis]
 
 
 def read_like(path: Path) -> NDArray[np.uint8]:
@@ -60,17 +76,22 @@ def read_like(path: Path) -> NDArray[np.uint8]:
 
 def _open(path: Path) -> NDArray[np.float32]:
     """The picture upright, at most WORK_SIZE wide and high, as red, green, blue and opacity in 0..255, (H, W, 4)."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), path.open("rb") as file:
         warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # a small file that would fill the memory
+        is_jpeg = file.read(2) == b"\xff\xd8"
+        file.seek(0)
         try:
-            with Image.open(path, formats=FORMATS) as file:
-                file.draft(None, (WORK_SIZE, WORK_SIZE))  # a JPEG need not be decoded in full
-                image: Image.Image = ImageOps.exif_transpose(file)
-        except UnidentifiedImageError as error:
+            # A JPEG need not be decoded in full, so its size is no matter; Image.open would look at that first.
+            image: Image.Image = JpegImageFile(file) if is_jpeg else Image.open(file, formats=FORMATS)
+        except (UnidentifiedImageError, SyntaxError) as error:
             raise ValueError(f"no image of a kind that can be read ({', '.join(FORMATS)})") from error
+        image.draft(None, (WORK_SIZE, WORK_SIZE))
+        if image.width * image.height > MAX_PIXELS:  # 12 bytes each while they are looked at
+            raise ValueError(f"{image.width}x{image.height} pixels: expected {MAX_PIXELS:,} or fewer; make it smaller")
+        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
     if image.mode.startswith(("I", "F")):  # 16 bits and more: from the darkest to the lightest
-        values = np.asarray(image, np.float64)
+        values = np.asarray(image, np.float32)
         scale = 255 / max(float(np.ptp(values)), 1.0)
         image = Image.fromarray(((values - values.min()) * scale).round().astype(np.uint8))
     image = image.convert("RGBA")
@@ -89,14 +110,62 @@ def _find_ink(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
             return opacity.astype(np.uint8)
         share = opacity[..., np.newaxis] / 255
         colours = share * colours + (1 - share) * np.median(opaque, axis=0)
-    border = np.concatenate([colours[0], colours[-1], colours[:, 0], colours[:, -1]])
-    ink: NDArray[np.uint8] = np.abs(colours - np.median(border, axis=0)).max(axis=2).astype(np.uint8)
+    away = _find_background(colours) - colours
+    darker = (away.clip(min=0) ** 4).sum(axis=(0, 1)) >= (away.clip(max=0) ** 4).sum(axis=(0, 1))
+    ink: NDArray[np.uint8] = (away * np.where(darker, 1, -1)).clip(min=0).max(axis=2).astype(np.uint8)
     return ink
 
 
-def _normalise(ink: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _find_background(colours: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The paper without what is on it, but with its shadows: the median around each pixel, (H, W, 3)."""
+    height, width = colours.shape[:2]
+    small = (min(width, PAPER_SIZE), min(height, PAPER_SIZE))
+    channels = []
+    for channel in np.moveaxis(colours, 2, 0):
+        reduced = np.asarray(Image.fromarray(channel).resize(small, Image.Resampling.BOX))
+        paper = ndimage.median_filter(reduced, size=WINDOW, mode="reflect")
+        channels.append(np.asarray(Image.fromarray(paper).resize((width, height), Image.Resampling.BILINEAR)))
+    return np.stack(channels, axis=2)
+
+
+def _fits(ink: NDArray[np.uint8]) -> bool:
+    """Whether a picture is one of MNIST's already: its size, the digit's size, place and contrast."""
+    if ink.shape != (SIZE, SIZE):
+        return False
+    rows, columns = (np.flatnonzero((ink > 0).any(axis=axis)) for axis in (1, 0))
+    longer = max(np.ptp(rows), np.ptp(columns)) + 1
+    mass = ndimage.center_of_mass(ink)
+    is_central = all(abs(place - MASS_CENTRE) <= 1 for place in mass)
+    return bool(17 <= longer <= BOX and is_central and ink.max() >= OPAQUE)
+
+
+def _find_digit(ink: NDArray[np.uint8], threshold: int) -> tuple[NDArray[np.uint8], int]:
+    """The ink without what is beside the digit, (H, W), and how many digits seem to stand side by side.
+
+    Lines from edge to edge go, marks that touch an edge while others do not, and specks.
+    """
+    mask = ink > threshold
+    mask[mask.mean(axis=1) > FULL] = False
+    mask[:, mask.mean(axis=0) > FULL] = False
+    labels, count = ndimage.label(mask, np.ones((3, 3)))
+    if not count:
+        return ink, 1
+    boxes = ndimage.find_objects(labels)
+    lengths = np.array([max(part.stop - part.start for part in box) for box in boxes])
+    edges = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+    inner = lengths * ~np.isin(np.arange(1, count + 1), edges)
+    if inner.max() > SPECK * lengths.max():
+        lengths = inner
+    is_kept = lengths > SPECK * lengths.max()
+    kept = ndimage.binary_dilation(np.append(False, is_kept)[labels], iterations=2)  # with the strokes' soft edges
+    tall = [box for box in np.array(boxes, object)[is_kept] if box[0].stop - box[0].start > lengths.max() / 2]
+    tall.sort(key=lambda box: box[1].start)
+    num_gaps = sum(left[1].stop < right[1].start for left, right in pairwise(tall))
+    return np.where(kept, ink, 0).astype(np.uint8), 1 + num_gaps
+
+
+def _normalise(ink: NDArray[np.uint8], threshold: int) -> NDArray[np.uint8]:
     """Fit the digit into BOX x BOX pixels, in full contrast, with its centre of mass in the middle, (28, 28)."""
-    threshold = _otsu(ink)
     level = float(np.median(ink[ink > threshold]))
     floor = 0.2 * level  # what is fainter is paper
     ink = (np.clip((ink - floor) / (level - floor), 0, 1) * 255).astype(np.uint8)
