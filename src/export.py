@@ -187,15 +187,12 @@ def trace(graph: Graph) -> Any:
     import torch
 
     batch = torch.export.Dim("batch", min=1)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoder's would make the batch's size a constant
-    try:
-        with torch.no_grad():
-            program = torch.export.export(
-                graph.whole, graph.example, dynamic_shapes=(tuple({0: batch} for _ in graph.example),)
-            )
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    said: dict[str, Any] = {"args": graph.example, "dynamic_shapes": (tuple({0: batch} for _ in graph.example),)}
+    with torch.no_grad():
+        try:
+            program = torch.export.export(graph.whole, **said)
+        except Exception:  # of len(inputs) it makes a constant; strict tracing does not, but knows less of Python
+            program = torch.export.export(graph.whole, **said, strict=True)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     return program

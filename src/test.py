@@ -6,6 +6,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from src.engine.runs import report
 from src.engine.runs.checkpoints import newest_checkpoint
 from src.engine.runs.command import load_libraries, run, short_errors
 from src.engine.runs.evaluate import test_checkpoint
@@ -13,26 +14,25 @@ from src.engine.runs.processes import get_name
 
 
 def test(cfg: DictConfig) -> dict[str, Any]:
-    """Test a checkpoint as ``conf/test.yaml`` says, and show what came out.
+    """Test a checkpoint as ``conf/test.yaml`` says, and show whatever it has logged.
+
+    The confusion matrix and the accuracy of each class are shown of a module that has them after a test, as its
+    attribute ``confusion``: a tensor (num_classes, num_classes), a row a true class.
 
     Returns:
         What ``test_checkpoint`` does.
     """
-    from src.engine.runs import report
-
     path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
     output_dir = Path(cfg.output_dir)
     result = test_checkpoint(path, output_dir, cfg.accelerator, root=cfg.data.root, eval_batch_size=cfg.data.batch_size)
-    if get_name():
+    if get_name():  # the process of another rank
         return result
     OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
-    report.print_confusion(result["confusion"])
-    report.print_table(
-        "tested",
-        {"checkpoint": report.shown(path), "data": report.describe_data(result["data"])}
-        | result["metrics"]
-        | {"written to": report.shown(output_dir / "metrics.json")},
-    )
+    if result.get("confusion"):
+        report.print_confusion(result["confusion"])
+    data = {"data": report.describe_data(result["data"])} if result.get("data") else {}
+    paths = {"checkpoint": report.shown(path), "written to": report.shown(output_dir / "metrics.json")}
+    report.print_table("tested", {**data, **result["metrics"], **paths})
     return result
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -327,7 +328,11 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 @pytest.mark.slow
 def test_no_picture_takes_more_than_500_mb(name: str, mode: str, side: int, said: str, tmp_path: Path) -> None:
     path = tmp_path / name
-    options = {".webp": {"lossless": True}, ".tif": {"compression": "tiff_deflate"}, ".jpg": {"progressive": True}}
+    options: dict[str, dict[str, Any]] = {
+        ".webp": {"lossless": True},
+        ".tif": {"compression": "tiff_deflate"},
+        ".jpg": {"progressive": True},
+    }
     Image.new(mode, (side, side)).save(path, **options.get(path.suffix, {}))
     command = [sys.executable, "-c", MEMORY, str(path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
