@@ -29,7 +29,7 @@ TILE = 56  # pixels of a feature map
 MAX_BYTES = 1_000_000  # of a drawing; the page's have some 10,000
 # The page has all that it needs, no say over other addresses, and is no part of another page.
 POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:; "
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; "
     "connect-src 'self'; frame-ancestors 'none'"
 )
 

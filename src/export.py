@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -97,7 +98,8 @@ def export_module(
             texts = {key: json.dumps(value, default=str) for key, value in metadata.items()}
             compute = WRITERS[file_format](graph, names, texts, aside)
         except Exception as error:  # whatever the exporters raise; each says it in another way
-            reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+            text = re.sub(r"\x1b\[\d*m", "", str(error))  # colours
+            reason = next(filter(None, map(str.strip, text.splitlines())), type(error).__name__)
             raise ConfigError(f"format={file_format}: {type(module).__name__} cannot be exported: {reason}") from error
         aside.chmod(mode)
         measured = compare(compute, graph, file_format)
@@ -188,11 +190,15 @@ def trace(graph: Graph) -> Any:
 
     batch = torch.export.Dim("batch", min=1)
     said: dict[str, Any] = {"args": graph.example, "dynamic_shapes": (tuple({0: batch} for _ in graph.example),)}
-    with torch.no_grad():
-        try:
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoder's is no operator of ONNX
+    try:
+        with torch.no_grad():
             program = torch.export.export(graph.whole, **said)
-        except Exception:  # of len(inputs) it makes a constant; strict tracing does not, but knows less of Python
-            program = torch.export.export(graph.whole, **said, strict=True)
+    except Exception:  # of len(inputs) it makes a constant; strict tracing does not, but knows less of Python
+        program = torch.export.export(graph.whole, **said, strict=True)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     return program

@@ -3,6 +3,7 @@
 ``SCREENSHOT_DIR=<folder>`` says where the pictures of the pages go; by default into the test's temporary folder.
 """
 
+import base64
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from src.engine.settings.check import ROOT
 from tests.compose import run_command
@@ -26,6 +27,7 @@ from tests.processes import wait_until
 
 pytestmark = pytest.mark.browser
 webdriver = pytest.importorskip("selenium.webdriver")
+Keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 DRIVER = shutil.which("chromedriver") or ""
 if not (BROWSER and DRIVER):
@@ -278,7 +280,8 @@ ZERO: Points = [(70 * np.sin(angle), -100 * np.cos(angle)) for angle in np.linsp
 
 def draw(pages: Pages, points: Points) -> dict[str, str]:
     """Draw with the mouse on a clear page; the pictures that it then shows, by their descriptions."""
-    (button,), (canvas,) = pages.find("button"), pages.find("canvas")
+    pages.wait(lambda: len(pages.find("li")) == 10)
+    (button,), (canvas,) = pages.find("#clear"), pages.find("canvas")
     button.click()
     actions = webdriver.ActionChains(pages.driver, duration=10)
     actions.move_to_element_with_offset(canvas, *map(int, points[0])).click_and_hold()
@@ -330,7 +333,7 @@ def test_the_page_can_be_cleared_and_is_dark_and_narrow_where_asked_for(pages: P
     finally:
         pages.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         pages.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-    pages.find("button")[0].click()
+    pages.find("#clear")[0].click()
     assert pages.find("output")[0].text == "Draw one digit."
     assert pages.find("img") == []
     assert pages.find("li.best") == []
@@ -345,7 +348,7 @@ document.querySelector("canvas").toBlob = give => setTimeout(() => give(new Blob
 def test_an_error_leaves_no_older_answer_and_none_comes_behind_a_clear_page(pages: Pages, demo: str) -> None:
     pages.open(demo)
     draw(pages, SEVEN)
-    (button,), (canvas,), (said,) = (pages.find(name) for name in ("button", "canvas", "output"))
+    (button,), (canvas,), (said,) = (pages.find(name) for name in ("#clear", "canvas", "output"))
     pages.driver.execute_script(SPOIL)
     canvas.click()
     pages.wait(lambda: "no image" in said.text)
@@ -394,3 +397,62 @@ def test_a_second_finger_draws_nothing(pages: Pages, demo: str) -> None:
     columns = np.array(pages.driver.execute_script(ink)).reshape(280, 280).max(axis=0).nonzero()[0]
     assert 25 <= columns.min() <= 35
     assert 45 <= columns.max() <= 55  # the first finger's line alone
+
+
+def test_a_dot_is_no_digit_and_what_was_drawn_can_be_undone(pages: Pages, demo: str) -> None:
+    pages.open(demo)
+    draw(pages, SEVEN)
+    assert re.fullmatch(r"LeNet5 val/acc 0\.9\d{3}", pages.find("#model")[0].text)
+    (said,), (canvas,), (undo,) = (pages.find(name) for name in ("output", "canvas", "#undo"))
+    drawn = said.text
+    canvas.send_keys(Keys.ESCAPE)
+    assert said.text == "Draw one digit."
+    canvas.click()  # a dot
+    pages.wait(lambda: said.text == "Not a digit?")
+    undo.click()
+    assert said.text == "Draw one digit."
+    canvas.send_keys(Keys.CONTROL, "z")
+    pages.wait(lambda: said.text == drawn)
+
+
+def test_a_digit_is_drawn_by_keyboard(pages: Pages, demo: str) -> None:
+    pages.open(demo)
+    pages.wait(lambda: len(pages.find("li")) == 10)
+    keys = webdriver.ActionChains(pages.driver)
+    keys.send_keys(Keys.TAB, *[Keys.ARROW_UP] * 10, " ", *[Keys.ARROW_DOWN] * 20, " ").perform()
+    pages.wait(lambda: pages.find("output")[0].text.startswith("1 "))
+    reached = set()
+    for _ in range(4):
+        reached.add(pages.driver.execute_script("return document.activeElement.id || document.activeElement.tagName"))
+        webdriver.ActionChains(pages.driver).send_keys(Keys.TAB).perform()
+    assert reached == {"CANVAS", "clear", "undo", "file"}
+
+
+PASTE = """
+const [data, done] = [arguments[0], arguments[arguments.length - 1]];
+const bytes = Uint8Array.from(atob(data.split(",")[1]), letter => letter.charCodeAt(0));
+const transfer = new DataTransfer();
+transfer.items.add(new File([bytes], "seven.png", {type: "image/png"}));
+document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: transfer}));
+done();
+"""
+
+
+def test_a_picture_is_opened_and_pasted(pages: Pages, demo: str, tmp_path: Path) -> None:
+    page = Image.new("RGB", (640, 400), "#f4efe6")
+    points = [(320 + 1.3 * x, 200 + 1.3 * y) for x, y in SEVEN]
+    ImageDraw.Draw(page).line(points, fill="#203a70", width=26, joint="curve")
+    page.save(tmp_path / "seven.png")
+    pages.open(demo)
+    pages.wait(lambda: len(pages.find("li")) == 10)
+    (said,) = pages.find("output")
+    pages.find("#file")[0].send_keys(str(tmp_path / "seven.png"))
+    pages.wait(lambda: said.text.startswith("7 "))
+    pages.keep("demo_opened")
+    pages.find("#clear")[0].click()
+    content = base64.b64encode((tmp_path / "seven.png").read_bytes()).decode()
+    pages.driver.execute_async_script(PASTE, f"data:image/png;base64,{content}")
+    pages.wait(lambda: said.text.startswith("7 "))
+    (tmp_path / "note.png").write_text("no picture")
+    pages.find("#file")[0].send_keys(str(tmp_path / "note.png"))
+    pages.wait(lambda: "no picture" in said.text)
