@@ -68,6 +68,8 @@ def export_module(
     """
     import torch
 
+    from src.engine.runs.record import describe_data
+
     module = module.to(memory_format=torch.contiguous_format)  # what safetensors and pt2 files hold
     graph = make_graph(module, datamodule)
     with torch.no_grad():
@@ -80,9 +82,7 @@ def export_module(
     metadata: dict[str, Any] = {
         "inputs": {name: describe(values) for name, values in zip(graph.names, inputs, strict=True)},
         "outputs": {name: describe(values) for name, values in zip(names, outputs, strict=True)},
-        "data": {
-            key: value for key, value in (datamodule.state_dict() if datamodule else {}).items() if key != "loader"
-        },
+        "data": describe_data(datamodule),
         **facts,
         **report.environment(),
     }
@@ -299,13 +299,13 @@ def export(cfg: DictConfig) -> dict[str, Any]:
     Returns:
         What ``export_module`` does.
     """
-    from src.engine.runs.build import restore, restore_datamodule
+    from src.engine.runs.build import load_checkpoint, restore, restore_datamodule
 
     path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
     output = Path(cfg.output or Path(cfg.output_dir) / f"model.{cfg.format}")
     module = restore(path)
     datamodule = restore_datamodule(path, root=cfg.data.root, eval_batch_size=cfg.data.batch_size)
-    facts = {"config": dict(module.hparams), "checkpoint": str(path)}
+    facts = {"config": load_checkpoint(path)["config"], "checkpoint": str(path)}
     result = export_module(module, datamodule, output, cfg.format, facts)
     OmegaConf.save(cfg, Path(cfg.output_dir) / "config.yaml", resolve=True)
     tensors = {

@@ -77,7 +77,7 @@ def predict_files(
 
 def predict_batches(
     module: "pl.LightningModule",
-    datamodule: "pl.LightningDataModule",
+    datamodule: "pl.LightningDataModule | None",
     accelerator: Mapping[str, Any],
     batches: "Iterator[Tensor] | None" = None,
 ) -> list[dict[str, Any]]:
@@ -172,8 +172,8 @@ def find_reader(datamodule: Any) -> Callable[[Path], Any]:
     reader: Callable[[Path], Any] | None = getattr(datamodule, "read_images", None)
     if reader is None:
         raise ConfigError(
-            f"{type(datamodule).__name__}, the checkpoint's data, does not say how to read a file; give it a method "
-            "read_images(path), which returns images as its loaders yield them, (N, ...)"
+            f"{type(datamodule).__name__}, the checkpoint's data module, does not say how to read a file; give it a "
+            "method read_images(path), which returns images as its loaders yield them, (N, ...)"
         )
     return reader
 
@@ -291,14 +291,13 @@ def check_inputs(cfg: DictConfig) -> None:
         return
     from pytorch_lightning.utilities.model_helpers import is_overridden
 
-    from src.engine.runs.build import restore_datamodule
+    from src.engine.runs.build import restore, restore_datamodule
 
     path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
-    datamodule = restore_datamodule(path)
-    if not is_overridden("predict_dataloader", datamodule):
+    source = restore_datamodule(path) or restore(path)  # without a data module the loaders are the module's
+    if not is_overridden("predict_dataloader", source):
         raise ConfigError(
-            f"inputs=null: {type(datamodule).__name__}, the checkpoint's data, has no predict_dataloader; name files, "
-            "as in inputs='digits/*.png'"
+            f"inputs=null: {type(source).__name__} has no predict_dataloader; name files, as in inputs='digits/*.png'"
         )
 
 

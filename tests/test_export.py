@@ -52,7 +52,7 @@ def compute_logits(checkpoint: Path) -> NDArray[np.float32]:
 
 def export_checkpoint(checkpoint: Path, output: Path, file_format: str) -> dict[str, Any]:
     module = restore(checkpoint)
-    facts = {"config": dict(module.hparams)}
+    facts = {"config": load_checkpoint(checkpoint)["config"]}
     return export_module(module, restore_datamodule(checkpoint), output, file_format, facts)
 
 
@@ -60,7 +60,7 @@ def check_metadata(metadata: dict[str, Any], checkpoint: Path) -> None:
     """It says what the file is of, as JSON."""
     said = {key: json.loads(value) for key, value in metadata.items()}
     assert said["classes"] == list(range(10))
-    assert said["config"] == load_checkpoint(checkpoint)["hyper_parameters"]
+    assert said["config"] == load_checkpoint(checkpoint)["config"]
     assert said["accuracy"]["test/acc"] > 0.9
     assert said["data"]["source"] == "package"
     assert said["data"]["num_images"]["test"] == 500
@@ -158,9 +158,9 @@ class FloatDigits(pl.LightningDataModule):
 def alter(checkpoint: Path, path: Path, **nodes: Any) -> Path:
     """A checkpoint with other nodes in its config, and weights that are not trained."""
     content = load_checkpoint(checkpoint)
-    content["hyper_parameters"]["model"].update(nodes.pop("model"))
-    content["hyper_parameters"].update(nodes)
-    content["state_dict"] = instantiate(OmegaConf.create(content["hyper_parameters"]["model"])).state_dict()
+    content["config"]["model"].update(nodes.pop("model"))
+    content["config"].update(nodes)
+    content["state_dict"] = instantiate(OmegaConf.create(content["config"]["model"])).state_dict()
     torch.save(content, path)
     return path
 
@@ -308,7 +308,7 @@ def test_logits_that_are_not_numbers_are_not_taken_for_the_same(trained: Path, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["format=tflite"], "format=tflite: expected one of onnx, pt2, safetensors"),
+        (["format=tflite"], "format=tflite: expected onnx, pt2 or safetensors"),
         (["ckpt_path=nowhere.ckpt"], "ckpt_path=nowhere.ckpt: no such file"),
         ([], "train first (python -m src.train)"),
     ],

@@ -242,8 +242,7 @@ def test_without_files_and_a_loader_it_is_said_what_is_missing(trained: Path, tm
     result = run_command("predict", f"ckpt_path={trained}", cwd=tmp_path, PROJECT_ROOT=str(tmp_path))
     assert result.returncode == 1
     assert result.stderr == (
-        "error: inputs=null: MNISTDataModule, the checkpoint's data, has no predict_dataloader; name files, as in "
-        "inputs='digits/*.png'\n"
+        "error: inputs=null: MNISTDataModule has no predict_dataloader; name files, as in inputs='digits/*.png'\n"
     )
     assert list(tmp_path.iterdir()) == []
 
