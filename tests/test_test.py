@@ -2,15 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from torch.utils.data import DataLoader
 
 from src.data.mnist import MNISTDataModule
 from src.data.sources import read_package
+from src.engine.errors import ConfigError
 from src.engine.runs.build import restore, restore_datamodule
+from src.test import test as run_test
 from src.train import train
 from tests.compose import compose_cfg
+from tests.engine.tiny import TinyData, TinyTask, compose_tiny
 from tests.forks import run_command
 
 
@@ -70,6 +76,58 @@ def test_the_test_split_is_the_one_that_training_left_out(root: Path) -> None:
     splits = {name: {image.numpy().tobytes() for image in split.images} for name, split in datamodule.splits.items()}
     assert not splits["test"] & (splits["train"] | splits["val"])
     assert set.union(*splits.values()) == {image.numpy().tobytes() for image in read_package().images}
+
+
+class TwoSets(TinyData):
+    """Two test loaders of dicts."""
+
+    def test_dataloader(self) -> Any:
+        splits: Any = [torch.randn(20, 4, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3)]
+        return [DataLoader([{"rows": row} for row in rows], batch_size=20) for rows in splits]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch if isinstance(batch, dict) else super().on_after_batch_transfer(batch, dataloader_idx)
+
+
+class Regressor(TinyTask):
+    """No classifier: its one metric has a name of its own."""
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("sum_mae", (self(batch["rows"])[:, 0] - batch["rows"].sum(dim=1)).abs().mean(), batch_size=20)
+
+
+class Untested(TinyTask):
+    test_step = pl.LightningModule.test_step  # type: ignore[assignment]
+
+
+def train_and_test(folder: Path, model: str, data: str = "engine.tiny.TinyData") -> dict[str, Any]:
+    nodes = (f"model._target_=tests.{model}", f"data._target_=tests.{data}")
+    train(compose_tiny(folder / "run", *nodes, "trainer.max_epochs=1", "test=false"))
+    checkpoint = f"ckpt_path={folder}/run/checkpoints/last.ckpt"
+    (folder / "test").mkdir()
+    return run_test(compose_cfg(folder / "test", checkpoint, "accelerator=cpu", config_name="test"))
+
+
+@pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")
+def test_whatever_a_module_logs_is_shown_for_each_loader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = train_and_test(tmp_path, "test_test.Regressor", "test_test.TwoSets")
+    module = restore(tmp_path / "run/checkpoints/last.ckpt")
+    said = capsys.readouterr().out
+    assert result["confusion"] is None
+    for index, seed in enumerate((2, 3)):
+        rows = torch.randn(20, 4, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            expected = (module(rows)[:, 0] - rows.sum(dim=1)).abs().mean().item()
+        name = f"sum_mae/dataloader_idx_{index}"
+        assert result["metrics"][name] == pytest.approx(expected, rel=1e-5)
+        assert f"{name} │ {expected:.4f}" in said
+    for word in ("confusion", "class", "?", "data "):
+        assert word not in said
+
+
+def test_a_module_without_a_test_step_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"Untested has no test_step: there is nothing to test$"):
+        train_and_test(tmp_path, "test_test.Untested")
 
 
 @pytest.mark.parametrize(
