@@ -82,8 +82,9 @@ class TwoSets(TinyData):
     """Two test loaders of dicts."""
 
     def test_dataloader(self) -> Any:
-        splits: Any = [torch.randn(20, 4, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3)]
-        return [DataLoader([{"rows": row} for row in rows], batch_size=20) for rows in splits]
+        splits = [torch.randn(20, 4, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3)]
+        samples: Any = [[{"rows": row} for row in rows] for rows in splits]
+        return [DataLoader(each, batch_size=20) for each in samples]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return batch if isinstance(batch, dict) else super().on_after_batch_transfer(batch, dataloader_idx)

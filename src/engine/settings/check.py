@@ -30,7 +30,7 @@ OWN: dict[str, Any] = {
     "tags": list[str] | str | None,
     "data.root": str | None,
     "data.batch_size": POSITIVE | None,
-    "inputs": str | list[str],
+    "inputs": str | list[str] | None,
     "batch_size": POSITIVE,
     "output": str | None,
     "format": Literal["onnx", "pt2", "safetensors"],
