@@ -141,7 +141,7 @@ BAD: dict[str, tuple[str, str, bytes | None, dict[str, str], int, str]] = {
     "half a drawing": ("POST", "/predict", ONE[:-100], {}, 400, ""),
     "a blank page": ("POST", "/predict", png(Image.new("RGBA", (280, 280))), {}, 400, "blank"),
     "a pixel": ("POST", "/predict", png(Image.new("L", (1, 1))), {}, 400, "blank"),
-    "a bomb": ("POST", "/predict", png(HUGE), {}, 400, "9500 x 9500 pixels: expected"),
+    "a bomb": ("POST", "/predict", png(HUGE), {}, 400, "9500x9500 pixels: expected"),
     "too many bytes": ("POST", "/predict", None, {"Content-Length": str(MAX_BYTES + 1)}, 413, f"{MAX_BYTES} or less"),
     "far too many": ("POST", "/predict", None, {"Content-Length": "9" * 20}, 413, "or less"),
     "a number without end": ("POST", "/predict", None, {"Content-Length": "9" * 9999}, 411, "the number of bytes"),
