@@ -71,7 +71,7 @@ class Rehearsal(Callback):
         for module, kept in self._kept:
             _restore(module, kept)
         self._kept = []
-        logged = sorted(trainer.callback_metrics)
+        logged = sorted(_names(trainer))
         beginnings = tuple({match[0] for name in logged if (match := BEGINNING.match(name))})
         common = self.config.get("monitor")
         for key, monitor, callback in [*self._monitors(trainer), *([("monitor", common, None)] if common else [])]:
@@ -101,6 +101,12 @@ class Rehearsal(Callback):
         for scheduler in trainer.lr_scheduler_configs:
             if scheduler.reduce_on_plateau and scheduler.strict and scheduler.monitor:
                 yield "scheduler.monitor", scheduler.monitor, scheduler
+
+
+def _names(trainer: pl.Trainer) -> set[str]:
+    """The metrics of an epoch; in its sanity check Lightning has those of several loaders in no public place."""
+    results: Any = trainer._results
+    return {name for each in results.values() if each.meta.on_epoch for name in results._forked_name(each, False)}
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
