@@ -310,4 +310,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, "predict", check=check_inputs)
+    run(main, "predict", check=check_inputs, positional="inputs")

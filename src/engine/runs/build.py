@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import Checkpoint, DeviceStatsMonitor, LearningRateMonitor
+from pytorch_lightning.callbacks import Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 
@@ -132,16 +132,19 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
     checkpoint = load_checkpoint(cfg.ckpt_path) if cfg.get("ckpt_path") else None
     first_step = find_first_step(cfg, config, checkpoint)
     loggers = [_build_logger(node, first_step) for node in (cfg.get("logger") or {}).values() if node is not None]
-    callbacks = _build_named(cfg.get("callbacks"))
-    if not loggers:  # these refuse to run without one; logger=[] must be enough
-        needy = (LearningRateMonitor, DeviceStatsMonitor)
-        callbacks = [callback for callback in callbacks if not isinstance(callback, needy)]
+    # A flag that is off must be enough: Lightning refuses the callbacks that go with it.
+    is_bare = cfg.trainer.get("barebones", False)
+    off: list[type] = [] if loggers else [LearningRateMonitor, DeviceStatsMonitor]
+    for flag, kind in (("enable_checkpointing", Checkpoint), ("enable_progress_bar", ProgressBar)):
+        if is_bare or cfg.trainer.get(flag) is False:
+            off.append(kind)
+    callbacks = [callback for callback in _build_named(cfg.get("callbacks")) if not isinstance(callback, tuple(off))]
     extra: dict[str, Any] = {}
     if not any(isinstance(callback, Checkpoint) for callback in callbacks):
         extra["enable_checkpointing"] = cfg.trainer.get("enable_checkpointing") or False  # else Lightning adds its own
     trainer: pl.Trainer = instantiate(cfg.trainer)(
         callbacks=[*callbacks, Session(config), Rehearsal(config)],
-        logger=loggers,
+        logger=False if is_bare else loggers,
         default_root_dir=cfg.output_dir,
         **extra,
     )

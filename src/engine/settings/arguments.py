@@ -243,8 +243,8 @@ def _words(annotation: Any) -> Iterator[str]:
 def build(config: Any, **kwargs: Any) -> Any:
     """Hydra's ``instantiate``; what an annotation takes in another form is given in that one.
 
-    A list of numbers becomes a tensor of floats where the annotation says Tensor, and 1e3 a whole number where it says
-    int.
+    Lists and dicts are plain ones, unless the node's ``_convert_`` says otherwise. A list of numbers becomes a tensor
+    of floats where the annotation says Tensor, and 1e3 a whole number where it says int.
 
     Args:
         config: A node of the user's own config; None is None.
@@ -259,6 +259,7 @@ def build(config: Any, **kwargs: Any) -> Any:
         for name, parameter in (parameters_of(locate(key, node["_target_"])) or {}).items():
             if name in node and (fitted := _fit(parameter.annotation, node[name])) is not node[name]:
                 OmegaConf.update(config, f"{key}.{name}".lstrip("."), fitted, merge=False)
+    kwargs["_convert_"] = config.get("_convert_", "object") if OmegaConf.is_dict(config) else "object"
     return hydra.utils.instantiate(config, **kwargs)
 
 

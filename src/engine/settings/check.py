@@ -95,13 +95,13 @@ def check_values(cfg: DictConfig) -> None:
     Raises:
         ConfigError: At the first that cannot be.
     """
-    config = _resolve(cfg)
+    config = _resolve(OmegaConf.merge(cfg, {"seed": 0}) if "seed" in cfg and cfg.seed is None else cfg)  # to be drawn
     check_arguments(config)
     device = config.get("trainer") or config.get("accelerator") or {}  # a test has no trainer of its own
     _check_accelerator(device.get("accelerator"))
 
 
-def _resolve(cfg: DictConfig) -> dict[str, Any]:
+def _resolve(cfg: Any) -> dict[str, Any]:
     try:
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:

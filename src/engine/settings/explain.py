@@ -67,7 +67,8 @@ def _explain(error: BaseException, config_name: str, cfg: DictConfig | None) -> 
             "see what it says itself, then continue with resume=<the run's folder>"
         )
     if isinstance(error, OSError) or type(error).__name__ == "MisconfigurationException":  # Lightning's
-        return " ".join(str(error).split())
+        where = "scheduler: " if "lr scheduler dict" in str(error) else ""
+        return where + " ".join(str(error).split())
     trace = "HYDRA_FULL_ERROR=1 prints the stack trace." if config_name else IN_LOG
     return f"{type(error).__name__}: {_first_line(error)}{_where(error) or _last_place(error)}\n{trace}"
 

@@ -1,14 +1,20 @@
 """Bad input, from the command line: one or two lines, a non-zero exit, nothing left behind."""
 
+import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from src.engine.errors import CheckpointError
+from src.engine.runs.checkpoints import find_best
+from src.engine.runs.command import arrange, describe_command
 from src.engine.settings.check import ROOT
 from tests import forks
 from tests.compose import run_command
@@ -171,3 +177,99 @@ def test_a_commands_steps_find_the_memory_of_the_step_before() -> None:
     assert int(faults) < 50 * 4 * 8_000_000 / 4096 / 10  # a tenth of all pages; without, half of them as a rule
     assert gc_enabled == "True"
     assert visible == ("None" if has_gpu == "True" else "''")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "arranged"),
+    [
+        (["seed=1,2", "-m"], ["-m", "seed=1,2"]),
+        (["a=1", "--config-dir", "x", "-m", "b=2"], ["--config-dir", "x", "-m", "a=1", "b=2"]),
+        (["--config-dir=x", "~callbacks.lr", "+note=1"], ["--config-dir=x", "~callbacks.lr", "+note=1"]),
+        (["callbacks=null", "optimizer=null", "monitor=null"], ["callbacks=[]", "optimizer=[]", "monitor=null"]),
+        (["a=1", "--cfg", "job"], ["--cfg", "job", "a=1"]),
+    ],
+)
+def test_flags_and_settings_may_come_in_any_order(arguments: list[str], arranged: list[str]) -> None:
+    assert arrange(arguments, "train") == arranged
+
+
+def test_words_without_a_key_are_files_where_a_command_takes_them(tmp_path: Path) -> None:
+    odd = tmp_path / "a=b, c.png"
+    odd.touch()
+    arranged = arrange(["x.png", "batch_size=2", str(odd)], "predict", "inputs")
+    assert arranged == ["batch_size=2", f"inputs=['x.png','{odd}']"]
+    assert OverridesParser.create().parse_override(arranged[-1]).value() == ["x.png", str(odd)]
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("train --lr 0.1", "error: --lr: settings are written key=value, as in optimizer.lr=0.1"),
+        ("train --optimizer.lr=0.1", "error: --optimizer.lr: settings are written key=value, as in optimizer.lr=0.1"),
+        ("train lr=0.1", "error: lr: no such key; did you mean optimizer.lr"),
+        ("train optimizer.lr=0.1,0.2", "error: optimizer.lr=0.1,0.2: several values need -m: python -m src.train -m"),
+        (
+            "train trainer=cuda",
+            "error: trainer=cuda: no such file in conf/trainer/; there are: cpu, ddp, ddp_cpu, default",
+        ),
+        ("train data=1", "error: data=1: no such file in conf/data/; there are: "),
+        ("train --config-name nope", "error: --config-name=nope: no such file in conf/; there are: demo, export"),
+        (
+            "test optimizer=sgd",
+            "error: optimizer: python -m src.test reads this from the checkpoint; there are: ckpt_path",
+        ),
+        (
+            "train model=lenet5_1998 model.net.pooling=max",
+            "error: model.net.pooling: model=lenet5_1998 has no such key",
+        ),
+    ],
+)
+def test_what_misleads_elsewhere_is_told_with_its_remedy(command: str, said: str, tmp_path: Path) -> None:
+    result = forks.run_command(*command.split(), PROJECT_ROOT=str(tmp_path))
+    assert result.returncode == 1
+    (line,) = _lines(result.stdout + result.stderr)
+    assert line.startswith(said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_shows_a_commands_own_keys_a_line_each() -> None:
+    said = describe_command("test")
+    for line in ("ckpt_path: null ", "  root: null", "  batch_size: null", "accelerator=auto, cpu, gpu, mps"):
+        assert f"\n{line}" in said
+    assert "optimizer" not in said
+    assert "\noptimizer=adam, adamw" in describe_command("train")
+
+
+def test_hydras_own_logging_may_be_chosen(tmp_path: Path) -> None:
+    arguments = ("data=mnist5k", "trainer=cpu", "debug=fast", "callbacks=minimal", "logger=[]")
+    result = forks.run_command("train", *arguments, "hydra/job_logging=stdout", PROJECT_ROOT=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+
+
+def _write_run(folder: Path, checkpoint: str) -> None:
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "a.ckpt").touch()
+    (folder / "metrics.json").write_text(json.dumps({"best": {"checkpoint": checkpoint}}))
+
+
+def test_a_runs_or_sweeps_folder_stands_for_its_best_checkpoint(tmp_path: Path) -> None:
+    run, sweep = tmp_path / "run", tmp_path / "sweep"
+    best = run / "checkpoints" / "a.ckpt"
+    for recorded in (str(best), "checkpoints/a.ckpt", "/moved/from/here/checkpoints/a.ckpt"):
+        _write_run(run, recorded)
+        assert find_best(run) == best
+        shutil.rmtree(run)
+    _write_run(sweep / "lr=2", "")
+    rows = "rank,job,status,checkpoint\n1,lr=1,failed,\n1,lr=2,finished,/old/sweep/lr=2/checkpoints/a.ckpt\n"
+    (sweep / "sweep.csv").write_text(rows)
+    assert find_best(sweep) == sweep / "lr=2" / "checkpoints" / "a.ckpt"
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "5", "{}", '{"best": {"checkpoint": "gone.ckpt"}}', '{"best": {"checkpoint": null}}']
+)
+def test_a_folder_without_a_best_checkpoint_is_told(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(CheckpointError, match=f"^ckpt_path={tmp_path}: "):
+        find_best(tmp_path)
