@@ -240,9 +240,10 @@ def test_help_shows_a_commands_own_keys_a_line_each() -> None:
     assert "\noptimizer=adam, adamw" in describe_command("train")
 
 
-def test_hydras_own_logging_may_be_chosen(tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["stdout", "none", "disabled"])
+def test_hydras_own_logging_may_be_chosen(option: str, tmp_path: Path) -> None:
     arguments = ("data=mnist5k", "trainer=cpu", "debug=fast", "callbacks=minimal", "logger=[]")
-    result = forks.run_command("train", *arguments, "hydra/job_logging=stdout", PROJECT_ROOT=str(tmp_path))
+    result = forks.run_command("train", *arguments, f"hydra/job_logging={option}", PROJECT_ROOT=str(tmp_path))
     assert result.returncode == 0, result.stderr
 
 
