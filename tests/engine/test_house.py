@@ -112,7 +112,8 @@ def test_the_engine_is_tested_without_the_front_rooms(tmp_path: Path) -> None:
     root = tmp_path / "project"
     for room in ("src", "hydra_plugins", "conf", "tests"):
         shutil.copytree(ROOT / room, root / room, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", root)
+    for path in [*ROOT.glob("*.md"), ROOT / "pyproject.toml"]:
+        shutil.copy(path, root)
     for room in ("models", "data"):
         shutil.rmtree(root / "src" / room)
     for room in ("models", "data", "mnist", "callbacks", "notebooks"):
