@@ -14,6 +14,7 @@ READMES = {
         "README.md", "conf/README.md", "src/engine/README.md", SWEEPS, "tests/README.md", "notebooks/README.md",
         "CONTRIBUTING.md", "CHANGELOG.md",
     )
+    if (ROOT / name).exists()  # a page goes with its room
 }  # fmt: skip
 
 
