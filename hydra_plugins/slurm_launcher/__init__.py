@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class SlurmOption(SearchPathPlugin):
-    """Puts our launcher behind the package's option, where that is installed.
+    """Makes our launcher the package's option, where that is installed.
 
     Hydra asks search path plugins once it has imported all the others. A file in ``conf/`` cannot do it: Hydra warns of
     one that is called as a plugin's option.
@@ -43,8 +43,8 @@ class SlurmLauncher(JobLauncher):
     """Submits the jobs of hydra-submitit-launcher, and sees to their ends better than that package does.
 
     There, a job that Slurm kills (out of time or memory, a dead node, ``scancel``) ends the sweep or, on a cluster
-    without accounting, is waited for until the end of time; and a sweep that is stopped leaves its jobs behind. Here
-    such a job is a failed one while the others go on, and a sweep that is stopped cancels its jobs.
+    without accounting, is waited for until the end of time; and a sweep that is stopped leaves its jobs running.
+    Here such a job is a failed one while the others go on, and a sweep that is stopped cancels its jobs.
 
     Args:
         params: The package's settings: ``timeout_min``, ``partition`` and so on.
@@ -83,13 +83,16 @@ class SlurmLauncher(JobLauncher):
         names = [job.job_id for job in jobs]
         log.info(f"Slurm jobs: {', '.join(names)}")
         ended: dict[str, JobReturn] = {}
+        left: dict[str, float] = {}  # when jobs were found to have left the queue
         try:
             while len(ended) < len(jobs):
                 time.sleep(INTERVAL)
-                queued = _queued(names)
+                queued, now = _queued(names), time.monotonic()
                 for job, overrides in zip(jobs, job_overrides, strict=True):
                     if job.job_id not in queued and job.job_id not in ended:
-                        ended[job.job_id] = self._end(job, overrides)
+                        is_silent = not job.task(0).paths.result_pickle.exists()
+                        if not is_silent or now > left.setdefault(job.job_id, now) + PATIENCE:
+                            ended[job.job_id] = self._end(job, overrides)
         except BaseException:
             log.info("cancelling the Slurm jobs, and waiting for their ends; Ctrl-C leaves at once")
             subprocess.run(["scancel", *names], start_new_session=True, check=False)  # Ctrl-C does not reach it
@@ -117,9 +120,6 @@ class SlurmLauncher(JobLauncher):
     def _end(self, job: Any, overrides: Sequence[str]) -> JobReturn:
         """What a job's first process has returned; where it could not, a failure."""
         paths = job.task(0).paths
-        deadline = time.monotonic() + PATIENCE
-        while not paths.result_pickle.exists() and time.monotonic() < deadline:
-            time.sleep(0.5)
         reason = ""
         if not paths.result_pickle.exists() or job.task(0).exception():
             reason = f"Slurm job {job.job_id} ended without a result ({_state(job.job_id)}); see {paths.stderr}"

@@ -96,7 +96,7 @@ class Sweep(NamedTuple):
 
 @contextmanager
 def start_sweep(root: Path, *arguments: str, **env: str) -> Iterator[Sweep]:
-    """Start a sweep of tiny jobs into ``root/sweep``; a second start goes on with it."""
+    """Start a sweep of tiny jobs into ``root/sweep``; a second start resumes it."""
     (root / "spy.py").write_text(SPY)
     command = [
         sys.executable, "-m", "src.train", "-m", *TINY, f"hydra.sweep.dir={root}/sweep", "trainer.max_epochs=2",

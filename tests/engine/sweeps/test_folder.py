@@ -1,4 +1,4 @@
-"""A sweep's folder: the jobs' names, and that a sweep killed in the middle goes on; real processes, real kills."""
+"""A sweep's folder: the jobs' names, and that a sweep killed in the middle resumes; real processes, real kills."""
 
 import json
 import re
@@ -263,7 +263,7 @@ class Resumed(NamedTuple):
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Resumed:
-    """Let a job fail and one finish, kill the sweep behind the first epoch of the next, then start it again."""
+    """Let a job fail and one finish, kill the sweep after the first epoch of the next, then start it again."""
     root = tmp_path_factory.mktemp("resumed")
     env = {"PROJECT_ROOT": str(root)}
     sweep, again = root / "my = sweep", (*SMALL, *LONG, *wait(root), f"hydra.sweep.dir='{root}/my = sweep'")
