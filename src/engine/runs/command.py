@@ -188,8 +188,9 @@ def load_libraries() -> None:
     import torch
 
     gc.set_threshold(young, middle, old)
-    gc.freeze()  # nor need later collections look through them
-    atexit.register(gc.unfreeze)  # else bindings that are freed too late complain on the console
+    if not gc.get_freeze_count():  # in a sweep once: a later job would freeze the configs of those before it for good
+        gc.freeze()  # nor need later collections look through them
+        atexit.register(gc.unfreeze)  # else bindings that are freed too late complain on the console
     if not torch.cuda.is_available():
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # else every optimizer step looks for the driver: 0.1 ms
     if sys.platform == "linux":
@@ -232,7 +233,6 @@ def short_errors(cfg: DictConfig) -> Iterator[None]:
             if torch := sys.modules.get("torch"):
                 torch._C._jit_clear_class_registry()  # else TensorBoard's graphs stay (pytorch#35600): 1 MB a job
             gc.collect()  # the previous job's data: Lightning's objects point at each other
-            gc.freeze()  # what is left are the libraries, which the next collection need not look through
             _require_own_process(cfg)
             _check(cfg, HydraConfig.get())
         yield
