@@ -114,18 +114,19 @@ class KeepLeaderboard(Callback):
         self._target = config.hydra.sweeper.get("n_trials", 0)
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
-        """Print a line; draw the leaderboard anew, but not more often than every few seconds."""
+        """Print a line and write the table; draw the figure anew, but not more often than every few seconds."""
         if self._process != _this_process() or not Path(config.hydra.sweep.dir, "sweep.json").is_file():
             return
         self._folder = folder = self._folder or SweepFolder(config.hydra.sweep.dir)
         self._num_ended += 1
         job_return.cfg = job_return.hydra_cfg = None  # else all jobs' configs stay in memory
         is_due = time.monotonic() - self._drawn > INTERVAL or self._num_ended == 1
-        board = make_board(folder, None if is_due else config.hydra.sweep.subdir)
+        changed = None if is_due else config.hydra.sweep.subdir
+        board = make_board(folder, changed)
+        write_board(folder, board, changed)
         statuses = [job.status for job in board.jobs if job.status != "waiting"]
         num_ended, num_jobs = sum(status in ENDED for status in statuses), max(len(board.jobs), self._target)
         if is_due:
-            write_board(folder, board)
             if folder.plan["config"].get("test") != "all":  # which needs them at the end
                 drop_checkpoints(folder, board, self._keep)
             self._drawn = time.monotonic()
@@ -159,17 +160,18 @@ def make_board(folder: SweepFolder, changed: str | None = None) -> "Leaderboard"
     return Leaderboard(folder.jobs(changed), plan["monitor"], plan["mode"])
 
 
-def write_board(folder: SweepFolder, board: "Leaderboard") -> None:
-    """Write a leaderboard: sweep.csv, sweep.md, sweep.png, TensorBoard."""
+def write_board(folder: SweepFolder, board: "Leaderboard", changed: str | None = None) -> None:
+    """Write a leaderboard: sweep.csv, sweep.md, sweep.png, TensorBoard; without the figure where one job changed."""
     from src.engine.sweeps import figure  # here: as above
 
     report.write_text(folder.path / "sweep.csv", board.to_csv())
     report.write_text(folder.path / "sweep.md", board.to_markdown(f"Sweep {folder.path.name}"))
-    png = figure.draw(board)
-    report.write_bytes(folder.path / "sweep.png", png)
-    figure.log_image(folder.path, png)
+    if changed is None:
+        png = figure.draw(board)
+        report.write_bytes(folder.path / "sweep.png", png)
+        figure.log_image(folder.path, png)
     for job in board.jobs:
-        if job.status in ENDED:
+        if job.status in ENDED and changed in (None, job.name):
             figure.log_hparams(folder.path / job.name, job, board.monitor)
 
 

@@ -315,7 +315,7 @@ def end_job(callback: KeepLeaderboard, folder: SweepFolder, seed: int) -> None:
     callback.on_job_end(OmegaConf.create({"hydra": hydra}), JobReturn())
 
 
-def test_the_leaderboard_is_drawn_every_few_seconds_and_told_at_every_end(
+def test_the_table_is_written_at_every_end_and_the_figure_every_few_seconds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     callback, folder = make_sweep(tmp_path, 4)
@@ -324,8 +324,9 @@ def test_the_leaderboard_is_drawn_every_few_seconds_and_told_at_every_end(
         if seed == 2:
             monkeypatch.setattr("src.engine.sweeps.sweep.INTERVAL", 0)
         end_job(callback, folder, seed)
-        drawn.append((tmp_path / "sweep.csv").read_text().count("finished"))
-    assert drawn == [1, 1, 3]
+        assert (tmp_path / "sweep.csv").read_text().count("finished") == seed + 1
+        drawn.append((tmp_path / "sweep.png").read_bytes())
+    assert drawn[0] == drawn[1] != drawn[2]
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(";")[0] for line in lines] == [f"{n} of 4 jobs: {n} finished" for n in (1, 2, 3)]
     assert lines[2].startswith("3 of 4 jobs: 3 finished; best: seed=2, acc 0.2000; about ")
