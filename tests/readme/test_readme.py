@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from src.engine.settings.check import CONF, ROOT
 from tests.conftest import free_port
@@ -125,10 +125,12 @@ def test_each_command_does_what_it_says(command: str, project: Path, request: py
     elif "src.predict" in command:
         request.getfixturevalue("trained")
         (project / "digits").mkdir()
-        Image.new("L", (28, 28), 255).save(project / "digits" / "blank.png")
+        one = Image.new("L", (28, 28), 255)
+        ImageDraw.Draw(one).line([(14, 5), (14, 22)], fill=0, width=3)
+        one.save(project / "digits" / "one.png")
         result = _run(project, command)
         assert result.returncode == 0, result.stderr
-        assert "digits/blank.png" in result.stdout
+        assert "digits/one.png" in result.stdout
     elif "src.export" in command:
         request.getfixturevalue("trained")
         result = _run(project, command, "data.root=null")
