@@ -61,16 +61,18 @@ def _show(cfg: DictConfig) -> None:
 
     record = json.loads((Path(cfg.output_dir) / "metrics.json").read_text())
     rate, best = record["images_per_second"], record["best"]["checkpoint"]
+    unit = "images" if "train/images_per_second" in record["metrics"] else "samples"
     report.print_table(
         "trained and tested" if cfg.test else "trained",
-        {name: value for name, value in sorted(record["metrics"].items()) if not name.startswith("train")}
-        | {"data": report.describe_data(record["data"]), "time": f"{record['seconds']:.1f} s"}
-        | ({"images/s": f"{rate:.0f} (median epoch)"} if rate else {})
+        {name: value for name, value in sorted(record["metrics"].items()) if not name.startswith(("train", "lr-"))}
+        | ({"data": report.describe_data(record["data"])} if "num_images" in record["data"] else {})
+        | {"time": f"{record['seconds']:.1f} s"}
+        | ({f"{unit}/s": f"{rate:.0f} (median epoch)"} if rate else {})
         | {"best": report.shown(best) if best else "no checkpoint was asked for"},
     )
     report.print_next(
         {
-            "python -m src.test": "accuracy per digit, confusion matrix",
+            "python -m src.test": "test it once more, in detail",
             "tensorboard --logdir logs": "the curves of all runs",
             "python -m src.train -m optimizer.lr=0.001,0.003,0.01": "try three learning rates",
         }

@@ -19,17 +19,7 @@ from src.engine.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 HYPER = "hyper_parameters"  # of the module, and of the data module
-PLAIN = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    Tensor,
-    torch.dtype,
-    torch.device,
-)  # and None
+PLAIN = (type(None), bool, int, float, complex, str, bytes, Tensor, torch.dtype, torch.device)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -77,8 +67,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: If the disk is full or cannot be written to.
         """
-        checkpoint = {key: _keep_plain(value) if key.endswith(HYPER) else value for key, value in checkpoint.items()}
-        checkpoint.pop("hparams_type", None)  # a class of OmegaConf
+        checkpoint = {key: value for key, value in checkpoint.items() if key != "hparams_type"}  # OmegaConf's class
+        for key in [key for key in checkpoint if key.endswith(HYPER)]:
+            checkpoint[key], left = _keep_plain(checkpoint[key])
+            if left and self._is_rehearsing:
+                log.info(
+                    f"{key}: no plain values, so not in the checkpoints: {', '.join(left)}; the config rebuilds them"
+                )
         if self.config is not None:
             checkpoint["config"] = self.config
         if self._is_rehearsing:
@@ -136,14 +131,12 @@ def _relocate(state: dict[str, Any], folder: Path) -> None:
     state["dirpath"] = str(folder)
 
 
-def _keep_plain(parameters: Any) -> dict[str, Any]:
-    """Hyper-parameters without those that are not made of plain values and tensors."""
+def _keep_plain(parameters: Any) -> tuple[dict[str, Any], list[str]]:
+    """Hyper-parameters that are made of plain values and tensors, and the names of the others."""
     if isinstance(parameters, Container):
         parameters = OmegaConf.to_container(parameters, resolve=True)
-    left = [str(key) for key, value in parameters.items() if not _is_plain(value)]
-    if left:
-        log.debug(f"hyper-parameters left out of the checkpoint, since they are not plain values: {', '.join(left)}")
-    return {key: value for key, value in parameters.items() if str(key) not in left}
+    kept = {key: value for key, value in parameters.items() if _is_plain(value)}
+    return kept, [str(key) for key in parameters if key not in kept]
 
 
 def _is_plain(value: Any) -> bool:
@@ -151,4 +144,4 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, [*value, *value.values()]))
     if isinstance(value, list | tuple | set):
         return type(value) in (list, tuple, set, torch.Size) and all(map(_is_plain, value))
-    return value is None or type(value) in PLAIN
+    return type(value) in PLAIN

@@ -168,6 +168,9 @@ class LastCheckpoint(Checkpoint):
         total: Any = loop.epoch_progress.total
         processes = self._loaded.get("processes", [])
         is_in_epoch = total.processed < total.ready
+        if loop._combined_loader_states_to_load:  # a schedule has asked for the run's steps too early (Lightning#20550)
+            loop._load_combined_loader_states()
+            iter(loop._data_fetcher)  # type: ignore[arg-type]
         is_lightnings = total.completed < total.processed  # written by a hook at an epoch's end, as best.ckpt
         if is_in_epoch:  # its end is to be as ever: Lightning would not let ReduceLROnPlateau step
             loop._restarting = False

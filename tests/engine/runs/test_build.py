@@ -106,7 +106,10 @@ OWN = (f"model._target_={ME}.OwnOptimizer", "+model.lr=0.03", "+model.cfg={sizes
 
 
 @pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of")  # as upstream's modules have it
-def test_a_module_with_its_own_optimizer_and_scheduler_trains_and_comes_back(tmp_path: Path) -> None:
+def test_a_module_with_its_own_optimizer_and_scheduler_trains_and_comes_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "src.engine")
     cfg = compose_tiny(tmp_path, *UPSTREAM, "trainer.max_epochs=1", "scheduler=onecycle", "trainer.log_every_n_steps=1")
     train(cfg)
     assert cfg.optimizer is None  # so that the record does not tell of one that was not used
@@ -114,6 +117,7 @@ def test_a_module_with_its_own_optimizer_and_scheduler_trains_and_comes_back(tmp
     last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["lr_schedulers"][0]["total_steps"] == 12  # 240 rows in batches of 20, though the config says null
     assert last["hyper_parameters"] == {"compile": False, "splits": [8, 2], "where": None}  # what is plain
+    assert caplog.text.count("not in the checkpoints: net, optimizer, scheduler; the config rebuilds them") == 1
     module = restore(tmp_path / "checkpoints" / "best.ckpt")
     assert isinstance(module, UpstreamTask)
     assert isinstance(module.hparams["net"], TinyNet)

@@ -1,6 +1,7 @@
 """src/callbacks/last_checkpoint.py with a user's own module and loader; tests/test_resume.py has the command."""
 
 import random
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from src.data.loader import BatchLoader
@@ -170,3 +172,42 @@ def test_a_mean_that_is_not_logged_again_in_its_epoch_is_said(tmp_path: Path, ca
     assert "training_step.gone: not logged since: the epoch's figure is missing" in caplog.text
     assert "train/rare" not in caplog.text
     assert "training_step.gone" not in torch.load(path, weights_only=True)["processes"][0]["means"]
+
+
+class Rows(Dataset):
+    """Rows that workers read, one by one."""
+
+    def __len__(self) -> int:
+        return NUM_IMAGES
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        row = torch.randn(8, generator=torch.Generator().manual_seed(index))
+        return row, (row.sum() > 0).long()
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata asks torch for it
+@pytest.mark.parametrize("estimates", [False, True])
+def test_a_users_loader_with_workers_and_a_state_resumes_to_the_bit(estimates: bool, tmp_path: Path) -> None:
+    class Module(UsersModule):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            if estimates:  # after which Lightning would forget the loader's state (Lightning#20550)
+                assert self.trainer.estimated_stepping_batches
+            return super().configure_optimizers()
+
+    def fit(name: str, *callbacks: Callback, ckpt_path: Path | None = None) -> Path:
+        pl.seed_everything(0, verbose=False)
+        loader = StatefulDataLoader(Rows(), BATCH_SIZE, shuffle=True, num_workers=2)
+        last = LastCheckpoint(str(tmp_path / name), every_n_steps=1)
+        trainer = pl.Trainer(
+            max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[last, *callbacks],
+        )  # fmt: skip
+        with suppress(Kill):
+            trainer.fit(Module(), loader, ckpt_path=ckpt_path, weights_only=True)
+        return last.path
+
+    whole = fit("whole")
+    path = fit("killed", KillAfter(13))
+    fit("killed", ckpt_path=path)
+    states = [torch.load(each, weights_only=True)["state_dict"] for each in (whole, path)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
