@@ -1,4 +1,4 @@
-"""What the engine adds to every training: random numbers of each process's own, weighed shares, a checkpoint tried out."""
+"""What the engine adds to every training: random numbers by process, weighed shares, a checkpoint tried out."""
 
 from pathlib import Path
 from typing import Any
