@@ -33,12 +33,15 @@ def train(cfg: DictConfig) -> dict[str, float]:
     trainer = build_trainer(cfg)
     record = Record(cfg, trainer)
 
-    trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
-    record.add_training()
+    checkpoint = cfg.ckpt_path
+    if cfg.train:
+        trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+        record.add_training()
+        checkpoint = record.best_checkpoint
 
     tested = []
     if cfg.test:
-        tested = trainer.test(module, datamodule, ckpt_path=record.best_checkpoint, weights_only=True, verbose=False)
+        tested = trainer.test(module, datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False)
     return record.write(tested)
 
 
@@ -63,19 +66,18 @@ def _show(cfg: DictConfig) -> None:
     rate, best = record["images_per_second"], record["best"]["checkpoint"]
     unit = "images" if "train/images_per_second" in record["metrics"] else "samples"
     report.print_table(
-        "trained and tested" if cfg.test else "trained",
+        " and ".join(verb for verb, done in {"trained": cfg.train, "tested": cfg.test}.items() if done),
         {name: value for name, value in sorted(record["metrics"].items()) if not name.startswith(("train", "lr-"))}
         | ({"data": report.describe_data(record["data"])} if "num_images" in record["data"] else {})
         | {"time": f"{record['seconds']:.1f} s"}
         | ({f"{unit}/s": f"{rate:.0f} (median epoch)"} if rate else {})
         | {"best": report.shown(best) if best else "no checkpoint was asked for"},
     )
+    sweep = {"python -m src.train -m optimizer.lr=0.001,0.003,0.01": "try three learning rates"}
     report.print_next(
-        {
-            "python -m src.test": "test it once more, in detail",
-            "tensorboard --logdir logs": "the curves of all runs",
-            "python -m src.train -m optimizer.lr=0.001,0.003,0.01": "try three learning rates",
-        }
+        ({"python -m src.test": "test it once more, in detail"} if cfg.test else {})
+        | {"tensorboard --logdir logs": "the curves of all runs"}
+        | (sweep if OmegaConf.select(cfg, "optimizer.lr") else {})
     )
 
 

@@ -51,6 +51,7 @@ def build_datamodule(cfg: DictConfig) -> pl.LightningDataModule | None:
     datamodule: pl.LightningDataModule | None = None
     if cfg.get("data"):
         datamodule = instantiate(cfg.data, _convert_="object")
+        _check_origin("data", cfg.data, datamodule, pl.LightningDataModule)
     return datamodule
 
 
@@ -75,10 +76,21 @@ def build_module(cfg: DictConfig) -> pl.LightningModule:
         if OmegaConf.is_dict(node) and node.get("_partial_") and node.get("total_steps", 0) is None:
             arguments[str(name)] = _fill_steps(instantiate(node, _convert_="object"), factories)
     module: pl.LightningModule = instantiate(cfg.model, _convert_="object", **arguments)
+    _check_origin("model", cfg.model, module, pl.LightningModule)
     for factory in factories:
         factory.module = module
     module.register_load_state_dict_pre_hook(_fit_names)
     return module
+
+
+def _check_origin(key: str, node: Any, built: Any, expected: type) -> None:
+    """The package lightning has classes of the same names, which pytorch_lightning's Trainer does not know."""
+    for base in type(built).__mro__:
+        if base.__name__ == expected.__name__ and base is not expected:
+            raise ConfigError(
+                f"{key}._target_={node['_target_']}: its base class is {base.__module__}.{base.__name__}; import that "
+                "from pytorch_lightning, which is the same code"
+            )
 
 
 def _parameters(node: Any) -> set[str]:
@@ -129,7 +141,7 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
     ``cfg.resume`` resumes a run, what its curves in ``cfg.output_dir`` have of later steps is dropped.
     """
     config = plain_config(cfg)
-    checkpoint = load_checkpoint(cfg.ckpt_path) if cfg.get("ckpt_path") else None
+    checkpoint = load_checkpoint(cfg.ckpt_path) if cfg.get("ckpt_path") and cfg.get("train", True) else None
     first_step = find_first_step(cfg, config, checkpoint)
     loggers = [_build_logger(node, first_step) for node in (cfg.get("logger") or {}).values() if node is not None]
     # A flag that is off must be enough: Lightning refuses the callbacks that go with it.

@@ -5,6 +5,7 @@ import ctypes
 import gc
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -88,9 +89,14 @@ def run(
     warnings.filterwarnings("ignore", message="The dirpath has changed")
     # A run that resumes with other callbacks: you are told already that its config differs.
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+    # A run that resumes within an epoch: LastCheckpoint says it, with numbers.
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
+    # A module may keep its net as a hyper-parameter; a checkpoint holds it once all the same.
+    warnings.filterwarnings("ignore", message="Attribute '.*' is an instance of `nn.Module`")
     # At every start outside of a job, on a machine that has Slurm.
     warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")
     os.environ.setdefault("PROJECT_ROOT", str(ROOT))
+    read_env(Path(os.environ["PROJECT_ROOT"], ".env"))
     _asked_full_error = os.environ.get(FULL_ERROR, "")
     os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would print over many lines
     exit_on_signals()
@@ -110,6 +116,16 @@ def run(
     finally:
         if _is_refused:
             _remove_folders()
+
+
+def read_env(path: Path) -> None:
+    """Set the environment variables of a file, a ``NAME=value`` a line; those that are set already stay."""
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
+        name, equals, value = line.strip().removeprefix("export ").partition("=")
+        if equals and name.strip().isidentifier():
+            quoted = re.match(r"""\s*(["'])(.*)\1\s*(#.*)?$""", value)
+            plain = re.split(r"(?:^|\s)#", value)[0].strip()
+            os.environ.setdefault(name.strip(), quoted[2] if quoted else plain)
 
 
 def arrange(arguments: Sequence[str], config_name: str, positional: str = "") -> list[str]:

@@ -15,11 +15,14 @@ import torch
 from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities import CombinedLoader
 
 from src.engine.runs.processes import SIGNALS, is_child
 from src.engine.runs.running_metrics import collect_means, collect_metrics, restore_means, restore_metrics
 
 log = logging.getLogger(__name__)
+
+STATEFUL = ("state_dict", "load_state_dict")
 
 
 class LastCheckpoint(Checkpoint):
@@ -111,15 +114,16 @@ class LastCheckpoint(Checkpoint):
     def _end_step(self, trainer: pl.Trainer, is_validated: bool) -> None:
         """Behind each training step: save where it is due, stop where a signal has asked for it."""
         loop = trainer.fit_loop.epoch_loop
-        stepped = trainer.global_step > self._last_step
-        self._last_step = trainer.global_step
+        last_step, self._last_step = self._last_step, trainer.global_step
         if self._means:
             self._means = restore_means(trainer, self._means)
         signum = self._agree(trainer)
         # With gradients half gathered, or just validated, Lightning would not go on from here exactly.
-        if loop.done or not stepped or is_validated:
+        if loop.done or trainer.global_step == last_step or is_validated:
             return
-        if signum or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
+        # Of several steps a batch, as in manual optimization, the due one may have been among the first.
+        is_due = self.every_n_steps and trainer.global_step // self.every_n_steps > last_step // self.every_n_steps
+        if signum or is_due:
             self._save(trainer)
         if signum:
             self._stop(signum)
@@ -175,6 +179,8 @@ class LastCheckpoint(Checkpoint):
         if is_in_epoch:  # its end is to be as ever: Lightning would not let ReduceLROnPlateau step
             loop._restarting = False
             _count_as_loader(trainer)
+            if reason := _describe_restart(trainer):
+                _warn(trainer, reason)
         else:  # nothing of the last epoch is left to do
             if is_lightnings:
                 total.completed = total.processed
@@ -255,6 +261,23 @@ def _count_as_loader(trainer: pl.Trainer) -> None:
     shift = getattr(trainer.train_dataloader, "batches_done", progress.ready) - progress.ready
     for name in ("ready", "started", "processed", "completed"):
         setattr(progress, name, getattr(progress, name) + shift)
+
+
+def _describe_restart(trainer: pl.Trainer) -> str:
+    """What comes of train loaders without a state, which start anew within an epoch; empty if all have one."""
+    loaders = CombinedLoader(trainer.train_dataloader).flattened
+    without = [loader for loader in loaders if not all(hasattr(loader, name) for name in STATEFUL)]
+    if not without:
+        return ""
+    done, total = trainer.fit_loop.epoch_loop.batch_progress.current.ready, trainer.num_training_batches
+    sizes = [getattr(loader, "batch_size", None) or 0 for loader in without]
+    samples = f" ({done * trainer.world_size * sum(sizes):,} samples)" if all(sizes) else ""
+    return (
+        f"the train loader has no state_dict: after {done:,} batches{samples}"
+        + (f" of the epoch's {total:,}" if isinstance(total, int) else "")
+        + " it starts anew, and may give these once more and leave out others; one with state_dict and load_state_dict "
+        "resumes where it was (torchdata's StatefulDataLoader has both)"
+    )
 
 
 def _warn(trainer: pl.Trainer, reason: str) -> None:

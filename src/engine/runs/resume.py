@@ -23,7 +23,7 @@ LATEST = "latest"
 # What a checkpoint's states go before: another value would be without effect, or would not fit.
 KEPT = ("model", "optimizer", "scheduler")
 # What says where a run is and what becomes of it, not how it trains.
-BESIDE = ("resume", "ckpt_path", "root_dir", "output_dir", "test")
+BESIDE = ("resume", "ckpt_path", "root_dir", "output_dir", "paths", "task_name", "tags", "train", "test")
 # What decides how many steps there are, for which some schedules are made.
 OF_LENGTH = (
     "trainer.limit_train_batches", "trainer.overfit_batches", "trainer.accumulate_grad_batches", "data.name",

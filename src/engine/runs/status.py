@@ -41,8 +41,9 @@ def write_status(folder: Path, state: str, start: Mapping[str, Any] | None = Non
 
 def describe_start(hydra: Any) -> dict[str, Any]:
     """How Hydra's node says that a run was started: what ``resume`` repeats."""
-    overrides = [override for override in hydra.overrides.task if not override.startswith("resume=")]
-    if len(overrides) < len(hydra.overrides.task):  # resumed: its own checkpoint is looked up anew
+    typed: Any = OmegaConf.to_container(hydra.overrides.task)  # with its interpolations: one may lead to a secret
+    overrides = [override for override in typed if not override.startswith("resume=")]
+    if len(overrides) < len(typed):  # resumed: its own checkpoint is looked up anew
         own = Path(hydra.run.dir).resolve() / "checkpoints"
         overrides = [override for override in overrides if not _is_checkpoint_in(own, override)]
     sources = OmegaConf.to_container(hydra.runtime.config_sources)

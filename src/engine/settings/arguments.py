@@ -75,6 +75,11 @@ def locate(key: str, target: str) -> Any:
     try:
         found = pydoc.locate(target)
     except pydoc.ErrorDuringImport as error:
+        if getattr(error.value, "name", None) in ("lightning", "lightning.pytorch"):
+            raise ConfigError(
+                f"{key}._target_={target}: it imports the package lightning, which is not installed; import from "
+                "pytorch_lightning, which is the same code (conf/README.md, Coming from lightning-hydra-template)"
+            ) from error
         raise ConfigError(f"{key}._target_={target}: its import fails: {error.value!r}") from error
     if callable(found):
         return found

@@ -38,7 +38,7 @@ OWN: dict[str, Any] = {
     "root_dir": str,
     "output_dir": str,
 }
-DECLARED = ("train", "task_name", "tags", "paths", "extras")  # what other templates have
+DECLARED = ("extras",)  # what other templates have
 MARKS = {"inputs": "predict", "format": "export", "port": "demo"}  # a key that only this command has
 NEEDED = ("model", "trainer")  # to train
 NAMED = ("callbacks", "logger")  # each holds named nodes
