@@ -63,13 +63,8 @@ def _affine_grid(images: Tensor, max_shift: float) -> Tensor:
 
     angle, scale, shear = uniform(math.radians(MAX_DEGREES)), 1 + uniform(MAX_SCALE), uniform(MAX_SHEAR)
     cos, sin = angle.cos() / scale, angle.sin() / scale
-    theta = torch.stack(  # (B, 2, 3)
-        [
-            torch.stack([cos, shear * cos - sin, uniform(2 * max_shift / width)], dim=1),
-            torch.stack([sin, shear * sin + cos, uniform(2 * max_shift / height)], dim=1),
-        ],
-        dim=1,
-    )
+    x, y = uniform(2 * max_shift / width), uniform(2 * max_shift / height)
+    theta = torch.stack([cos, shear * cos - sin, x, sin, shear * sin + cos, y], dim=1).view(batch, 2, 3)
     return F.affine_grid(theta, list(images.shape), align_corners=False)
 
 

@@ -25,7 +25,7 @@ FULL = 0.9  # of a row or column that is ink: a line from edge to edge
 SPECK = 0.15  # of the digit's longer side
 IDX = "idx3-ubyte"  # in an IDX file's name
 WORK_SIZE = 256  # larger pictures are made smaller first, which also takes out most noise
-MAX_PIXELS = 40_000_000
+MAX_PIXELS = 30_000_000  # to read so many takes 480 MB at most, of WebP
 OPAQUE = 240  # of 255
 MIN_CONTRAST = 32  # of 255; below, a picture is blank
 
@@ -85,18 +85,23 @@ def _open(path: Path) -> NDArray[np.float32]:
             image: Image.Image = JpegImageFile(file) if is_jpeg else Image.open(file, formats=FORMATS)
         except (UnidentifiedImageError, SyntaxError) as error:
             raise ValueError(f"no image of a kind that can be read ({', '.join(FORMATS)})") from error
-        image.draft(None, (WORK_SIZE, WORK_SIZE))
-        if image.width * image.height > MAX_PIXELS:  # 12 bytes each while they are looked at
+        except Image.DecompressionBombError as error:
+            raise ValueError(str(error)) from error
+        if "progressive" not in image.info:  # such a JPEG is held in full all the same
+            image.draft(None, (WORK_SIZE, WORK_SIZE))
+        if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels: expected {MAX_PIXELS:,} or fewer; make it smaller")
+        if image.mode.startswith("I;"):  # these cannot be averaged, as those below
+            image = image.convert("I")
+        elif image.mode in ("1", "P") or "transparency" in image.info:
+            image = image.convert("RGBA")
+        image.thumbnail((WORK_SIZE, WORK_SIZE), reducing_gap=3.0)  # before anything else: a copy of all pixels is large
         ImageOps.exif_transpose(image, in_place=True)
-        image.load()
-    if image.mode.startswith(("I", "F")):  # 16 bits and more: from the darkest to the lightest
+    if image.mode in ("I", "F"):  # more than 8 bits: from the darkest to the lightest
         values = np.asarray(image, np.float32)
         scale = 255 / max(float(np.ptp(values)), 1.0)
         image = Image.fromarray(((values - values.min()) * scale).round().astype(np.uint8))
-    image = image.convert("RGBA")
-    image.thumbnail((WORK_SIZE, WORK_SIZE), reducing_gap=3.0)
-    return np.asarray(image, np.float32)
+    return np.asarray(image.convert("RGBA"), np.float32)
 
 
 def _find_ink(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -45,8 +45,7 @@ class BatchLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        check_whole("batch_size", batch_size, 1)
-        check_whole("seed", seed, 0)
+        check_minimum("seed", seed, 0)
         if batch_size < world_size:
             raise ValueError(f"batch_size={batch_size}: expected {world_size} or more, one image a process")
         if len(images) < world_size:
@@ -144,13 +143,13 @@ class BatchLoader:
         self._is_resumed = True
 
 
-def check_whole(name: str, value: object, minimum: int) -> None:
-    """Refuse a value that is no whole number or below the minimum.
+def check_minimum(name: str, value: float, minimum: int) -> None:
+    """Refuse a value below the minimum.
 
     Raises:
         ValueError: It names the argument.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if value < minimum:
         raise ValueError(f"{name}={value}: expected a whole number of {minimum} or more")
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from src.data.augment import random_affine, random_elastic
 from src.data.images import read_digits, read_like
-from src.data.loader import BatchLoader, check_whole
+from src.data.loader import BatchLoader, check_minimum
 from src.data.sources import NUM_CLASSES, Digits, MendableError, download, read_files, read_package
 from src.engine.errors import DataError
 
@@ -94,20 +94,15 @@ class MNISTDataModule(pl.LightningDataModule):
         for key, choice, choices in (("source", source, SOURCES), ("augment", augment, ("none", *AUGMENTATIONS))):
             if choice not in choices:
                 raise ValueError(f"{key}={choice}: expected one of {', '.join(choices)}")
-        for key, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("val_size", val_size)):
-            check_whole(key, size, 1)
-        if train_size is not None:
-            check_whole("train_size", train_size, 1)
-        check_whole("split_seed", split_seed, 0)
-        check_whole("seed", seed, 0)
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "val_size": val_size}
+        for key, size in (sizes if train_size is None else sizes | {"train_size": train_size}).items():
+            check_minimum(key, size, 1)
+        check_minimum("split_seed", split_seed, 0)
+        check_minimum("seed", seed, 0)
         if not root or not name:
             raise ValueError(f"root={root}, name={name}: expected a folder, and the name of one in it")
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+        if not 0 < timeout < math.inf:
             raise ValueError(f"timeout={timeout}: expected a number of seconds above 0")
-        if isinstance(mirrors, str) or not all(isinstance(mirror, str) for mirror in mirrors):
-            raise ValueError(f"mirrors={mirrors}: expected a list of URLs")
-        if not isinstance(md5, Mapping | None):
-            raise ValueError(f"md5={md5}: expected checksums by file name, or null")
         self.folder = Path(root) / name / "raw"
         self.name = name
         self.source = source

@@ -1,6 +1,8 @@
 """Pictures of every kind become what MNIST's digits are."""
 
 import gzip
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from PIL import Image, ImageDraw
 from src.data.images import read_digits, read_like
 from src.data.sources import read_package
 from src.engine.errors import ConfigError
+from src.engine.settings.check import ROOT
 from src.predict import find_inputs
 from tests.mnist.files import write_idx
 
@@ -251,7 +254,7 @@ def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no image of a kind that can be read"):
             read_digits(tmp_path / name)
     Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
-    with pytest.raises(ValueError, match="10000x10000 pixels: expected 40,000,000 or fewer"):
+    with pytest.raises(ValueError, match="10000x10000 pixels: expected 30,000,000 or fewer"):
         read_digits(tmp_path / "bomb.png")
 
 
@@ -294,3 +297,52 @@ def test_inputs_are_files_folders_and_patterns(tmp_path: Path) -> None:
     for name, reason in (("nothing", "no such file"), ("x*.png", "no such file"), ("empty", "no image or IDX file")):
         with pytest.raises(ConfigError, match=rf"inputs=.*{name.replace('*', '.')}: {reason}"):
             found("a.png", name)
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from src.data.images import read_digits
+
+def peak():  # of this process only: ru_maxrss would start at its parent's
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) // 1024
+
+before = peak()
+for name in sys.argv[1:]:
+    try:
+        read_digits(Path(name))
+    except ValueError as error:
+        print(error, peak() - before, sep="|")
+"""
+PIXELS = "pixels: expected 30,000,000 or fewer; make it smaller"
+LARGE = [
+    ("1", 9000, "bomb.png", f"9000x9000 {PIXELS}"),
+    ("1", 13_500, "larger bomb.png", "exceeds limit of"),
+    ("CMYK", 9000, "progressive bomb.jpg", f"9000x9000 {PIXELS}"),
+    ("1", 5400, "bilevel.png", "blank"),
+    ("P", 5400, "palette.png", "blank"),
+    ("LA", 5400, "opacity.png", "blank"),
+    ("I;16", 5400, "16 bit.png", "blank"),
+    ("I", 5400, "32 bit.tif", "blank"),
+    ("F", 5400, "float.tif", "blank"),
+    ("CMYK", 5400, "progressive.jpg", "blank"),
+    ("RGB", 5400, "lossless.webp", "blank"),
+    ("RGBA", 5400, "lossless opacity.webp", "blank"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says there what the most memory was")
+def test_no_picture_takes_more_than_500_mb(tmp_path: Path) -> None:
+    for mode, side, name, _ in LARGE:
+        compression = "tiff_deflate" if name.endswith("tif") else None
+        image = Image.new(mode, (side, side), 1 if mode in ("1", "P", "I;16", "I", "F") else None)
+        image.save(tmp_path / name, progressive="progressive" in name, lossless=True, compression=compression)
+    command = [sys.executable, "-c", MEMORY, *(str(tmp_path / name) for _, _, name, _ in LARGE)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for line, (_, _, name, reason) in zip(result.stdout.splitlines(), LARGE, strict=True):
+        said, megabytes = line.split("|")
+        print(f"{name}: {megabytes} MB")
+        assert reason in said
+        assert int(megabytes) < (500 if reason == "blank" else 20)

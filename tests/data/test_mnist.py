@@ -144,14 +144,10 @@ BAD_SETTINGS: list[tuple[str, Any, str]] = [
     ("source", "web", "expected one of auto, files, download, package"),
     ("augment", "mixup", "expected one of none, affine, elastic"),
     *((name, 0, WHOLE.format(1)) for name in ("batch_size", "eval_batch_size", "val_size", "train_size")),
-    *(("batch_size", value, WHOLE.format(1)) for value in (2.5, 64.0, True, "64", None)),
     *((name, -1, WHOLE.format(0)) for name in ("split_seed", "seed")),
-    *(("timeout", value, "expected a number of seconds above 0") for value in (0, -1.0, float("inf"), "10", None)),
+    *(("timeout", value, "expected a number of seconds above 0") for value in (0, -1.0, float("inf"))),
     ("root", "", "expected a folder"),
     ("name", "", "expected a folder"),
-    ("mirrors", "http://127.0.0.1", "expected a list of URLs"),
-    ("mirrors", [1], "expected a list of URLs"),
-    ("md5", "d41d8cd98f00b204e9800998ecf8427e", "expected checksums by file name"),
 ]
 
 
