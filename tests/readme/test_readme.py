@@ -1,5 +1,6 @@
 """Every command and every code block of the READMEs does what it says."""
 
+import json
 import os
 import re
 import shlex
@@ -149,7 +150,8 @@ def test_each_command_does_what_it_says(command: str, project: Path, request: py
 def _assert_demo_serves(command: str, project: Path) -> None:
     port = free_port()
     with _serving([sys.executable, *command.split()[1:], f"port={port}"], project):
-        assert "Draw a digit" in _wait_for(f"http://127.0.0.1:{port}/", "digit")
+        about = json.loads(_wait_for(f"http://127.0.0.1:{port}/about", "model"))
+    assert about["classes"] == [str(digit) for digit in range(10)]
 
 
 def _assert_tensorboard_serves(command: str, project: Path) -> None:

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 OF_VALIDATION = re.compile(r"(val|valid|validation|test)[/_.-]")  # the beginning of what training does not log
 BEGINNING = re.compile(r".*?[/_.-]")
-PARTS = ("_parameters", "_buffers", "_modules", "training")  # of a module; they are kept by other means
+PARTS = frozenset(vars(nn.Module()))  # what every module has: its parts and its mode are kept by other means
 
 
 def is_tested(test: bool | str, module: pl.LightningModule) -> bool | str:

@@ -14,6 +14,7 @@ from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from src.data.loader import BatchLoader
@@ -211,3 +212,9 @@ def test_a_users_loader_with_workers_and_a_state_resumes_to_the_bit(estimates: b
     fit("killed", ckpt_path=path)
     states = [torch.load(each, weights_only=True)["state_dict"] for each in (whole, path)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_the_private_names_that_are_set_are_lightnings_and_torchmetrics() -> None:
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    assert callable(trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor)
+    assert MeanMetric()._update_count == 0
