@@ -237,11 +237,11 @@ def test_a_checkpoint_is_resumed_in_a_new_folder(runs: Runs) -> None:
 def test_only_weights_cannot_be_resumed(runs: Runs, whole: Path) -> None:
     checkpoint = load_checkpoint(whole / "checkpoints" / "last.ckpt")
     path = runs.root / "weights.ckpt"
-    torch.save({name: checkpoint[name] for name in ("state_dict", "hyper_parameters")}, path)
+    torch.save({name: checkpoint[name] for name in ("state_dict", "config")}, path)
     said = len(runs.said())
     runs.end(runs.begin("from-weights", f"ckpt_path={path}"), status=1)
     (line,) = (line for line in runs.said()[said:].splitlines() if "error" in line)
-    assert f"error: ckpt_path={path}: holds weights alone, nothing to go on from; choose a run's last.ckpt" in line
+    assert f"error: ckpt_path={path}: holds weights only, nothing to resume from; choose a run's last.ckpt" in line
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,8 @@ def test_the_latest_run_is_one_of_training(whole: Path, tmp_path: Path, monkeypa
     run.mkdir(parents=True)
     write_status(run, "interrupted", {"overrides": ["seed=1"], "config_dirs": []})
     checkpoint = f"ckpt_path={whole}/checkpoints/best.ckpt"
-    forks.run_command("test", checkpoint, "accelerator=cpu", PROJECT_ROOT=str(tmp_path))
+    tested = forks.run_command("test", TINY[0], checkpoint, "accelerator=cpu", PROJECT_ROOT=str(tmp_path))
+    assert tested.returncode == 0, tested.stderr
     (folder,) = (tmp_path / "logs" / "test").iterdir()
     monkeypatch.setenv("PROJECT_ROOT", str(tmp_path))
     assert f"hydra.run.dir={quoted(run)}" in expand(["resume=latest"])
@@ -423,5 +424,5 @@ def test_resume_in_a_file_is_refused(tmp_path: Path) -> None:
     result = run_command("train", f"--config-dir={tmp_path}", "experiment=again", PROJECT_ROOT=str(tmp_path))
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
-    assert line == "error: resume=latest: goes on with a run from the command line alone, not from a file"
+    assert line == "error: resume=latest: resumes a run from the command line only, not from a file"
     assert not (tmp_path / "logs").exists()
