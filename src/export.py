@@ -2,8 +2,8 @@
 
 import copy
 import inspect
+import io
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +25,36 @@ if TYPE_CHECKING:  # functions import torch and what needs it: a bad setting is 
     Compute = Callable[..., Any]  # from inputs to outputs, nested in any way
 
 TOLERANCE = 1e-4  # |found - expected| <= TOLERANCE (1 + |expected|)
+
+
+def export(cfg: DictConfig) -> dict[str, Any]:
+    """Export as ``conf/export.yaml`` says, and show what came out.
+
+    Returns:
+        What ``export_module`` does.
+    """
+    from src.engine.runs.build import load_checkpoint, restore, restore_datamodule
+
+    path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
+    output = Path(cfg.output or Path(cfg.output_dir) / f"model.{cfg.format}")
+    module = restore(path)
+    datamodule = restore_datamodule(path, root=cfg.data.root, eval_batch_size=cfg.data.batch_size)
+    facts = {"config": load_checkpoint(path)["config"], "checkpoint": str(path)}
+    result = export_module(module, datamodule, output, cfg.format, facts)
+    OmegaConf.save(cfg, Path(cfg.output_dir) / "config.yaml", resolve=True)
+    tensors = {
+        f"{kind}: {name}": f"{each['dtype']} ({', '.join(map(str, each['shape']))})"
+        for kind in ("inputs", "outputs")
+        for name, each in result[kind].items()
+    }
+    measured = {
+        "compared": f"{result['checked']:,} samples, outputs within {TOLERANCE:.0e}",
+        "size": f"{result['bytes']:,} bytes",
+        "latency": f"{result['milliseconds']:.3f} ms, one sample on one CPU thread",
+    }
+    paths = {"checkpoint": report.shown(path), "written to": report.shown(output)}
+    report.print_table("exported", {**tensors, **result.get("accuracy", {}), **measured, **paths})
+    return result
 
 
 class Graph(NamedTuple):
@@ -54,14 +84,14 @@ def export_module(
     Args:
         module: In evaluation mode, on the CPU.
         datamodule: Its data; None without.
-        output: The file to write; it appears when it has passed, in place of one that is there.
+        output: The file to write, once its content has passed, in place of one that is there.
         file_format: ``onnx``, ``pt2`` or ``safetensors``.
         facts: What else the file's metadata say.
 
     Returns:
-        The metadata that the file holds, and ``checked`` (samples compared), ``max_difference`` (of their outputs),
-        ``bytes``, ``milliseconds`` (the median time of one sample on one CPU thread). Of a classifier, a module with
-        ``num_classes`` whose outputs are (B, num_classes), the metadata have ``classes`` and ``accuracy``, too.
+        The metadata that the file holds, and ``checked`` (samples compared), ``bytes``, ``milliseconds`` (the median
+        time of one sample on one CPU thread). Of a classifier, a module with ``num_classes`` whose outputs are
+        (B, num_classes), the metadata have ``classes`` and ``accuracy``, too.
 
     Raises:
         ConfigError: If the module cannot be exported, or the file computes something else.
@@ -78,10 +108,9 @@ def export_module(
     names = ["logits" if is_classifier else "output"]
     if len(outputs) != 1:
         names = [f"output_{index}" for index in range(len(outputs))]
-    inputs = graph.given if file_format == "safetensors" else graph.example
     metadata: dict[str, Any] = {
-        "inputs": {name: describe(values) for name, values in zip(graph.names, inputs, strict=True)},
-        "outputs": {name: describe(values) for name, values in zip(names, outputs, strict=True)},
+        "inputs": describe(graph.names, graph.given if file_format == "safetensors" else graph.example),
+        "outputs": describe(names, outputs),
         "data": describe_data(datamodule),
         **facts,
         **report.environment(),
@@ -89,25 +118,18 @@ def export_module(
     if is_classifier:
         metadata["classes"] = list(getattr(datamodule, "classes", None) or range(outputs[0].shape[1]))
         metadata["accuracy"] = measure_accuracy(graph)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".{output.name}.{os.getpid()}.{file_format}")
     try:
-        aside.touch()
-        mode = aside.stat().st_mode  # an ordinary one: safetensors makes its files private
-        try:
-            texts = {key: json.dumps(value, default=str) for key, value in metadata.items()}
-            compute = WRITERS[file_format](graph, names, texts, aside)
-        except Exception as error:  # whatever the exporters raise; each says it in another way
-            text = re.sub(r"\x1b\[\d*m", "", str(error))  # colours
-            reason = next(filter(None, map(str.strip, text.splitlines())), type(error).__name__)
-            raise ConfigError(f"format={file_format}: {type(module).__name__} cannot be exported: {reason}") from error
-        aside.chmod(mode)
-        measured = compare(compute, graph, file_format)
-        aside.replace(output)
-    finally:
-        aside.unlink(missing_ok=True)
+        texts = {key: json.dumps(value, default=str) for key, value in metadata.items()}
+        content, compute = WRITERS[file_format](graph, names, texts)
+    except Exception as error:  # whatever the exporters raise; each says it in another way
+        text = re.sub(r"\x1b\[\d*m", "", str(error))  # colours
+        reason = next(filter(None, map(str.strip, text.splitlines())), type(error).__name__)
+        raise ConfigError(f"format={file_format}: {type(module).__name__} cannot be exported: {reason}") from error
+    checked = compare(compute, graph, file_format)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    report.write_bytes(output, content)
     milliseconds = measure_time(compute, tuple(values[:1] for values in graph.example))
-    return {**metadata, **measured, "bytes": output.stat().st_size, "milliseconds": milliseconds}
+    return {**metadata, "checked": checked, "bytes": len(content), "milliseconds": milliseconds}
 
 
 def make_graph(module: "pl.LightningModule", datamodule: "pl.LightningDataModule | None") -> Graph:
@@ -142,7 +164,7 @@ def make_graph(module: "pl.LightningModule", datamodule: "pl.LightningDataModule
         datamodule.setup("test")
         (inputs,), _ = next(iter(read_batches()))
         if isinstance(inputs, torch.Tensor):
-            example = torch.zeros_like(inputs[:1]).repeat_interleave(2, dim=0)
+            example = inputs.new_zeros(2, *inputs.shape[1:])
             given = preprocess(example, datamodule)
             if not isinstance(own, torch.Tensor) or own.shape[1:] == given.shape[1:]:
                 whole = Whole(lambda inputs: (preprocess(inputs, datamodule),)).eval()
@@ -158,9 +180,12 @@ def make_graph(module: "pl.LightningModule", datamodule: "pl.LightningDataModule
     return Graph(whole, list(named), two, two, lambda: [(tuple(named.values()), None), (three, None)])
 
 
-def describe(values: "Tensor") -> dict[str, Any]:
-    """A tensor's ``dtype`` and ``shape``, whose first axis is the batch."""
-    return {"dtype": str(values.dtype).removeprefix("torch."), "shape": ["batch", *values.shape[1:]]}
+def describe(names: Iterable[str], tensors: "Iterable[Tensor]") -> dict[str, dict[str, Any]]:
+    """Each tensor's ``dtype`` and ``shape``, whose first axis is the batch."""
+    return {
+        name: {"dtype": str(values.dtype).removeprefix("torch."), "shape": ["batch", *values.shape[1:]]}
+        for name, values in zip(names, tensors, strict=True)
+    }
 
 
 def find_tensors(outputs: Any) -> list["Tensor"]:
@@ -193,8 +218,7 @@ def trace(graph: Graph) -> Any:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoder's is no operator of ONNX
     try:
-        with torch.no_grad():
-            program = torch.export.export(graph.whole, **said)
+        program = torch.export.export(graph.whole, **said)
     except Exception:  # of len(inputs) it makes a constant; strict tracing does not, but knows less of Python
         program = torch.export.export(graph.whole, **said, strict=True)
     finally:
@@ -204,11 +228,11 @@ def trace(graph: Graph) -> Any:
     return program
 
 
-def write_onnx(graph: Graph, names: list[str], metadata: Mapping[str, str], path: Path) -> "Compute":
-    """Write an ONNX file, whose outputs have names.
+def write_onnx(graph: Graph, names: list[str], metadata: Mapping[str, str]) -> "tuple[bytes, Compute]":
+    """An ONNX file, whose outputs have names.
 
     Returns:
-        What the file computes, as of the other writers.
+        The file's content and what it computes, as of the other formats.
     """
     import onnxruntime
     import torch
@@ -218,36 +242,36 @@ def write_onnx(graph: Graph, names: list[str], metadata: Mapping[str, str], path
     program = torch.onnx.export(trace(graph), dynamo=True, verbose=False, **said)
     assert program is not None  # only where it writes a file itself
     program.model.metadata_props.update(metadata)
-    program.save(path, external_data=False)
+    content: bytes = program.model_proto.SerializeToString()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # see measure_time
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
     def compute(*inputs: "Tensor") -> list["Tensor"]:
         feed = {name: values.numpy() for name, values in zip(graph.names, inputs, strict=True)}
         return [torch.from_numpy(values) for values in session.run(None, feed)]
 
-    return compute
+    return content, compute
 
 
-def write_pt2(graph: Graph, names: list[str], metadata: Mapping[str, str], path: Path) -> "Compute":
-    """Write a file for torch.export.load."""
+def write_pt2(graph: Graph, names: list[str], metadata: Mapping[str, str]) -> "tuple[bytes, Compute]":
+    """A file for torch.export.load."""
     import torch
 
-    torch.export.save(trace(graph), path, extra_files=dict(metadata))
-    return torch.export.load(path).module()
+    file = io.BytesIO()
+    torch.export.save(trace(graph), file, extra_files=dict(metadata))
+    return file.getvalue(), torch.export.load(file).module()
 
 
-def write_safetensors(graph: Graph, names: list[str], metadata: Mapping[str, str], path: Path) -> "Compute":
-    """Write the weights by their names in the net, or in the module if there are more than its net's."""
-    from safetensors.torch import load_model, save_model
+def write_safetensors(graph: Graph, names: list[str], metadata: Mapping[str, str]) -> "tuple[bytes, Compute]":
+    """The weights by their names in the net, or in the module if there are more than its net's."""
+    from safetensors.torch import load, save
 
-    save_model(find_net(graph.whole), str(path), dict(metadata))
+    weights = find_net(graph.whole).state_dict()
+    content = save({name: values.clone() for name, values in weights.items()}, dict(metadata))  # shared ones, too
     loaded = copy.deepcopy(graph.whole)
-    for values in loaded.state_dict().values():
-        values.zero_()  # what the file lacks must be missed
-    load_model(find_net(loaded), path)
-    return loaded
+    find_net(loaded).load_state_dict(load(content))
+    return content, loaded
 
 
 def find_net(whole: "nn.Module") -> "nn.Module":
@@ -260,29 +284,28 @@ def find_net(whole: "nn.Module") -> "nn.Module":
 WRITERS = {"onnx": write_onnx, "pt2": write_pt2, "safetensors": write_safetensors}
 
 
-def compare(compute: "Compute", graph: Graph, file_format: str) -> dict[str, Any]:
-    """How many samples were ``checked``, and the ``max_difference`` of an output from the module's.
+def compare(compute: "Compute", graph: Graph, file_format: str) -> int:
+    """The number of samples of which the file's outputs and the module's were compared.
 
     Raises:
         ConfigError: If one is not within TOLERANCE.
     """
     import torch
 
-    checked, largest = 0, 0.0
+    checked = 0
     for inputs, _ in graph.batches():
         with torch.no_grad():
             expected = find_tensors(graph.whole(*inputs))
             found = find_tensors(compute(*(values.contiguous() for values in inputs)))
-        for ours, theirs in zip(expected, found, strict=True):
-            difference = torch.where(ours == theirs, 0, (ours.double() - theirs.double()).abs()).max().item()
-            if not torch.allclose(theirs, ours, rtol=TOLERANCE, atol=TOLERANCE):  # nor is NaN
-                raise ConfigError(
-                    f"format={file_format}: the file computes something else than the checkpoint (outputs differ by up "
-                    f"to {difference:.1g}, more than {TOLERANCE:.0e}); nothing was written; choose another format"
-                )
-            largest = max(largest, difference)
+        try:
+            torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)  # nor is NaN close to NaN
+        except AssertionError as error:
+            raise ConfigError(
+                f"format={file_format}: the file computes something else than the checkpoint: "
+                f"{' '.join(str(error).split())}; nothing was written; choose another format"
+            ) from error
         checked += len(inputs[0])
-    return {"checked": checked, "max_difference": largest}
+    return checked
 
 
 def measure_time(compute: "Compute", inputs: "Inputs") -> float:
@@ -291,34 +314,6 @@ def measure_time(compute: "Compute", inputs: "Inputs") -> float:
 
     timer = Timer("compute(*inputs)", globals={"compute": compute, "inputs": inputs}, num_threads=1)
     return 1000 * float(timer.blocked_autorange(min_run_time=0.5).median)
-
-
-def export(cfg: DictConfig) -> dict[str, Any]:
-    """Export as ``conf/export.yaml`` says, and show what came out.
-
-    Returns:
-        What ``export_module`` does.
-    """
-    from src.engine.runs.build import load_checkpoint, restore, restore_datamodule
-
-    path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
-    output = Path(cfg.output or Path(cfg.output_dir) / f"model.{cfg.format}")
-    module = restore(path)
-    datamodule = restore_datamodule(path, root=cfg.data.root, eval_batch_size=cfg.data.batch_size)
-    facts = {"config": load_checkpoint(path)["config"], "checkpoint": str(path)}
-    result = export_module(module, datamodule, output, cfg.format, facts)
-    OmegaConf.save(cfg, Path(cfg.output_dir) / "config.yaml", resolve=True)
-    tensors = {
-        f"{kind}: {name}": f"{each['dtype']} ({', '.join(map(str, each['shape']))})"
-        for kind in ("inputs", "outputs")
-        for name, each in result[kind].items()
-    }
-    compared = f"{result['checked']:,} samples, outputs within {result['max_difference']:.1g}"
-    latency = f"{result['milliseconds']:.3f} ms, one sample on one CPU thread"
-    said = {"compared": compared, "size": f"{result['bytes']:,} bytes", "latency": latency}
-    paths = {"checkpoint": report.shown(path), "written to": report.shown(output)}
-    report.print_table("exported", {**tensors, **result.get("accuracy", {}), **said, **paths})
-    return result
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="export")

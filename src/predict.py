@@ -5,8 +5,8 @@ import glob
 import io
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from src.engine.errors import ConfigError, DataError
+from src.engine.errors import ConfigError, SkippedError
 from src.engine.runs import report
 from src.engine.runs.checkpoints import newest_checkpoint
 from src.engine.runs.command import load_libraries, run, short_errors
@@ -32,110 +32,55 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp", "
 IDX = "idx3-ubyte"  # in an IDX file's name
 MAX_ROWS = 50  # of the table
 MAX_NAMED = 5  # files that could not be read, at the end
-MAX_CHARACTERS = 40  # of a cell that is no file
+MAX_CHARACTERS = 40  # of a cell of the table that is no file
 CLASS_COLUMNS = ("class", "probability", "runner_up", "runner_up_probability")
 
 
-def predict_files(
-    module: "pl.LightningModule",
-    datamodule: "pl.LightningDataModule",
-    files: Sequence[Path],
-    batch_size: int,
-    accelerator: Mapping[str, Any],
-) -> tuple[list[dict[str, Any]], list[Path]]:
-    """Predict what is in files; those that cannot be read are logged and skipped.
-
-    Args:
-        module: A checkpoint's.
-        datamodule: Its data's; ``read_images(path)`` reads a file.
-        files: Image or IDX files.
-        batch_size: Images that the module gets at a time, 1 or more.
-        accelerator: ``accelerator``, ``devices`` (one) and ``precision``, as the Trainer takes them.
+def predict(cfg: DictConfig) -> list[dict[str, Any]]:
+    """Predict as ``conf/predict.yaml`` says, and show and write the predictions.
 
     Returns:
-        A row for each image, in order, as of ``make_rows``, and the files that could not be read. A row's ``file`` has
-        the number of an image after it, from 0, where the file holds several: ``t10k-images-idx3-ubyte#17``.
+        The rows.
+
+    Raises:
+        SkippedError: At the end, if files could not be read.
     """
-    import torch
+    from src.engine.runs.build import restore, restore_datamodule
 
-    from src.engine.runs.build import preprocess
-
-    names: list[str] = []
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
+    output = Path(cfg.output or Path(cfg.output_dir) / "predictions.csv")
+    module, datamodule = restore(path), restore_datamodule(path)
+    files: list[Path] = []
     failed: list[Path] = []
-    images = read_files(files, find_reader(datamodule), failed)
-
-    def make_batches() -> Iterator["Tensor"]:
-        while chunk := list(islice(images, batch_size)):
-            names.extend(name for name, _ in chunk)
-            yield preprocess(torch.stack([image for _, image in chunk]), datamodule)
-
-    rows = predict_batches(module, datamodule, accelerator, make_batches())
-    if len(rows) != len(names):
-        raise ConfigError(f"predict_step: returned {len(rows)} predictions for {len(names)} images; expected one each")
-    return [{"file": name, **row} for name, row in zip(names, rows, strict=True)], failed
-
-
-def predict_batches(
-    module: "pl.LightningModule",
-    datamodule: "pl.LightningDataModule | None",
-    accelerator: Mapping[str, Any],
-    batches: "Iterator[Tensor] | None" = None,
-) -> list[dict[str, Any]]:
-    """The rows of what a module predicts for batches; None for those of the data module's ``predict_dataloader``."""
-    import pytorch_lightning as pl
-    from pytorch_lightning.utilities.model_helpers import is_overridden
-
-    trainer = pl.Trainer(**accelerator, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    if trainer.world_size > 1:
-        raise ConfigError(f"accelerator.devices={accelerator['devices']}: expected 1, or a list of one, as in [0]")
-    data: dict[str, Any] = {"datamodule": datamodule} if batches is None else {"dataloaders": batches}
-    predictions: list[Any] = trainer.predict(module, **data) or []
-    if len(trainer.num_predict_batches) > 1:  # a list for each of several loaders
-        predictions = list(chain.from_iterable(predictions))
-    num_classes = None if is_overridden("predict_step", module) else getattr(module, "num_classes", None)
-    classes = getattr(datamodule, "classes", None) or range(num_classes or 0)
-    return [row for prediction in predictions for row in make_rows(prediction, num_classes, classes)]
+    if cfg.inputs is None:
+        rows = predict_batches(module, datamodule, settings["accelerator"])
+    else:
+        files = find_inputs(settings["inputs"])
+        rows, failed = predict_files(module, datamodule, files, cfg.batch_size, settings["accelerator"])
+    OmegaConf.save(cfg, Path(cfg.output_dir) / "config.yaml", resolve=True)
+    if rows:
+        write_rows(output, rows)
+        print_rows(rows)
+        facts = {"checkpoint": report.shown(path), "rows": f"{len(rows):,}", "written to": report.shown(output)}
+        report.print_table("predicted", facts)
+    if failed:
+        names = ", ".join(map(report.shown, failed[:MAX_NAMED])) + (", ..." if len(failed) > MAX_NAMED else "")
+        raise SkippedError(f"{len(failed)} of {len(files)} files could not be read and were skipped: {names}")
+    return rows
 
 
-def make_rows(prediction: Any, num_classes: int | None = None, classes: Sequence[Any] = ()) -> list[dict[str, Any]]:
-    """A row for each sample of a batch.
-
-    Args:
-        prediction: What ``predict_step``, or ``forward`` in its place, has returned for a batch.
-        num_classes: The module's attribute, if it has one and no ``predict_step`` of its own: predictions of shape
-            (B, num_classes) are then logits, and rows have CLASS_COLUMNS; the runner-up of one class is None.
-        classes: Their names: the data module's attribute, or numbers.
-
-    Returns:
-        Otherwise a dict's entries are columns, so are a tuple's, and anything else is the column ``prediction``. Of
-        (B, ...) a row has a number or nested lists. What has no entry for each sample makes one row a batch.
-    """
-    import numpy as np
-    import torch
-    from lightning_utilities.core.apply_func import apply_to_collection
-
-    if isinstance(prediction, torch.Tensor) and prediction.shape[1:] == (num_classes,):
-        best = prediction.float().softmax(dim=1).topk(min(2, prediction.shape[1]), dim=1)
-        pairs = (zip(*pair, strict=True) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        cells = [[cell for label, value in pair for cell in (classes[label], value)] for pair in pairs]
-        return [dict(zip(CLASS_COLUMNS, [*row, None, None], strict=False)) for row in cells]
-    plain = apply_to_collection(prediction, (torch.Tensor, np.ndarray), lambda values: values.tolist())
-    if isinstance(plain, list) and all(isinstance(sample, Mapping) for sample in plain):
-        return [dict(sample) for sample in plain]
-    if isinstance(plain, tuple):
-        plain = {f"prediction_{index}": values for index, values in enumerate(plain)}
-    columns = plain if isinstance(plain, Mapping) else {"prediction": plain}
-    counts = {len(values) if isinstance(values, list) else None for values in columns.values()}
-    if len(counts) != 1 or None in counts:
-        return [dict(columns)]
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+def check_inputs(cfg: DictConfig) -> None:
+    """Look for the files before torch is imported and the run's folder is made."""
+    if cfg.inputs is not None:
+        find_inputs(cfg.inputs)
 
 
-def find_inputs(inputs: str | Sequence[str]) -> list[Path]:
+def find_inputs(inputs: Iterable[str]) -> list[Path]:
     """The files that are meant, in order, each once.
 
     Args:
-        inputs: Files, folders (their image and IDX files at any depth) and patterns (``*``, ``?``, ``**``).
+        inputs: Files, folders (their image and IDX files at any depth) and patterns (``*``, ``?``, ``**``); or one.
 
     Raises:
         ConfigError: If one of them leads to no file.
@@ -158,9 +103,48 @@ def list_folder(folder: Path) -> list[Path]:
     """The image and IDX files of a folder at any depth, sorted, without hidden ones."""
     return sorted(
         path
-        for path in folder.rglob("*")
-        if (path.suffix.lower() in SUFFIXES or IDX in path.name) and not path.name.startswith(".") and path.is_file()
+        for path in folder.rglob("[!.]*")
+        if (path.suffix.lower() in SUFFIXES or IDX in path.name) and path.is_file()
     )
+
+
+def predict_files(
+    module: "pl.LightningModule",
+    datamodule: "pl.LightningDataModule",
+    files: Sequence[Path],
+    batch_size: int,
+    accelerator: Mapping[str, Any],
+) -> tuple[list[dict[str, Any]], list[Path]]:
+    """Predict what is in files; those that cannot be read are logged and skipped.
+
+    Args:
+        module: A checkpoint's.
+        datamodule: Its data's; ``read_images(path)`` reads a file.
+        files: Image or IDX files.
+        batch_size: Images that the module gets at a time, 1 or more.
+        accelerator: ``accelerator``, ``devices`` (one) and ``precision``, as the Trainer takes them.
+
+    Returns:
+        A row for each image, in order, as ``make_rows`` returns them, and the files that could not be read. A row's
+        ``file`` ends with the image's number, from 0, if the file holds several: ``t10k-images-idx3-ubyte#17``.
+    """
+    import torch
+
+    from src.engine.runs.build import preprocess
+
+    names: list[str] = []
+    failed: list[Path] = []
+    images = read_files(files, find_reader(datamodule), failed)
+
+    def make_batches() -> Iterator["Tensor"]:
+        while chunk := list(islice(images, batch_size)):
+            names.extend(name for name, _ in chunk)
+            yield preprocess(torch.stack([image for _, image in chunk]), datamodule)
+
+    rows = predict_batches(module, datamodule, accelerator, make_batches())
+    if len(rows) != len(names):
+        raise ConfigError(f"predict_step: returned {len(rows)} predictions for {len(names)} images; expected one each")
+    return [{"file": name, **row} for name, row in zip(names, rows, strict=True)], failed
 
 
 def find_reader(datamodule: Any) -> Callable[[Path], Any]:
@@ -198,24 +182,87 @@ def read_files(
             yield f"{file}#{index}" if len(images) > 1 else str(file), image
 
 
+def predict_batches(
+    module: "pl.LightningModule",
+    datamodule: "pl.LightningDataModule | None",
+    accelerator: Mapping[str, Any],
+    batches: "Iterator[Tensor] | None" = None,
+) -> list[dict[str, Any]]:
+    """The rows of what a module predicts for batches, or for those of ``predict_dataloader``.
+
+    Raises:
+        ConfigError: If there are several devices, or neither batches nor such a loader.
+    """
+    import pytorch_lightning as pl
+    from pytorch_lightning.utilities.model_helpers import is_overridden
+
+    source = datamodule or module  # without a data module the loaders are the module's
+    if batches is None and not is_overridden("predict_dataloader", source):
+        raise ConfigError(
+            f"inputs=null: {type(source).__name__} has no predict_dataloader; name files, as in inputs='digits/*.png'"
+        )
+    trainer = pl.Trainer(**accelerator, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    if trainer.world_size > 1:
+        raise ConfigError(f"accelerator.devices={accelerator['devices']}: expected 1, or a list of one, as in [0]")
+    predictions: list[Any] = trainer.predict(module, batches, datamodule if batches is None else None) or []
+    if len(trainer.num_predict_batches) > 1:  # a list for each of several loaders
+        predictions = list(chain.from_iterable(predictions))
+    num_classes = None if is_overridden("predict_step", module) else getattr(module, "num_classes", None)
+    classes = getattr(datamodule, "classes", None) or range(num_classes or 0)
+    return [row for prediction in predictions for row in make_rows(prediction, num_classes, classes)]
+
+
+def make_rows(prediction: Any, num_classes: int | None = None, classes: Sequence[Any] = ()) -> list[dict[str, Any]]:
+    """A row for each sample of a batch.
+
+    Args:
+        prediction: What ``predict_step``, or ``forward`` in its place, has returned for a batch.
+        num_classes: The module's attribute, if it has one and no ``predict_step`` of its own: predictions of shape
+            (B, num_classes) are then logits, and rows have CLASS_COLUMNS; the runner-up of one class is None.
+        classes: Their names: the data module's attribute, or numbers.
+
+    Returns:
+        Otherwise a dict's entries are columns, so are a tuple's, and anything else is the column ``prediction``. Of
+        (B, ...) a row has a number or nested lists. What has no entry for each sample makes one row a batch.
+    """
+    import numpy as np
+    import torch
+    from lightning_utilities.core.apply_func import apply_to_collection
+
+    if isinstance(prediction, torch.Tensor) and prediction.shape[1:] == (num_classes,):
+        best = prediction.float().softmax(dim=1).topk(min(2, prediction.shape[1]), dim=1)
+        pairs = (zip(*pair, strict=True) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        cells = ([cell for label, value in pair for cell in (classes[label], value)] for pair in pairs)
+        return [dict(zip_longest(CLASS_COLUMNS, row)) for row in cells]
+    plain = apply_to_collection(prediction, (torch.Tensor, np.ndarray), lambda values: values.tolist())
+    if isinstance(plain, list) and all(isinstance(sample, Mapping) for sample in plain):
+        return [dict(sample) for sample in plain]
+    if isinstance(plain, tuple):
+        plain = {f"prediction_{index}": values for index, values in enumerate(plain)}
+    columns = plain if isinstance(plain, Mapping) else {"prediction": plain}
+    counts = {len(values) if isinstance(values, list) else None for values in columns.values()}
+    if len(counts) != 1 or None in counts:
+        return [dict(columns)]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as CSV, JSON (a list of objects) or Parquet, as the path's suffix says; whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    file = io.BytesIO()
     if path.suffix == ".parquet":
-        import pyarrow  # from the extra export
-        import pyarrow.parquet
+        from pyarrow import Table, parquet  # of the extra export
 
-        sink = pyarrow.BufferOutputStream()
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
-        report.write_bytes(path, sink.getvalue().to_pybytes())
+        parquet.write_table(Table.from_pylist(rows), file)
     elif path.suffix == ".json":
-        report.write_text(path, json.dumps(rows, indent=2, default=str) + "\n")
+        file.write(json.dumps(rows, indent=2, default=str).encode())
     else:
         text = io.StringIO()
         writer = csv.DictWriter(text, find_columns(rows), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        report.write_bytes(path, text.getvalue().encode(errors="surrogateescape"))  # a file's name can be any bytes
+        file.write(text.getvalue().encode(errors="surrogateescape"))  # a file's name can be any bytes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report.write_bytes(path, file.getvalue())
 
 
 def find_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -224,81 +271,22 @@ def find_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table of the first MAX_ROWS rows; brackets in a file's name are no markup."""
-    table = Table()
+    """A table of the first MAX_ROWS rows: a file's name in full, the start of anything else that is long."""
     columns = find_columns(rows[:MAX_ROWS])
+    table = Table()
     for name in columns:
-        table.add_column(Text(name), overflow="fold", justify="left" if name == "file" else "right")
+        if name == "file":
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(Text(name), justify="right", no_wrap=True, max_width=MAX_CHARACTERS)
     for row in rows[:MAX_ROWS]:
-        table.add_row(*(Text(show_cell(name, row.get(name))) for name in columns))
+        values = ("-" if row.get(name) is None else row[name] for name in columns)
+        cells = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in values)
+        table.add_row(*(Text(report.printable(cell)) for cell in cells))  # its brackets are no markup
     console = report.make_console()
     console.print(table)
     if len(rows) > MAX_ROWS:
         console.print(f"... and {len(rows) - MAX_ROWS:,} more")
-
-
-def show_cell(column: str, value: Any) -> str:
-    """A cell's text: a file's name in full, a number with four digits after the point, the start of anything long."""
-    if value is None:
-        return "-"
-    text = report.printable(f"{value:.4f}" if isinstance(value, float) else str(value))
-    return text if column == "file" or len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}..."
-
-
-def predict(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Predict as ``conf/predict.yaml`` says, show and write what came out.
-
-    Returns:
-        The rows.
-
-    Raises:
-        DataError: At the end, if files could not be read.
-    """
-    settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
-    output_dir = Path(cfg.output_dir)
-    output = Path(cfg.output or output_dir / "predictions.csv")
-    files = [] if cfg.inputs is None else find_inputs(settings["inputs"])
-
-    from src.engine.runs.build import restore, restore_datamodule
-
-    module, datamodule = restore(path), restore_datamodule(path)
-    failed: list[Path] = []
-    if files:
-        rows, failed = predict_files(module, datamodule, files, cfg.batch_size, settings["accelerator"])
-    else:
-        rows = predict_batches(module, datamodule, settings["accelerator"])
-    OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
-    if rows:
-        write_rows(output, rows)
-        print_rows(rows)
-        said = {"checkpoint": report.shown(path), "rows": f"{len(rows):,}", "written to": report.shown(output)}
-        report.print_table("predicted", said)
-    if failed:
-        names = ", ".join(map(report.shown, failed[:MAX_NAMED])) + (", ..." if len(failed) > MAX_NAMED else "")
-        raise DataError(f"{len(failed)} of {len(files)} files could not be read and were skipped: {names}")
-    return rows
-
-
-def check_inputs(cfg: DictConfig) -> None:
-    """Look for what is predicted before the run's folder is made.
-
-    Raises:
-        ConfigError: If there is nothing.
-    """
-    if cfg.inputs is not None:
-        find_inputs(cfg.inputs)
-        return
-    from pytorch_lightning.utilities.model_helpers import is_overridden
-
-    from src.engine.runs.build import restore, restore_datamodule
-
-    path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
-    source = restore_datamodule(path) or restore(path)  # without a data module the loaders are the module's
-    if not is_overridden("predict_dataloader", source):
-        raise ConfigError(
-            f"inputs=null: {type(source).__name__} has no predict_dataloader; name files, as in inputs='digits/*.png'"
-        )
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="predict")

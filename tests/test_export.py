@@ -300,7 +300,7 @@ def test_logits_that_are_not_numbers_are_not_taken_for_the_same(trained: Path, t
     content = load_checkpoint(trained)
     content["state_dict"]["net.output.bias"][3] = torch.nan
     torch.save(content, tmp_path / "nan.ckpt")
-    with pytest.raises(ConfigError, match=r"outputs differ by up to nan"):
+    with pytest.raises(ConfigError, match=r"Greatest absolute difference: nan"):
         export_checkpoint(tmp_path / "nan.ckpt", tmp_path / "model.safetensors", "safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["nan.ckpt"]
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from src.data.mnist import preprocess
 from src.data.sources import read_package
-from src.engine.errors import ConfigError, DataError
+from src.engine.errors import ConfigError, SkippedError
 from src.engine.runs.build import restore, restore_datamodule
 from src.engine.settings.check import check
 from src.predict import CLASS_COLUMNS, find_reader, make_rows, predict, predict_batches, predict_files, print_rows
@@ -106,6 +106,15 @@ def test_the_command_skips_and_names_what_it_cannot_read(trained: Path, tmp_path
     for row in rows:
         assert f"{float(row['probability']):.4f}" in result.stdout
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["p.csv"]
+    assert (tmp_path / "run/config.yaml").is_file()  # what could be predicted is kept, and so is its record
+
+
+def test_the_start_of_a_long_value_is_shown_and_all_of_a_files_name(capsys: pytest.CaptureFixture[str]) -> None:
+    print_rows([{"file": "a" * 70, "boxes": list(range(10_000)), "score": 0.5}, {"file": "b", "score": None}])
+    said = capsys.readouterr().out
+    assert f" {'a' * 70} " in said
+    assert " [0, 1, 2, " in said
+    assert len(said) < 2000
 
 
 def test_brackets_in_a_files_name_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +133,7 @@ def test_a_files_name_cannot_steer_the_terminal(
         (tmp_path / "good.png").rename(tmp_path / os.fsdecode(name))
     (tmp_path / "\x1b]0;title\x07.png").write_bytes(b"no picture")
     cfg = compose_cfg(tmp_path, f"ckpt_path={trained}", f"inputs={tmp_path}", "accelerator=cpu", config_name="predict")
-    with pytest.raises(DataError, match=r"\\x1b\]0;title\\x07\.png"):
+    with pytest.raises(SkippedError, match=r"\\x1b\]0;title\\x07\.png"):
         predict(cfg)
     said = capfd.readouterr()
     assert not set((said.out + said.err + caplog.text).replace("\n", "")) & {chr(code) for code in range(32)}

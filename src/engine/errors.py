@@ -21,5 +21,9 @@ class DataError(ValueError):
     """Data that are missing, damaged or not what they should be; the message names the file and the remedy."""
 
 
+class SkippedError(Exception):
+    """Files that were skipped while the rest was done; the message names them."""
+
+
 class DivergenceError(ArithmeticError):
     """The loss is no longer finite; the message says since when, and what to try."""
