@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
@@ -11,13 +12,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from src.engine.errors import ConfigError
 from src.engine.runs import report
 from src.engine.runs.checkpoints import newest_checkpoint
-from src.engine.runs.command import load_libraries, run, short_errors
+from src.engine.runs.command import run_function
 from src.predict import find_reader
 
 # Functions import torch and what needs it: a bad setting is answered without.
@@ -34,6 +34,17 @@ POLICY = (
 )
 
 
+def demo(cfg: DictConfig) -> None:
+    """Serve the page as ``conf/demo.yaml`` says, until a signal ends it."""
+    path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
+    output_dir = Path(cfg.output_dir)
+    with DemoServer(cfg.port, *make_classifier(path, output_dir)) as server:
+        OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
+        url = f"http://{HOST}:{server.server_port}"
+        report.print_table("demo", {"open": url, "checkpoint": report.shown(path), "end": "Ctrl-C"})
+        server.serve_forever()
+
+
 def make_classifier(path: Path, folder: Path) -> tuple[dict[str, Any], Callable[[bytes], dict[str, Any]]]:
     """What the page says of a checkpoint, and what turns a drawing into the page's content.
 
@@ -43,15 +54,14 @@ def make_classifier(path: Path, folder: Path) -> tuple[dict[str, Any], Callable[
 
     Returns:
         ``model``, a name, ``score``, as ``val/acc 0.9876`` or empty, and ``classes``, their names; and a function of an
-        image file's content. It returns ``probabilities``, one a class, and ``layers``, each with ``name``, ``shape``
-        and ``picture``, a PNG as a data URL. It raises ValueError if the file is no drawing.
+        image file's content. It returns ``probabilities``, one a class, and ``layers``, as of ``show_layer``.
 
     Raises:
         ConfigError: If the checkpoint is not of an image classifier.
     """
     import torch
 
-    from src.callbacks.layers import Layer, describe_shape, draw_values, trace
+    from src.callbacks.layers import Layer, trace
     from src.engine.runs.build import load_checkpoint, preprocess, restore, restore_datamodule
 
     module, datamodule = restore(path), restore_datamodule(path)
@@ -63,12 +73,10 @@ def make_classifier(path: Path, folder: Path) -> tuple[dict[str, Any], Callable[
         )
     read = find_reader(datamodule)
     states = load_checkpoint(path).get("callbacks", {}).values()
-    scores = [
-        f"{each['monitor']} {each['current_score']:.4f}" for each in states if each.get("current_score") is not None
-    ]
+    scored = [state for state in states if state.get("current_score") is not None]
     about = {
         "model": type(getattr(module, "net", module)).__name__,
-        "score": next(iter(scores), ""),
+        "score": f"{scored[0]['monitor']} {scored[0]['current_score']:.4f}" if scored else "",
         "classes": list(map(str, getattr(datamodule, "classes", None) or range(num_classes))),
     }
     drawing = folder / "drawing.png"
@@ -77,37 +85,24 @@ def make_classifier(path: Path, folder: Path) -> tuple[dict[str, Any], Callable[
     def classify(content: bytes) -> dict[str, Any]:
         with lock:
             drawing.write_bytes(content)
-            try:
-                images = torch.as_tensor(read(drawing))
-            except Exception as error:  # whatever a decoder raises
-                raise ValueError(str(error).split("\n")[0] or type(error).__name__) from error
-            inputs = preprocess(images[:1], datamodule)
+            inputs = preprocess(torch.as_tensor(read(drawing))[:1], datamodule)
             layers, logits = trace(module, inputs)
-        shown = [Layer("input", inputs), *layers]
-        return {
-            "probabilities": logits[0].softmax(dim=0).tolist(),
-            "layers": [
-                {
-                    "name": layer.name.removeprefix("net."),
-                    "shape": describe_shape(layer.values[0]),
-                    "picture": to_url(draw_values(layer.values[0], TILE)),
-                }
-                for layer in shown
-            ],
-        }
+        shown = [show_layer(layer) for layer in (Layer("input", inputs), *layers)]
+        return {"probabilities": logits[0].softmax(dim=0).tolist(), "layers": shown}
 
     return about, classify
 
 
-def to_url(picture: Any) -> str:
-    """Grey pixels as a PNG, transparent between the maps."""
+def show_layer(layer: Any) -> dict[str, str]:
+    """A layer's ``name``, ``shape`` and ``picture``, a grey PNG as a data URL, transparent between the maps."""
     from PIL import Image
 
-    from src.callbacks.layers import BETWEEN
+    from src.callbacks.layers import BETWEEN, describe_shape, draw_values
 
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG", transparency=BETWEEN)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    values, file = layer.values[0], io.BytesIO()
+    Image.fromarray(draw_values(values, TILE)).save(file, "PNG", transparency=BETWEEN)
+    picture = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return {"name": layer.name.removeprefix("net."), "shape": describe_shape(values), "picture": picture}
 
 
 class DemoServer(ThreadingHTTPServer):
@@ -139,15 +134,23 @@ class DemoServer(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers the page's requests; those that other pages or another host's name have led here are refused."""
+    """Answers the page's requests."""
 
     server: DemoServer
     timeout = 10  # seconds that a browser may be silent
 
+    def parse_request(self) -> bool:
+        """Refuse a request of another site's page: one by another name for this machine, or from another origin."""
+        if not super().parse_request():
+            return False
+        host, origin = self.headers["Host"] or "", self.headers["Origin"]
+        if host.rpartition(":")[0] in (HOST, "localhost") and origin in (None, f"http://{host}"):
+            return True
+        self.refuse(HTTPStatus.FORBIDDEN, f"Host or Origin: expected http://{HOST}:<port>, the address printed")
+        return False
+
     def do_GET(self) -> None:
         """The page, and what it says of the checkpoint."""
-        if not self.is_from_here():
-            return
         if self.path == "/":
             self.reply(HTTPStatus.OK, PAGE.read_bytes(), "text/html; charset=utf-8")
         elif self.path == "/about":
@@ -157,14 +160,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """What the net makes of a drawing."""
-        if not self.is_from_here():
-            return
         length = self.headers["Content-Length"] or ""
-        if not (length.isascii() and length.isdecimal() and len(length) < 30):  # of thousands, int() makes no number
-            self.refuse(HTTPStatus.LENGTH_REQUIRED, "Content-Length: expected the number of bytes")
-            return
-        if int(length) > MAX_BYTES:
-            self.refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{length} bytes: expected {MAX_BYTES} or less")
+        if not re.fullmatch("[0-9]{1,9}", length) or int(length) > MAX_BYTES:
+            self.refuse(HTTPStatus.BAD_REQUEST, f"Content-Length: expected a number of bytes, {MAX_BYTES} or less")
             return
         content = self.rfile.read(int(length))
         if self.path != "/predict":
@@ -172,21 +170,11 @@ class Handler(BaseHTTPRequestHandler):
             return
         try:
             answer = self.server.classify(content)
-        except ValueError as error:
-            self.refuse(HTTPStatus.BAD_REQUEST, str(error))
-        except Exception as error:  # the net's own
+        except Exception as error:  # whatever a decoder or the net raises
             log.debug("stack trace:", exc_info=error)
-            self.refuse(HTTPStatus.INTERNAL_SERVER_ERROR, type(error).__name__)
+            self.refuse(HTTPStatus.BAD_REQUEST, str(error).split("\n")[0] or type(error).__name__)
         else:
             self.reply(HTTPStatus.OK, json.dumps(answer).encode())
-
-    def is_from_here(self) -> bool:
-        """Refuse a request that another site's page has sent: by its name for this machine, or from its own origin."""
-        host, origin = self.headers["Host"] or "", self.headers["Origin"]
-        if host.rpartition(":")[0] not in (HOST, "localhost") or origin not in (None, f"http://{host}"):
-            self.refuse(HTTPStatus.FORBIDDEN, f"Host or Origin: expected http://{HOST}:<port>, the address printed")
-            return False
-        return True
 
     def refuse(self, status: HTTPStatus, reason: str) -> None:
         """Answer why not."""
@@ -206,24 +194,5 @@ class Handler(BaseHTTPRequestHandler):
         log.debug(format, *args)
 
 
-def demo(cfg: DictConfig) -> None:
-    """Serve the page as ``conf/demo.yaml`` says, until a signal ends it."""
-    path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
-    output_dir = Path(cfg.output_dir)
-    with DemoServer(cfg.port, *make_classifier(path, output_dir)) as server:
-        OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
-        url = f"http://{HOST}:{server.server_port}"
-        report.print_table("demo", {"open": url, "checkpoint": report.shown(path), "end": "Ctrl-C"})
-        server.serve_forever()
-
-
-@hydra.main(version_base="1.3", config_path="../conf", config_name="demo")
-def main(cfg: DictConfig) -> None:
-    """Serve as the command line says."""
-    with short_errors(cfg):
-        load_libraries()
-        demo(cfg)
-
-
 if __name__ == "__main__":
-    run(main, "demo")
+    run_function(demo, "demo")

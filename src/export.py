@@ -9,21 +9,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from src.engine.errors import ConfigError
 from src.engine.runs import report
 from src.engine.runs.checkpoints import newest_checkpoint
-from src.engine.runs.command import load_libraries, run, short_errors
+from src.engine.runs.command import run_function
 
 if TYPE_CHECKING:  # functions import torch and what needs it: a bad setting is answered without
-    import pytorch_lightning as pl
     from torch import Tensor, nn
 
-    Inputs = tuple[Tensor, ...]
-    Compute = Callable[..., Any]  # from inputs to outputs, nested in any way
-
+Compute = Callable[..., Any]  # from input tensors to outputs, nested in any way
 TOLERANCE = 1e-4  # |found - expected| <= TOLERANCE (1 + |expected|)
 
 
@@ -42,11 +38,7 @@ def export(cfg: DictConfig) -> dict[str, Any]:
     facts = {"config": load_checkpoint(path)["config"], "checkpoint": str(path)}
     result = export_module(module, datamodule, output, cfg.format, facts)
     OmegaConf.save(cfg, Path(cfg.output_dir) / "config.yaml", resolve=True)
-    tensors = {
-        f"{kind}: {name}": f"{each['dtype']} ({', '.join(map(str, each['shape']))})"
-        for kind in ("inputs", "outputs")
-        for name, each in result[kind].items()
-    }
+    tensors = {f"{kind}: {name}": text for kind in ("inputs", "outputs") for name, text in result[kind].items()}
     measured = {
         "compared": f"{result['checked']:,} samples, outputs within {TOLERANCE:.0e}",
         "size": f"{result['bytes']:,} bytes",
@@ -62,17 +54,13 @@ class Graph(NamedTuple):
 
     whole: "nn.Module"  # preprocessing and the module's forward
     names: list[str]  # of the inputs, as forward has them
-    example: "Inputs"  # two samples: of a batch of one torch would make a constant
-    given: "Inputs"  # what forward is then given
-    batches: "Callable[[], Iterable[tuple[Inputs, Any]]]"  # inputs to compare on and labels, None without
+    example: "tuple[Tensor, ...]"  # two samples: of a batch of one torch would make a constant
+    given: "tuple[Tensor, ...]"  # what forward is then given
+    batches: "Callable[[], Iterable[tuple[tuple[Tensor, ...], Any]]]"  # inputs to compare on and labels, None without
 
 
 def export_module(
-    module: "pl.LightningModule",
-    datamodule: "pl.LightningDataModule | None",
-    output: Path,
-    file_format: str,
-    facts: Mapping[str, Any],
+    module: Any, datamodule: Any, output: Path, file_format: str, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Export a module, and compare what the file computes with what the module does, on the whole test split.
 
@@ -108,9 +96,10 @@ def export_module(
     names = ["logits" if is_classifier else "output"]
     if len(outputs) != 1:
         names = [f"output_{index}" for index in range(len(outputs))]
+    inputs = graph.given if file_format == "safetensors" else graph.example
     metadata: dict[str, Any] = {
-        "inputs": describe(graph.names, graph.given if file_format == "safetensors" else graph.example),
-        "outputs": describe(names, outputs),
+        "inputs": dict(zip(graph.names, map(describe, inputs), strict=True)),
+        "outputs": dict(zip(names, map(describe, outputs), strict=True)),
         "data": describe_data(datamodule),
         **facts,
         **report.environment(),
@@ -122,8 +111,8 @@ def export_module(
         texts = {key: json.dumps(value, default=str) for key, value in metadata.items()}
         content, compute = WRITERS[file_format](graph, names, texts)
     except Exception as error:  # whatever the exporters raise; each says it in another way
-        text = re.sub(r"\x1b\[\d*m", "", str(error))  # colours
-        reason = next(filter(None, map(str.strip, text.splitlines())), type(error).__name__)
+        text = re.sub(r"\x1b\[\d*m", "", str(error)).strip()  # without colours
+        reason = text.split("\n")[0] or type(error).__name__
         raise ConfigError(f"format={file_format}: {type(module).__name__} cannot be exported: {reason}") from error
     checked = compare(compute, graph, file_format)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +121,7 @@ def export_module(
     return {**metadata, "checked": checked, "bytes": len(content), "milliseconds": milliseconds}
 
 
-def make_graph(module: "pl.LightningModule", datamodule: "pl.LightningDataModule | None") -> Graph:
+def make_graph(module: Any, datamodule: Any) -> Graph:
     """What is exported of a module: from what the test loader yields, or else from ``example_input_array``.
 
     Raises:
@@ -144,7 +133,7 @@ def make_graph(module: "pl.LightningModule", datamodule: "pl.LightningDataModule
     from src.engine.runs.build import preprocess
 
     class Whole(torch.nn.Module):
-        def __init__(self, adapt: "Compute") -> None:
+        def __init__(self, adapt: Compute) -> None:
             super().__init__()
             self.module, self.adapt = module, adapt
 
@@ -152,7 +141,7 @@ def make_graph(module: "pl.LightningModule", datamodule: "pl.LightningDataModule
             given = self.adapt(*inputs)
             return self.module(**given) if isinstance(given, dict) else self.module(*given)
 
-    def read_batches() -> "Iterator[tuple[Inputs, Any]]":
+    def read_batches() -> "Iterator[tuple[tuple[Tensor, ...], Any]]":
         for batch in datamodule.test_dataloader() if datamodule else ():
             inputs, labels, *_ = [*batch, None] if isinstance(batch, list | tuple) else [batch, None]
             yield (inputs,), labels
@@ -180,12 +169,9 @@ def make_graph(module: "pl.LightningModule", datamodule: "pl.LightningDataModule
     return Graph(whole, list(named), two, two, lambda: [(tuple(named.values()), None), (three, None)])
 
 
-def describe(names: Iterable[str], tensors: "Iterable[Tensor]") -> dict[str, dict[str, Any]]:
-    """Each tensor's ``dtype`` and ``shape``, whose first axis is the batch."""
-    return {
-        name: {"dtype": str(values.dtype).removeprefix("torch."), "shape": ["batch", *values.shape[1:]]}
-        for name, values in zip(names, tensors, strict=True)
-    }
+def describe(values: "Tensor") -> str:
+    """A tensor's type and shape, whose first axis is the batch, as in ``uint8 (batch, 28, 28)``."""
+    return f"{values.dtype} ({', '.join(map(str, ['batch', *values.shape[1:]]))})".removeprefix("torch.")
 
 
 def find_tensors(outputs: Any) -> list["Tensor"]:
@@ -228,7 +214,7 @@ def trace(graph: Graph) -> Any:
     return program
 
 
-def write_onnx(graph: Graph, names: list[str], metadata: Mapping[str, str]) -> "tuple[bytes, Compute]":
+def write_onnx(graph: Graph, names: list[str], metadata: Mapping[str, str]) -> tuple[bytes, Compute]:
     """An ONNX file, whose outputs have names.
 
     Returns:
@@ -254,7 +240,7 @@ def write_onnx(graph: Graph, names: list[str], metadata: Mapping[str, str]) -> "
     return content, compute
 
 
-def write_pt2(graph: Graph, names: list[str], metadata: Mapping[str, str]) -> "tuple[bytes, Compute]":
+def write_pt2(graph: Graph, names: list[str], metadata: Mapping[str, str]) -> tuple[bytes, Compute]:
     """A file for torch.export.load."""
     import torch
 
@@ -263,7 +249,7 @@ def write_pt2(graph: Graph, names: list[str], metadata: Mapping[str, str]) -> "t
     return file.getvalue(), torch.export.load(file).module()
 
 
-def write_safetensors(graph: Graph, names: list[str], metadata: Mapping[str, str]) -> "tuple[bytes, Compute]":
+def write_safetensors(graph: Graph, names: list[str], metadata: Mapping[str, str]) -> tuple[bytes, Compute]:
     """The weights by their names in the net, or in the module if there are more than its net's."""
     from safetensors.torch import load, save
 
@@ -284,7 +270,7 @@ def find_net(whole: "nn.Module") -> "nn.Module":
 WRITERS = {"onnx": write_onnx, "pt2": write_pt2, "safetensors": write_safetensors}
 
 
-def compare(compute: "Compute", graph: Graph, file_format: str) -> int:
+def compare(compute: Compute, graph: Graph, file_format: str) -> int:
     """The number of samples of which the file's outputs and the module's were compared.
 
     Raises:
@@ -308,7 +294,7 @@ def compare(compute: "Compute", graph: Graph, file_format: str) -> int:
     return checked
 
 
-def measure_time(compute: "Compute", inputs: "Inputs") -> float:
+def measure_time(compute: Compute, inputs: "tuple[Tensor, ...]") -> float:
     """Median milliseconds of inputs, on one thread, since several wait for each other."""
     from torch.utils.benchmark import Timer
 
@@ -316,13 +302,5 @@ def measure_time(compute: "Compute", inputs: "Inputs") -> float:
     return 1000 * float(timer.blocked_autorange(min_run_time=0.5).median)
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="export")
-def main(cfg: DictConfig) -> None:
-    """Export as the command line says."""
-    with short_errors(cfg):
-        load_libraries()
-        export(cfg)
-
-
 if __name__ == "__main__":
-    run(main, "export")
+    run_function(export, "export")

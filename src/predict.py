@@ -10,7 +10,6 @@ from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import track
@@ -20,23 +19,25 @@ from rich.text import Text
 from src.engine.errors import ConfigError, SkippedError
 from src.engine.runs import report
 from src.engine.runs.checkpoints import newest_checkpoint
-from src.engine.runs.command import load_libraries, run, short_errors
+from src.engine.runs.command import run_function
 
 if TYPE_CHECKING:  # functions import torch and Lightning: a bad setting is answered without them
-    import pytorch_lightning as pl
     from torch import Tensor
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".pbm", ".pgm", ".ppm")
 IDX = "idx3-ubyte"  # in an IDX file's name
+AS_IN = "name files, folders or patterns, as in inputs='digits/*.png'"
 MAX_ROWS = 50  # of the table
 MAX_NAMED = 5  # files that could not be read, at the end
 MAX_CHARACTERS = 40  # of a cell of the table that is no file
+Reader = Callable[[Path], Any]  # from a file to its images, (N, ...)
+Rows = list[dict[str, Any]]  # a dict for each sample, by column
 CLASS_COLUMNS = ("class", "probability", "runner_up", "runner_up_probability")
 
 
-def predict(cfg: DictConfig) -> list[dict[str, Any]]:
+def predict(cfg: DictConfig) -> Rows:
     """Predict as ``conf/predict.yaml`` says, and show and write the predictions.
 
     Returns:
@@ -91,30 +92,24 @@ def find_inputs(inputs: Iterable[str]) -> list[Path]:
         places = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
         files = [file for place in places for file in (list_folder(place) if place.is_dir() else [place])]
         if not files:
-            reason = "no image or IDX file in there" if places else "no such file, folder or pattern that fits one"
-            raise ConfigError(f"inputs={report.printable(name)}: {reason}; write as in inputs='digits/*.png'")
-        found.update(dict.fromkeys(files))
+            raise ConfigError(
+                f"inputs={report.printable(name)}: no such file, or no image or IDX file in there; {AS_IN}"
+            )
+        found |= dict.fromkeys(files)
     if not found:
-        raise ConfigError("inputs=[]: expected files, folders or patterns, as in inputs='digits/*.png'")
+        raise ConfigError(f"inputs=[]: {AS_IN}")
     return list(found)
 
 
 def list_folder(folder: Path) -> list[Path]:
     """The image and IDX files of a folder at any depth, sorted, without hidden ones."""
-    return sorted(
-        path
-        for path in folder.rglob("[!.]*")
-        if (path.suffix.lower() in SUFFIXES or IDX in path.name) and path.is_file()
-    )
+    found = (path for path in folder.rglob("[!.]*") if path.suffix.lower() in SUFFIXES or IDX in path.name)
+    return sorted(filter(Path.is_file, found))
 
 
 def predict_files(
-    module: "pl.LightningModule",
-    datamodule: "pl.LightningDataModule",
-    files: Sequence[Path],
-    batch_size: int,
-    accelerator: Mapping[str, Any],
-) -> tuple[list[dict[str, Any]], list[Path]]:
+    module: Any, datamodule: Any, files: Sequence[Path], batch_size: int, accelerator: Mapping[str, Any]
+) -> tuple[Rows, list[Path]]:
     """Predict what is in files; those that cannot be read are logged and skipped.
 
     Args:
@@ -147,13 +142,13 @@ def predict_files(
     return [{"file": name, **row} for name, row in zip(names, rows, strict=True)], failed
 
 
-def find_reader(datamodule: Any) -> Callable[[Path], Any]:
+def find_reader(datamodule: Any) -> Reader:
     """The data module's ``read_images(path)``: the images of a file as its loaders yield them, (N, ...).
 
     Raises:
         ConfigError: If it has none.
     """
-    reader: Callable[[Path], Any] | None = getattr(datamodule, "read_images", None)
+    reader: Reader | None = getattr(datamodule, "read_images", None)
     if reader is None:
         raise ConfigError(
             f"{type(datamodule).__name__}, the checkpoint's data module, does not say how to read a file; give it a "
@@ -162,9 +157,7 @@ def find_reader(datamodule: Any) -> Callable[[Path], Any]:
     return reader
 
 
-def read_files(
-    files: Sequence[Path], read: Callable[[Path], Any], failed: list[Path]
-) -> Iterator[tuple[str, "Tensor"]]:
+def read_files(files: Sequence[Path], read: Reader, failed: list[Path]) -> Iterator[tuple[str, "Tensor"]]:
     """Each image with its name, in order; files that cannot be read are logged and added to ``failed``."""
     import torch
 
@@ -183,11 +176,8 @@ def read_files(
 
 
 def predict_batches(
-    module: "pl.LightningModule",
-    datamodule: "pl.LightningDataModule | None",
-    accelerator: Mapping[str, Any],
-    batches: "Iterator[Tensor] | None" = None,
-) -> list[dict[str, Any]]:
+    module: Any, datamodule: Any, accelerator: Mapping[str, Any], batches: "Iterator[Tensor] | None" = None
+) -> Rows:
     """The rows of what a module predicts for batches, or for those of ``predict_dataloader``.
 
     Raises:
@@ -198,9 +188,7 @@ def predict_batches(
 
     source = datamodule or module  # without a data module the loaders are the module's
     if batches is None and not is_overridden("predict_dataloader", source):
-        raise ConfigError(
-            f"inputs=null: {type(source).__name__} has no predict_dataloader; name files, as in inputs='digits/*.png'"
-        )
+        raise ConfigError(f"inputs=null: {type(source).__name__} has no predict_dataloader; {AS_IN}")
     trainer = pl.Trainer(**accelerator, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     if trainer.world_size > 1:
         raise ConfigError(f"accelerator.devices={accelerator['devices']}: expected 1, or a list of one, as in [0]")
@@ -212,7 +200,7 @@ def predict_batches(
     return [row for prediction in predictions for row in make_rows(prediction, num_classes, classes)]
 
 
-def make_rows(prediction: Any, num_classes: int | None = None, classes: Sequence[Any] = ()) -> list[dict[str, Any]]:
+def make_rows(prediction: Any, num_classes: int | None = None, classes: Sequence[Any] = ()) -> Rows:
     """A row for each sample of a batch.
 
     Args:
@@ -246,7 +234,7 @@ def make_rows(prediction: Any, num_classes: int | None = None, classes: Sequence
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_rows(path: Path, rows: Rows) -> None:
     """Write rows as CSV, JSON (a list of objects) or Parquet, as the path's suffix says; whole or not at all."""
     file = io.BytesIO()
     if path.suffix == ".parquet":
@@ -265,20 +253,18 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     report.write_bytes(path, file.getvalue())
 
 
-def find_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def find_columns(rows: Rows) -> list[str]:
     """The keys of all rows, in order."""
     return list(dict.fromkeys(chain.from_iterable(rows)))
 
 
-def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+def print_rows(rows: Rows) -> None:
     """A table of the first MAX_ROWS rows: a file's name in full, the start of anything else that is long."""
     columns = find_columns(rows[:MAX_ROWS])
+    short: Any = {"justify": "right", "no_wrap": True, "max_width": MAX_CHARACTERS}
     table = Table()
     for name in columns:
-        if name == "file":
-            table.add_column(name, overflow="fold")
-        else:
-            table.add_column(Text(name), justify="right", no_wrap=True, max_width=MAX_CHARACTERS)
+        table.add_column(Text(name), overflow="fold", **({} if name == "file" else short))
     for row in rows[:MAX_ROWS]:
         values = ("-" if row.get(name) is None else row[name] for name in columns)
         cells = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in values)
@@ -289,13 +275,5 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
         console.print(f"... and {len(rows) - MAX_ROWS:,} more")
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="predict")
-def main(cfg: DictConfig) -> None:
-    """Predict as the command line says."""
-    with short_errors(cfg):
-        load_libraries()
-        predict(cfg)
-
-
 if __name__ == "__main__":
-    run(main, "predict", check=check_inputs, positional="inputs")
+    run_function(predict, "predict", check=check_inputs, positional="inputs")

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from src.engine.runs import report
 from src.engine.runs.checkpoints import newest_checkpoint
-from src.engine.runs.command import load_libraries, run, short_errors
+from src.engine.runs.command import run_function
 from src.engine.runs.evaluate import test_checkpoint
 from src.engine.runs.processes import get_name
 
@@ -36,13 +35,5 @@ def test(cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="test")
-def main(cfg: DictConfig) -> None:
-    """Test as the command line says."""
-    with short_errors(cfg):
-        load_libraries()
-        test(cfg)
-
-
 if __name__ == "__main__":
-    run(main, "test")
+    run_function(test, "test")

@@ -144,7 +144,7 @@ def test_safetensors_holds_the_nets_weights(trained: Path, tmp_path: Path) -> No
         np.testing.assert_allclose(net(preprocess(DIGITS)).numpy(), compute_logits(trained), rtol=0, atol=1e-4)
     with safe_open(path, "pt") as file:
         check_metadata(file.metadata(), trained)
-    assert result["inputs"] == {"images": {"dtype": "float32", "shape": ["batch", 1, 32, 32]}}
+    assert result["inputs"] == {"images": "float32 (batch, 1, 32, 32)"}
 
 
 class FloatDigits(pl.LightningDataModule):
@@ -181,7 +181,7 @@ def test_a_net_and_data_of_the_users_own_are_exported(file_format: str, trained:
     data = {"_target_": "tests.test_export.FloatDigits"}
     checkpoint = alter(trained, tmp_path / "own.ckpt", model=model, data=data)
     result = export_checkpoint(checkpoint, tmp_path / "own.bin", file_format)
-    assert result["inputs"] == {"images": {"dtype": "float32", "shape": ["batch", 1, 8, 8]}}
+    assert result["inputs"] == {"images": "float32 (batch, 1, 8, 8)"}
     assert result["checked"] == 100
     assert (tmp_path / "own.bin").stat().st_size == result["bytes"]
 
@@ -216,8 +216,8 @@ def test_a_module_that_is_no_classifier_is_exported_with_its_example(
 ) -> None:
     module, path = Reader().eval(), tmp_path / f"reader.{file_format}"
     result = export_module(module, datamodule, path, file_format, {})
-    assert result["inputs"]["tokens"] == {"dtype": "int64", "shape": ["batch", 5]}
-    assert [each["shape"] for each in result["outputs"].values()] == [["batch", 5, 8], ["batch"], ["batch"]]
+    assert result["inputs"]["tokens"] == "int64 (batch, 5)"
+    assert list(result["outputs"].values()) == ["float32 (batch, 5, 8)", "float32 (batch)", "int64 (batch)"]
     assert not {"accuracy", "classes", "logits"} & {*result, *result["outputs"]}
     assert result["checked"] == 4  # the example, and three of it
     tokens, weights = torch.randint(0, 9, (7, 5)), torch.rand(7, 5)
@@ -249,7 +249,7 @@ class Large(pl.LightningModule):
 
 def test_outputs_are_compared_relative_to_their_size(tmp_path: Path) -> None:
     result = export_module(Large().eval(), FloatDigits(), tmp_path / "large.onnx", "onnx", {})
-    assert result["outputs"] == {"output": {"dtype": "float32", "shape": ["batch", 2]}}
+    assert result["outputs"] == {"output": "float32 (batch, 2)"}
     assert result["checked"] == 100
 
 
@@ -276,7 +276,7 @@ def test_files_have_the_mode_that_the_user_gives_files(file_format: str, tmp_pat
     ("file_format", "message"),
     [
         ("onnx", "format=onnx: ImageClassifier cannot be exported: "),
-        ("safetensors", "format=safetensors: the file computes something else than the checkpoint "),
+        ("safetensors", "format=safetensors: the file computes something else than the checkpoint: "),
     ],
 )
 def test_what_cannot_be_exported_leaves_what_was_there(

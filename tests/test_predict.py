@@ -110,9 +110,9 @@ def test_the_command_skips_and_names_what_it_cannot_read(trained: Path, tmp_path
 
 
 def test_the_start_of_a_long_value_is_shown_and_all_of_a_files_name(capsys: pytest.CaptureFixture[str]) -> None:
-    print_rows([{"file": "a" * 70, "boxes": list(range(10_000)), "score": 0.5}, {"file": "b", "score": None}])
+    print_rows([{"file": "a" * 50, "boxes": list(range(10_000)), "score": 0.5}, {"file": "b", "score": None}])
     said = capsys.readouterr().out
-    assert f" {'a' * 70} " in said
+    assert f" {'a' * 50} " in said
     assert " [0, 1, 2, " in said
     assert len(said) < 2000
 
@@ -233,7 +233,7 @@ def test_rows_are_made_of_whatever_comes_out() -> None:
     ("arguments", "message"),
     [
         ([], "train first"),
-        (["inputs=[]"], "inputs=[]: expected files, folders or patterns"),
+        (["inputs=[]"], "inputs=[]: name files, folders or patterns"),
         (["inputs=nothing/*.png"], "inputs=nothing/*.png: no such file"),
         (["inputs=.", "output=rows.xlsx"], "output=rows.xlsx: expected a file that ends in .csv, .json or .parquet"),
         (["inputs=.", "batch_size=0"], "batch_size=0: expected a whole number of 1 or more"),
@@ -251,7 +251,8 @@ def test_without_files_and_a_loader_it_is_said_what_is_missing(trained: Path, tm
     result = run_command("predict", f"ckpt_path={trained}", cwd=tmp_path, PROJECT_ROOT=str(tmp_path))
     assert result.returncode == 1
     assert result.stderr == (
-        "error: inputs=null: MNISTDataModule has no predict_dataloader; name files, as in inputs='digits/*.png'\n"
+        "error: inputs=null: MNISTDataModule has no predict_dataloader; name files, folders or patterns, "
+        "as in inputs='digits/*.png'\n"
     )
     assert list(tmp_path.iterdir()) == []
 

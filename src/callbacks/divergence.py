@@ -41,8 +41,7 @@ class Divergence(Callback):
         bad = {name: loss for name, loss in losses.items() if not torch.as_tensor(loss).isfinite().all()}
         if trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
             name, loss = next(iter(bad.items()), ("the loss of another process", "not finite"))
-            value = loss.item() if isinstance(loss, Tensor) and loss.numel() == 1 else loss
             raise DivergenceError(
-                f"{name} is {value} in epoch {trainer.current_epoch}, by step {trainer.global_step}: "
+                f"{name} is {loss} in epoch {trainer.current_epoch}, by step {trainer.global_step}: "
                 "try a lower optimizer.lr, or trainer.gradient_clip_val=1"
             )

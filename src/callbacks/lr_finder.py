@@ -15,8 +15,6 @@ from src.engine.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-SKIPPED = 10  # steps at the beginning that do not count, as in Lightning's suggestion
-
 
 class LearningRateFinder(callbacks.LearningRateFinder):
     """Lightning's range test (Smith, 2015), whose rate replaces ``optimizer.lr``.
@@ -70,8 +68,5 @@ class LearningRateFinder(callbacks.LearningRateFinder):
             logger.log_metrics({"lr_find/suggestion": rate}, step=0)
         for writer in find_writers(trainer):
             figure = Figure(layout="constrained")
-            axes = figure.add_subplot()
-            axes.plot(*(self.optimal_lr.results[name][SKIPPED:] for name in ("lr", "loss")))
-            axes.axvline(rate, color="black", linestyle=":")
-            axes.set(xscale="log", xlabel="optimizer.lr", ylabel="loss, smoothed", title=f"suggestion: {rate:.3g}")
+            self.optimal_lr.plot(suggest=True, ax=figure.add_subplot(title=f"suggestion: {rate:.3g}"))
             writer.add_figure("lr_find", figure, 0)

@@ -13,11 +13,12 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, wraps
 from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
+import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -126,6 +127,24 @@ def read_env(path: Path) -> None:
             quoted = re.match(r"""\s*(["'])(.*)\1\s*(#.*)?$""", value)
             plain = re.split(r"(?:^|\s)#", value)[0].strip()
             os.environ.setdefault(name.strip(), quoted[2] if quoted else plain)
+
+
+def run_function(function: Callable[[DictConfig], Any], config_name: str, **settings: Any) -> None:
+    """Run a command that is a function of its config; the libraries are imported, and its errors printed in short.
+
+    Args:
+        function: The command.
+        config_name: Its root in ``conf/``.
+        settings: Further arguments of ``run``.
+    """
+
+    @wraps(function)  # Hydra names the command after the function's file
+    def main(cfg: DictConfig) -> None:
+        with short_errors(cfg):
+            load_libraries()
+            function(cfg)
+
+    run(hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(main), config_name, **settings)
 
 
 def arrange(arguments: Sequence[str], config_name: str, positional: str = "") -> list[str]:
