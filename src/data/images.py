@@ -125,12 +125,9 @@ def _find_background(colours: NDArray[np.float32]) -> NDArray[np.float32]:
     """The paper without what is on it, but with its shadows: the median around each pixel, (H, W, 3)."""
     height, width = colours.shape[:2]
     small = (min(width, PAPER_SIZE), min(height, PAPER_SIZE))
-    channels = []
-    for channel in np.moveaxis(colours, 2, 0):
-        reduced = np.asarray(Image.fromarray(channel).resize(small, Image.Resampling.BOX))
-        paper = ndimage.median_filter(reduced, size=WINDOW, mode="reflect")
-        channels.append(np.asarray(Image.fromarray(paper).resize((width, height), Image.Resampling.BILINEAR)))
-    return np.stack(channels, axis=2)
+    reduced = Image.fromarray(colours.round().astype(np.uint8)).resize(small, Image.Resampling.BOX)
+    paper = Image.fromarray(ndimage.median_filter(np.asarray(reduced), size=(WINDOW, WINDOW, 1), mode="reflect"))
+    return np.asarray(paper.resize((width, height), Image.Resampling.BILINEAR), np.float32)
 
 
 def _fits(ink: NDArray[np.uint8]) -> bool:
@@ -174,16 +171,14 @@ def _normalise(ink: NDArray[np.uint8], threshold: int) -> NDArray[np.uint8]:
     level = float(np.median(ink[ink > threshold]))
     floor = 0.2 * level  # what is fainter is paper
     ink = (np.clip((ink - floor) / (level - floor), 0, 1) * 255).astype(np.uint8)
-    rows, columns = (np.flatnonzero((ink > 127).any(axis=axis)) for axis in (1, 0))
-    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    scale = BOX / max(bottom - top, right - left)
-    height, width = (max(1, round(side * scale)) for side in (bottom - top, right - left))
-    digit = Image.fromarray(ink).resize((width, height), Image.Resampling.BICUBIC, (left, top, right, bottom))
+    rows, columns = ndimage.find_objects(np.int8(ink > 127))[0]  # the box around it
+    scale = BOX / max(rows.stop - rows.start, columns.stop - columns.start)
+    height, width = (max(1, round((side.stop - side.start) * scale)) for side in (rows, columns))
+    box = (columns.start, rows.start, columns.stop, rows.stop)
+    digit = Image.fromarray(ink).resize((width, height), Image.Resampling.BICUBIC, box)
     values = np.asarray(digit, np.float32)
     values *= 255 / values.max()  # a thin line has become faint
-    mass = values.sum()
-    row = round(MASS_CENTRE - float(values.sum(axis=1) @ np.arange(height)) / float(mass))
-    column = round(MASS_CENTRE - float(values.sum(axis=0) @ np.arange(width)) / float(mass))
+    row, column = (round(MASS_CENTRE - place) for place in ndimage.center_of_mass(values))
     row, column = min(max(row, 0), SIZE - height), min(max(column, 0), SIZE - width)
     result = np.zeros((SIZE, SIZE), np.uint8)
     result[row : row + height, column : column + width] = values.round()

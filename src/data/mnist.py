@@ -158,49 +158,47 @@ class MNISTDataModule(pl.LightningDataModule):
         """Read and split the data, once."""
         if self.splits:
             return
-        self._read_splits()
+        self._files = self._files or self._read_files()
+        self.used_source = (self.used_source or "files") if self._files else "package"
+        self.splits = self._split_files(*self._files) if self._files else self._split_package()
+        self._files = None
         if self.train_size is not None:
             train = self.splits["train"]
             if self.train_size > len(train.labels):
                 raise DataError(f"train_size={self.train_size}: expected 1 to {len(train.labels)}, or null for all")
-            order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(self.split_seed))
-            self.splits["train"] = _take(train, order[: self.train_size])
+            self.splits["train"] = _take(train, self._permute(train)[: self.train_size])
         self.fingerprint = _get_fingerprint(self.splits)
 
-    def _read_splits(self) -> None:
+    def _read_files(self) -> tuple[Digits, Digits] | None:
+        """Training and test split; None if the package is to take their place."""
         if self.source == "package":
-            self._setup_package()
-            return
+            return None
         try:
-            train, test = self._files or read_files(self.folder, self.md5)
-            self._files = None
+            return read_files(self.folder, self.md5)
         except MendableError:
-            if self.source != "auto" or self.name != "MNIST":
-                raise
-            self._setup_package()
-            return
-        self.used_source = self.used_source or "files"
-        num_train = len(train.labels) - self.val_size
-        if not 0 < num_train < len(train.labels):
-            raise DataError(f"val_size={self.val_size}: expected 1 to {len(train.labels) - 1}")
-        order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(self.split_seed))
-        self.splits = {
-            "train": _take(train, order[:num_train]),
-            "val": _take(train, order[num_train:]),
-            "test": test,
-        }
+            if self.source == "auto" and self.name == "MNIST":
+                return None
+            raise
 
-    def _setup_package(self) -> None:
+    def _split_files(self, train: Digits, test: Digits) -> dict[str, Digits]:
+        num_train = len(train.labels) - self.val_size
+        if num_train < 1:
+            raise DataError(f"val_size={self.val_size}: expected 1 to {len(train.labels) - 1}")
+        order = self._permute(train)
+        return {"train": _take(train, order[:num_train]), "val": _take(train, order[num_train:]), "test": test}
+
+    def _permute(self, digits: Digits) -> Tensor:
+        return torch.randperm(len(digits.labels), generator=torch.Generator().manual_seed(self.split_seed))
+
+    def _split_package(self) -> dict[str, Digits]:
         digits = read_package()
         generator = torch.Generator().manual_seed(self.split_seed)
         of_class = [(digits.labels == label).nonzero().squeeze(1) for label in range(NUM_CLASSES)]
         # (10, 500): a row a class, each in an order of its own.
         orders = torch.stack([indices[torch.randperm(len(indices), generator=generator)] for indices in of_class])
-        parts = orders.split([400, 50, 50], dim=1)
-        self.splits = {  # column by column: however few are taken from the start, they are of all classes
-            split: _take(digits, part.T.flatten()) for split, part in zip(("train", "val", "test"), parts, strict=True)
-        }
-        self.used_source = "package"
+        parts = zip(("train", "val", "test"), orders.split([400, 50, 50], dim=1), strict=True)
+        # Column by column: however few are taken from the start, they are of all classes.
+        return {split: _take(digits, part.T.flatten()) for split, part in parts}
 
     def train_dataloader(self) -> BatchLoader:
         """Batches of the training split, in a new order each epoch (in none under ``trainer.overfit_batches``)."""
@@ -220,19 +218,13 @@ class MNISTDataModule(pl.LightningDataModule):
         return self._make_loader("test", self.eval_batch_size)
 
     def _make_loader(self, split: str, batch_size: int, shuffle: bool = False) -> BatchLoader:
-        rank, world_size = self._process()
-        images, labels = (tensor.to(self._device()) for tensor in self.splits[split])
+        rank, world_size, device = 0, 1, torch.device("cpu")
+        if trainer := self.trainer:  # on a GPU, MNIST's 47 MB need not be copied there batch by batch
+            rank, world_size, device = trainer.global_rank, trainer.world_size, trainer.strategy.root_device
+        images, labels = (tensor.to(device) for tensor in self.splits[split])
         return BatchLoader(
             images, labels, batch_size, shuffle=shuffle, seed=self.seed, rank=rank, world_size=world_size
         )
-
-    def _process(self) -> tuple[int, int]:
-        """Which of how many processes this is."""
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-    def _device(self) -> torch.device:
-        """Where the images are to lie: on a GPU, MNIST's 47 MB need not be copied there batch by batch."""
-        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn uint8 (B, 28, 28) into the net's input, float (B, 1, 32, 32), on the device."""
@@ -283,10 +275,11 @@ class MNISTDataModule(pl.LightningDataModule):
         is_whole = isinstance(loader, dict) and "epoch" in loader and ("images" in loader or "position" in loader)
         self._loader_state = loader if is_whole else None
         saved = str(state_dict.get("fingerprint"))
-        is_resumed = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        trainer = self.trainer
+        is_told = trainer is None or (trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero)
         # A fingerprint of release 0.1.0 has no such beginning, and compares with none of today's.
         is_other = saved.startswith(FINGERPRINT) and self.fingerprint not in ("", saved)
-        if is_other and is_resumed and self._process()[0] == 0:
+        if is_other and is_told:
             log.warning(
                 "the data are not those of the run so far, so this is not an exact continuation of it: they have "
                 "the fingerprint %s and %s images, those of the checkpoint %s and %s",

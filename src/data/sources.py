@@ -5,15 +5,15 @@ import hashlib
 import importlib.resources
 import json
 import logging
-import socket
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from http.client import HTTPException
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
+from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -24,12 +24,7 @@ from src.engine.errors import DataError
 
 log = logging.getLogger(__name__)
 
-IDX_FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
+IDX_FILES = tuple(f"{split}-{part}-ubyte" for split in ("train", "t10k") for part in ("images-idx3", "labels-idx1"))
 NUM_CLASSES = 10
 NOTE = ".downloaded.json"  # beside the files: the MD5 checksum of each that was downloaded, by name
 
@@ -73,17 +68,15 @@ def read_files(folder: Path, md5: Mapping[str, str]) -> tuple[Digits, Digits]:
         raise worst if md5 or len(errors) == len(IDX_FILES) else DataError(str(worst))
     train_images, train_labels, test_images, test_labels = parts
     train, test = Digits(train_images, train_labels.long()), Digits(test_images, test_labels.long())
-    for split, names in ((train, IDX_FILES[:2]), (test, IDX_FILES[2:])):
+    for split, (images, labels) in ((train, IDX_FILES[:2]), (test, IDX_FILES[2:])):
+        said = ""
         if len(split.images) != len(split.labels):
-            raise DataError(
-                f"{folder}: {names[0]} has {len(split.images)} images but {names[1]} {len(split.labels)} labels: "
-                "expected as many; set another data.root"
-            )
-        if split.labels.max() >= NUM_CLASSES:
-            raise DataError(
-                f"{folder / names[1]} has a label {split.labels.max()}: expected 0 to {NUM_CLASSES - 1}; set another "
-                "data.root"
-            )
+            counts = f"{images} has {len(split.images)} images but {labels} {len(split.labels)} labels"
+            said = f"{folder}: {counts}: expected as many"
+        elif split.labels.max() >= NUM_CLASSES:
+            said = f"{folder / labels} has a label {split.labels.max()}: expected 0 to {NUM_CLASSES - 1}"
+        if said:
+            raise DataError(f"{said}; set another data.root")
     return train, test
 
 
@@ -118,11 +111,10 @@ def _hash(content: bytes) -> str:
 
 def _load_note(folder: Path) -> dict[str, str]:
     """The checksums of the files that were downloaded, by name; what is no such note says of no file that it was."""
-    try:
+    with suppress(OSError, ValueError):
         note = json.loads((folder / NOTE).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return note if isinstance(note, dict) else {}
+        return note if isinstance(note, dict) else {}
+    return {}
 
 
 def parse_idx(content: bytes, name: str) -> Tensor:
@@ -140,8 +132,8 @@ def parse_idx(content: bytes, name: str) -> Tensor:
     """
     if name.endswith(".gz"):
         try:
-            content = _unzip(content)
-        except zlib.error as error:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"is damaged: {error}") from error
     num_dims = 3 if "idx3" in name else 1
     header = 4 + 4 * num_dims
@@ -156,19 +148,6 @@ def parse_idx(content: bytes, name: str) -> Tensor:
         raise DataError(f"holds images of {shape[1]}x{shape[2]} pixels: expected 28x28")
     # A bytearray, since tensors over read-only memory make torch warn.
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(shape)
-
-
-def _unzip(content: bytes) -> bytes:
-    """What a gzip file holds. Told the size, which its last four bytes say, zlib needs half of gzip's memory.
-
-    Raises:
-        zlib.error: If it is damaged.
-    """
-    size = int.from_bytes(content[-4:], "little")
-    unzipped = zlib.decompress(content, wbits=31, bufsize=min(size, 1032 * len(content)) or 1)  # zip's best is 1:1032
-    if len(unzipped) != size:
-        raise zlib.error(f"it says that it holds {size} bytes, it holds {len(unzipped)}")
-    return unzipped
 
 
 def download(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str], timeout: float) -> bool:
@@ -204,21 +183,22 @@ def download(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str], timeo
 
 
 def _fetch_all(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str], timeout: float) -> None:
-    from torchvision.datasets.utils import download_url
-
     reasons = []
     for mirror in mirrors:
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as aside, _socket_timeout(timeout):
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as temporary:
+            aside = Path(temporary)
             try:
                 for name in IDX_FILES:
                     url = f"{mirror.rstrip('/')}/{name}.gz"
-                    download_url(url, aside, md5=md5.get(f"{name}.gz"))
-                read_files(Path(aside), md5)
-            except (OSError, RuntimeError, ValueError, HTTPException) as error:  # RuntimeError: a wrong checksum
+                    log.info("downloading %s", url)
+                    with urlopen(url, timeout=timeout) as reply:
+                        (aside / f"{name}.gz").write_bytes(reply.read())
+                read_files(aside, md5)
+            except (OSError, ValueError, HTTPException) as error:
                 reasons.append(f"{mirror}: {error}")
-                continue
-            _put_in_place(folder, Path(aside), md5)
-            return
+            else:
+                _put_in_place(folder, aside, md5)
+                return
     raise DataError(f"no mirror in data.mirrors delivered: {'; '.join(reasons) or 'the list is empty'}")
 
 
@@ -245,17 +225,6 @@ def _free(path: Path) -> Path:
     """The path, with a number after it if something is there."""
     numbered = (path.with_name(f"{path.name}{number or ''}") for number in count())
     return next(each for each in numbered if not each.exists())
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Set a time limit, which torchvision's downloader does not take, on every socket made meanwhile."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def read_package() -> Digits:

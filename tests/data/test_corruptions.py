@@ -20,7 +20,7 @@ NUM_EACH = 50  # by gzipped or not, with checksums or without: 200
 
 CHECKS = {
     "checksum": "its MD5 checksum is",
-    "gzip": r"\.gz is damaged: (Error|CRC|it says that it holds)",
+    "gzip": r"\.gz is damaged: (Error|CRC|Compressed|Incorrect|Not a|Unknown)",
     "magic number": "wrong magic number",
     "length": "its header says",
     "label": r"has a label \d+",

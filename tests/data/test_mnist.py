@@ -255,7 +255,7 @@ def test_nothing_takes_the_place_of_the_users_own_files(
             assert ("data.md5=null" in said) == (md5 == "its own")
             assert "delete" not in said
     assert snapshot(tmp_path) == before
-    assert mirror.checked == []
+    assert mirror.fetched == []
 
 
 @pytest.mark.parametrize(("name", "md5"), [("MNIST", False), ("MyLetters", True)])
@@ -275,7 +275,7 @@ def test_auto_downloads_nothing_but_mnist(
     else:
         with pytest.raises(DataError, match=r"not found; .*data\.source=download"):
             datamodule.prepare_data()
-    assert mirror.checked == []
+    assert mirror.fetched == []
     assert snapshot(tmp_path) == {}
 
 
