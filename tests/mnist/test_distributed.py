@@ -34,7 +34,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Run:
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Run:
     """The same run in two processes."""
-    arguments = ("trainer=ddp_cpu", f"data.root={mnist_root}", *DATA)
+    arguments = ("trainer=ddp_cpu", f"data.root={mnist_root}", *DATA, "callbacks=minimal")
     return train_together(tmp_path_factory.mktemp("together"), *arguments)
 
 
@@ -68,10 +68,12 @@ def test_metrics_of_two_processes_are_those_of_one_with_the_same_weights(togethe
             assert together.metrics[key] == pytest.approx(value, rel=0 if key.endswith("/acc") else 1e-6)
 
 
-def test_a_checkpoint_is_tested_by_two_processes_as_by_one(tmp_path: Path, together: Run) -> None:
+def test_a_checkpoint_is_tested_by_two_processes_as_by_one(tmp_path: Path, together: Run, mnist_root: Path) -> None:
     checkpoint = together.path / "checkpoints" / "best.ckpt"
     devices = ("accelerator=cpu", "accelerator.devices=2")
-    result = run_together("test", tmp_path, f"ckpt_path='{checkpoint}'", *devices, "data.batch_size=7")
+    result = run_together(
+        "test", tmp_path, f"ckpt_path='{checkpoint}'", f"data.root={mnist_root}", *devices, "data.batch_size=7"
+    )
     assert result.returncode == 0, result.stderr
     (path,) = (tmp_path / "logs" / "test").iterdir()
     tested = json.loads((path / "metrics.json").read_text())

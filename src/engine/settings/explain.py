@@ -28,7 +28,7 @@ def is_refusal(error: BaseException, cfg: DictConfig) -> bool:
     """Whether the settings are at fault, or what they lead to: nothing that a run which is on its way comes to."""
     names = ("ConfigError", "CheckpointError", "TargetError", "ArgumentError", "DataError", "InstantiationException",
              "MisconfigurationException")  # fmt: skip
-    return type(error).__name__ in names or bool(_find_key(error, cfg))
+    return any(kind.__name__ in names for kind in type(error).__mro__) or bool(_find_key(error, cfg))
 
 
 def explain(error: BaseException, config_name: str = "", cfg: DictConfig | None = None) -> str:
@@ -49,7 +49,7 @@ def _explain(error: BaseException, config_name: str, cfg: DictConfig | None) -> 
         return _explain_constructor(error.__cause__ or error, found[1] if found else "config", config_name, cfg)
     if isinstance(error, HydraException | OmegaConfBaseException | MissingConfigException):
         return " ".join(_explain_config(error, config_name).split())  # a value may have line breaks
-    if type(error).__module__ == "src.engine.errors":
+    if any(kind.__module__ == "src.engine.errors" for kind in type(error).__mro__):
         return str(error) if type(error).__name__ == "SweepError" else " ".join(str(error).split())
     if key := _find_key(error, cfg):
         return _explain_constructor(error, key, config_name, cfg)

@@ -170,6 +170,7 @@ def _count_page_faults() -> list[str]:
     return result.stdout.split()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_a_commands_steps_find_the_memory_of_the_step_before() -> None:
     faults, gc_enabled, has_gpu, visible = _count_page_faults()

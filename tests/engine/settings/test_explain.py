@@ -7,7 +7,7 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.engine.errors import ConfigError, SweepError
+from src.engine.errors import ConfigError, DataError, SweepError
 from src.engine.settings.check import CONF
 from src.engine.settings.explain import explain
 
@@ -110,3 +110,10 @@ def test_an_endless_value_is_cut() -> None:
     assert len(said) < 200
     path = "/".join(["folder"] * 40)
     assert explain(ConfigError(f"root={path}: no such folder")) == f"error: root={path}: no such folder"
+
+
+def test_an_error_of_a_kind_of_ours_is_told_as_ours() -> None:
+    class LostError(DataError):
+        """One that a data module tells apart."""
+
+    assert explain(LostError("data/a.png is lost")) == "error: data/a.png is lost"
