@@ -15,12 +15,19 @@ from src.engine.errors import ConfigError
 from src.engine.runs import report
 from src.engine.runs.checkpoints import newest_checkpoint
 from src.engine.runs.command import run_function
+from src.engine.settings.check import require
 
 if TYPE_CHECKING:  # functions import torch and what needs it: a bad setting is answered without
     from torch import Tensor, nn
 
 Compute = Callable[..., Any]  # from input tensors to outputs, nested in any way
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",), "pt2": ()}  # by format
 TOLERANCE = 1e-4  # |found - expected| <= TOLERANCE (1 + |expected|)
+
+
+def check_format(cfg: DictConfig) -> None:
+    """Look for the packages that the format needs, before torch is imported and the run's folder is made."""
+    require(f"format={cfg.format}", *PACKAGES[cfg.format], extra="export")
 
 
 def export(cfg: DictConfig) -> dict[str, Any]:
@@ -303,4 +310,4 @@ def measure_time(compute: Compute, inputs: "tuple[Tensor, ...]") -> float:
 
 
 if __name__ == "__main__":
-    run_function(export, "export")
+    run_function(export, "export", check=check_format)

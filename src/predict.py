@@ -20,6 +20,7 @@ from src.engine.errors import ConfigError, SkippedError
 from src.engine.runs import report
 from src.engine.runs.checkpoints import newest_checkpoint
 from src.engine.runs.command import run_function
+from src.engine.settings.check import require
 
 if TYPE_CHECKING:  # functions import torch and Lightning: a bad setting is answered without them
     from torch import Tensor
@@ -72,7 +73,12 @@ def predict(cfg: DictConfig) -> Rows:
 
 
 def check_inputs(cfg: DictConfig) -> None:
-    """Look for the files before torch is imported and the run's folder is made."""
+    """Look for the files, and for what writes the output, before torch is imported and the run's folder is made."""
+    suffix = Path(cfg.output or "_.csv").suffix
+    if suffix not in (".csv", ".json", ".parquet"):
+        raise ConfigError(f"output={cfg.output}: expected a file that ends in .csv, .json or .parquet")
+    if suffix == ".parquet":
+        require(f"output={cfg.output}", "pyarrow", extra="export")
     if cfg.inputs is not None:
         find_inputs(cfg.inputs)
 

@@ -24,9 +24,8 @@ from src.data.mnist import preprocess
 from src.data.sources import read_package
 from src.engine.errors import ConfigError
 from src.engine.runs.build import load_checkpoint, restore, restore_datamodule
-from src.engine.settings.check import check
 from src.engine.settings.trust import admit, instantiate
-from src.export import export, export_module
+from src.export import check_format, export, export_module
 from src.models.lenet5 import LeNet5
 from tests import forks
 from tests.compose import compose_cfg, run_command
@@ -109,7 +108,7 @@ print(json.dumps(session.get_modelmeta().custom_metadata_map))
 
 def test_pt2_needs_torch_alone(trained: Path, tmp_path: Path) -> None:
     cfg = compose_cfg(tmp_path, f"ckpt_path={trained}", "format=pt2", config_name="export")
-    check(cfg)
+    check_format(cfg)
     result = export(cfg)
     path = tmp_path / "model.pt2"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.yaml", "model.pt2"]
@@ -327,4 +326,4 @@ def test_a_missing_package_is_said(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=rf"format={file_format}: needs {package}: pip install"):
-        check(compose_cfg(tmp_path, f"ckpt_path={trained}", f"format={file_format}", config_name="export"))
+        check_format(compose_cfg(tmp_path, f"ckpt_path={trained}", f"format={file_format}", config_name="export"))

@@ -21,8 +21,16 @@ from src.data.mnist import preprocess
 from src.data.sources import read_package
 from src.engine.errors import ConfigError, SkippedError
 from src.engine.runs.build import restore, restore_datamodule
-from src.engine.settings.check import check
-from src.predict import CLASS_COLUMNS, find_reader, make_rows, predict, predict_batches, predict_files, print_rows
+from src.predict import (
+    CLASS_COLUMNS,
+    check_inputs,
+    find_reader,
+    make_rows,
+    predict,
+    predict_batches,
+    predict_files,
+    print_rows,
+)
 from tests.compose import compose_cfg
 from tests.forks import run_command
 from tests.mnist.files import write_idx
@@ -146,7 +154,7 @@ def test_csv_json_and_parquet_say_the_same(trained: Path, tmp_path: Path) -> Non
     overrides = [f"ckpt_path={trained}", f"inputs=[{tmp_path}/a-idx3-ubyte]", "accelerator=cpu"]
     for suffix in ("csv", "json", "parquet"):
         cfg = compose_cfg(tmp_path, *overrides, f"output={tmp_path}/rows.{suffix}", config_name="predict")
-        check(cfg)
+        check_inputs(cfg)
         rows = predict(cfg)
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
     assert pyarrow.parquet.read_table(tmp_path / "rows.parquet").to_pylist() == rows
@@ -266,4 +274,4 @@ def test_a_missing_package_and_several_devices_are_said(
         predict(compose_cfg(tmp_path, *overrides, "accelerator=cpu", "accelerator.devices=2", config_name="predict"))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError, match=r"output=a.parquet: needs pyarrow: pip install -e '.\[export\]'"):
-        check(compose_cfg(tmp_path, *overrides, config_name="predict"))
+        check_inputs(compose_cfg(tmp_path, *overrides, config_name="predict"))

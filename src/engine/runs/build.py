@@ -253,9 +253,10 @@ def restore_datamodule(path: str | Path, **overrides: Any) -> Any:
     checkpoint = load_checkpoint(path)
     if checkpoint["config"].get("data") is None:
         return None
-    data = tame(path, "data", checkpoint["config"]["data"])
+    own = {name: value for name, value in overrides.items() if value is not None}
+    data = tame(path, "data", checkpoint["config"]["data"], **own)
     takes = _parameters(data)
-    data |= {key: value for key, value in overrides.items() if value is not None and key in takes}
+    data = {name: value for name, value in data.items() if name in takes or name not in own}
     datamodule: Any = build_datamodule(OmegaConf.create({"data": data}))
     if state := checkpoint.get(type(datamodule).__qualname__):  # where Lightning puts it
         datamodule.load_state_dict(state)

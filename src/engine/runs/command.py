@@ -41,7 +41,7 @@ from src.engine.runs.resume import expand, quoted
 from src.engine.runs.status import describe_start, write_status
 from src.engine.settings.check import CONF, ROOT, check, check_values
 from src.engine.settings.explain import explain, is_refusal, nearest_key
-from src.engine.settings.trust import admit
+from src.engine.settings.trust import admit, recall, remember
 
 log = logging.getLogger(__name__)
 
@@ -281,6 +281,10 @@ def short_errors(cfg: DictConfig) -> Iterator[None]:
         if is_child():  # of what has befallen its parent too, that one tells, and takes this process along
             time.sleep(GRACE)
         log.error(f"[{get_name()}] {message}" if get_name() else message)
+    finally:
+        if not _is_refused:
+            with suppress(Exception):  # of a config that cannot be resolved, say; the error itself is told
+                remember(cfg, _memory(cfg))
     if message and in_sweep():
         with (Path(cfg.output_dir) / "error.txt").open("a") as file:  # the first process to tell has the cause
             file.write(f"{message}\n")
@@ -306,7 +310,9 @@ class Preflight(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Trust what the sweep's config names: its winner is tested."""
-        _admit(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]), config.hydra)
+        own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        _admit(OmegaConf.to_container(own), config.hydra)
+        recall(_memory(config))
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check the config and claim ``hydra.run.dir``; ends the command where that fails."""
@@ -356,15 +362,20 @@ def _check(cfg: DictConfig, hydra: Any) -> None:
         newest_checkpoint(Path(cfg.root_dir) / "logs")
     load_libraries()
     check_values(cfg)
+    recall(_memory(cfg))
     _admit(cfg, hydra)
 
 
-def _admit(cfg: DictConfig, hydra: Any) -> None:
+def _admit(cfg: Any, hydra: Any) -> None:
     """Let checkpoints build what the user's own config names, in folders of theirs too."""
     admit(cfg)
     for source in hydra.runtime.config_sources:
         if source.provider == "command-line":
             admit(Path(source.path))
+
+
+def _memory(cfg: DictConfig) -> Path:
+    return Path(cfg.root_dir) / "logs" / ".places"
 
 
 def _require_own_process(cfg: DictConfig) -> None:

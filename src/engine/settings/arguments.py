@@ -3,13 +3,11 @@
 import copy
 import difflib
 import inspect
-import os
-import pydoc
+import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from enum import Enum
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -18,6 +16,7 @@ from omegaconf import OmegaConf
 
 from src.engine.errors import ConfigError
 
+BUILT = ("data", "model", "optimizer", "scheduler", "trainer", "accelerator", "callbacks", "logger")
 # By a node's key: what it is built of, where it does not say so itself.
 TARGETS = {
     "accelerator": "pytorch_lightning.Trainer",
@@ -30,14 +29,14 @@ ADDED = {
     "scheduler": ("optimizer",),
     "scheduler.scheduler": ("optimizer",),
 }
-BUILT = ("data", "model", "optimizer", "scheduler", "trainer", "callbacks", "logger")  # the groups that the run builds
-OBJECTS: tuple[Any, ...] = (Callable, type)
-WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+SCALARS: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
+# Their classes take an object of themselves; others may make one of a text or a list, as torch.device does.
 NODES = ("torch.nn.", "torch.optim.", "torch.utils.data.", "torchmetrics.", "pytorch_lightning.", "lightning_fabric.")
+UNIONS = (typing.Union, types.UnionType)
 
 
 def check_arguments(config: Mapping[str, Any]) -> None:
-    """Check the arguments of all nodes of a config against the signatures of their targets, which are imported.
+    """Check the arguments of all nodes that the run builds against their targets' signatures; it imports the targets.
 
     Args:
         config: Plain and resolved.
@@ -45,12 +44,12 @@ def check_arguments(config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: At the first argument that is unknown, missing, or of a value that its annotation excludes.
     """
-    for key, node in find_nodes(config):
-        _check_node(key, node, locate(key, node["_target_"]), is_built=key.partition(".")[0] in BUILT)
-    for key, target in TARGETS.items():
-        group = config.get(key) or {}
-        if group and "_target_" not in group and (key != "scheduler" or "scheduler" in group):
-            _check_node(key, group, locate(key, target), is_built=False)
+    for name in BUILT:
+        group = config.get(name)
+        for key, node in find_nodes(group, name):
+            _check_node(key, node, locate(key, node["_target_"]))
+        if group and name in TARGETS and "_target_" not in group:
+            _check_node(name, {**group, "_partial_": True}, locate(name, TARGETS[name]))
 
 
 def find_nodes(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -73,73 +72,53 @@ def locate(key: str, target: str) -> Any:
         ConfigError: If there is no such thing.
     """
     try:
-        found = pydoc.locate(target)
-    except pydoc.ErrorDuringImport as error:
-        if getattr(error.value, "name", None) in ("lightning", "lightning.pytorch"):
-            raise ConfigError(
-                f"{key}._target_={target}: it imports the package lightning, which is not installed; import from "
-                "pytorch_lightning, which is the same code (conf/README.md, Coming from lightning-hydra-template)"
-            ) from error
-        raise ConfigError(f"{key}._target_={target}: its import fails: {error.value!r}") from error
-    if callable(found):
-        return found
-    if found is not None:
+        found = hydra.utils.get_object(target)
+    except Exception as error:  # whatever a module raises when it is imported
+        cause, (place, _, name) = error.__cause__ or error, target.rpartition(".")
+        close = difflib.get_close_matches(name, dir(sys.modules.get(place)), n=1)
+        said = f"{place} has no {name}; did you mean {close[0]}?" if close else f"its import fails: {cause!r}"
+        if getattr(cause, "name", None) in ("lightning", "lightning.pytorch"):
+            said = (
+                "it imports the package lightning, which is not installed; import from pytorch_lightning, which is "
+                "the same code (conf/README.md, Coming from lightning-hydra-template)"
+            )
+        raise ConfigError(f"{key}._target_={target}: {said}") from error
+    if not callable(found):
         raise ConfigError(f"{key}._target_={target}: a {type(found).__name__}; expected a class or function")
-    place, _, name = target.rpartition(".")
-    while place and (module := pydoc.locate(place)) is None:
-        place, _, name = place.rpartition(".")
-    names = [*vars(module), *getattr(module, "__all__", ())] if place else ()
-    close = difflib.get_close_matches(name, names, n=1)
-    said = f"{place or 'Python'} has no {name}" + (f"; did you mean {close[0]}?" if close else "")
-    raise ConfigError(f"{key}._target_={target}: {said}")
+    return found
 
 
-def _check_node(key: str, node: Mapping[str, Any], target: Any, is_built: bool) -> None:
+def _check_node(key: str, node: Mapping[str, Any], target: Any) -> None:
     parameters = parameters_of(target)
-    if parameters is None:  # written in C: it checks itself
-        return
-    name = f"{target.__module__}.{target.__qualname__}"
-    given = {argument: value for argument, value in node.items() if not str(argument).startswith("_")}
-    kinds = {parameter.kind for parameter in parameters.values()}
     named = {p.name: p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_others = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+    given = {argument: value for argument, value in node.items() if not str(argument).startswith("_")}
+    name = f"{target.__module__}.{target.__qualname__}"
     for argument, value in given.items():
         if argument in named:
-            annotation = named[argument].annotation
-            if not takes(annotation, value) and not (value is None and named[argument].default is None):
+            annotation, default = named[argument].annotation, named[argument].default
+            if not takes(annotation, value) and not (value is None and default is None):
                 raise ConfigError(f"{key}.{argument}={value}: expected {describe(annotation)}")
-        elif inspect.Parameter.VAR_KEYWORD not in kinds:
+        elif not takes_others:
             close = difflib.get_close_matches(argument, named, n=1)
-            raise ConfigError(f"{key}.{argument}: {name} takes no such argument" + _did_you_mean(key, close))
-    is_partial = node.get("_partial_", False)
-    if not is_built or "_args_" in node or (is_partial and key not in ADDED):
+            hint = f"; did you mean {key}.{close[0]}?" if close else ""
+            raise ConfigError(f"{key}.{argument}: {name} takes no such argument{hint}")
+    if "_args_" in node or (node.get("_partial_") and key not in ADDED):
         return
-    known = {*given, *(ADDED.get(key, ()) if is_partial or key == "model" else ())}
     for argument, parameter in named.items():
-        if parameter.default is parameter.empty and argument not in known:
-            if argument in ADDED.get(key, ()):
-                raise ConfigError(f"{key}: {name} gets its {argument} from the run; add _partial_: true")
-            raise ConfigError(f"{key}.{argument}: is missing; {name} needs {describe(parameter.annotation)}")
-
-
-def _did_you_mean(key: str, close: list[str]) -> str:
-    return f"; did you mean {key}.{close[0]}?" if close else ""
+        if parameter.default is parameter.empty and argument not in {*given, *ADDED.get(key, ())}:
+            raise ConfigError(f"{key}.{argument}: is missing; {name} needs it ({describe(parameter.annotation)})")
 
 
 @cache
-def parameters_of(target: Any) -> dict[str, inspect.Parameter] | None:
-    """Those of a class or function, annotations that are text evaluated; None if Python cannot tell."""
-    try:
-        parameters = dict(inspect.signature(target).parameters)
-    except (ValueError, TypeError):
-        return None
-    scope = getattr(find_function(target), "__globals__", {})
-    for name, parameter in parameters.items():
-        if isinstance(parameter.annotation, str):
-            try:
-                parameters[name] = parameter.replace(annotation=eval(parameter.annotation, scope))
-            except Exception:  # of a name that only type checkers import
-                parameters[name] = parameter.replace(annotation=Any)
-    return parameters
+def parameters_of(target: Any) -> Mapping[str, inspect.Parameter]:
+    """Those of a class or function; annotations are text where they name what only type checkers import."""
+    for is_evaluated in (True, False):
+        try:
+            return inspect.signature(target, eval_str=is_evaluated).parameters
+        except Exception:  # whatever an annotation raises
+            continue
+    return inspect.signature(lambda **_: None).parameters  # written in C: it checks itself
 
 
 def find_function(target: Any) -> Any:
@@ -156,51 +135,32 @@ def takes(annotation: Any, value: Any) -> bool:
     (True, False)
     """
     origin, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
-    if (isinstance(value, dict) and "_target_" in value) or origin in (Any, object, inspect.Parameter.empty):
-        return True
-    if origin is Annotated:
-        return takes(arguments[0], value) and (value is None or value in arguments[1])
-    if origin in (typing.Union, types.UnionType):
+    if origin in UNIONS:
         return any(takes(argument, value) for argument in arguments)
-    if origin is Literal:  # True equals 1
-        return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in arguments)
+    if origin is Annotated:
+        return takes(arguments[0], value) and value in arguments[1]
+    if origin is Literal:
+        return value in arguments
+    if isinstance(value, dict) and "_target_" in value:
+        return True
     if origin in (None, type(None)):
         return value is None
-    if origin is bool:
-        return isinstance(value, bool) or (isinstance(value, int) and value in (0, 1))
-    if origin is int:
-        return _is_number(value) and (isinstance(value, int) or value.is_integer())
-    if origin is float:
-        return _is_number(value)
-    if origin is str:
-        return isinstance(value, str)
-    if not isinstance(origin, type):
+    if origin in SCALARS:
+        is_whole = origin is int and isinstance(value, float) and value.is_integer()  # 1e3
+        return is_whole or type(value) in SCALARS[origin] or (origin is bool and value in (0, 1))
+    if origin is Callable:
+        return False
+    if not isinstance(origin, type) or origin in (object, inspect.Parameter.empty):
         return True
+    if origin is _tensor():
+        return isinstance(value, list)
     if issubclass(origin, Mapping):
         return isinstance(value, dict) and all(takes(arguments[1], each) for each in value.values() if arguments)
-    if issubclass(origin, tuple) and arguments and ... not in arguments:
-        return isinstance(value, list) and len(value) == len(arguments) and all(map(takes, arguments, value))
-    if issubclass(origin, Iterable) and origin.__module__ in ("builtins", "collections.abc") and origin is not bytes:
+    if issubclass(origin, Iterable) and origin.__module__ in ("builtins", "collections.abc"):
+        if origin is tuple and arguments and ... not in arguments:
+            return isinstance(value, list) and len(value) == len(arguments) and all(map(takes, arguments, value))
         return isinstance(value, list) and all(takes(arguments[0], each) for each in value if arguments)
-    if origin is _tensor():
-        return _is_number(value) or isinstance(value, list)
-    if issubclass(origin, os.PathLike):
-        return isinstance(value, str)
-    try:
-        return isinstance(value, origin) or not _is_opaque(origin)
-    except TypeError:  # a protocol
-        return True
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_opaque(annotation: type) -> bool:
-    """Whether only an object will do: one of Python's own, or of a library's class, or of one derived from it."""
-    bases = [f"{base.__module__}.{base.__qualname__}" for base in annotation.__mro__]
-    is_pythons = annotation.__module__.partition(".")[0] in sys.stdlib_module_names
-    return not issubclass(annotation, Enum) and (is_pythons or any(base.startswith(NODES) for base in bases))
+    return not any(f"{each.__module__}.".startswith(NODES) for each in origin.__mro__)
 
 
 def _tensor() -> Any:
@@ -209,40 +169,14 @@ def _tensor() -> Any:
 
 
 def describe(annotation: Any) -> str:
-    """A type in words.
+    """A type as it is written in Python.
 
     >>> describe(int | Literal["auto", "all"] | None)
-    'a whole number, auto, all or null'
+    "Union[int, Literal['auto', 'all'], None]"
     """
-    words = list(dict.fromkeys(_words(annotation)))
-    return ", ".join(words[:-1]) + f" or {words[-1]}" if len(words) > 1 else words[0]
-
-
-def _words(annotation: Any) -> Iterator[str]:
-    origin, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
-    if origin is Annotated:
-        low, high = arguments[1].start, arguments[1].stop - 1
-        yield f"{describe(arguments[0])} {f'of {low} or more' if high >= sys.maxsize - 1 else f'from {low} to {high}'}"
-    elif origin in (typing.Union, types.UnionType):
-        for argument in arguments:
-            yield from _words(argument)
-    elif origin is Literal:
-        yield from map(str, arguments)
-    elif origin in WORDS:
-        yield WORDS[origin]
-    elif origin is inspect.Parameter.empty:
-        yield "it"
-    elif origin is None:
-        yield "null"
-    elif origin is _tensor():
-        yield "a list of numbers"
-    elif isinstance(origin, type) and issubclass(origin, Mapping):
-        yield "a mapping"
-    elif isinstance(origin, type) and origin.__module__ in ("builtins", "collections.abc") and origin not in OBJECTS:
-        inner = " of " + " and ".join(map(describe, arguments)) if arguments and ... not in arguments else ""
-        yield f"a list{inner}"
-    else:
-        yield f"a node with a _target_ ({getattr(origin, '__name__', 'an object')})"
+    is_unknown = annotation is inspect.Parameter.empty
+    text = "anything" if is_unknown else inspect.formatannotation(annotation)
+    return re.sub(r"typing\.|collections\.abc\.", "", text).replace("NoneType", "None")
 
 
 def build(config: Any, **kwargs: Any) -> Any:
@@ -261,7 +195,7 @@ def build(config: Any, **kwargs: Any) -> Any:
     OmegaConf.set_struct(config, False)
     OmegaConf.resolve(config)
     for key, node in find_nodes(OmegaConf.to_container(config)):
-        for name, parameter in (parameters_of(locate(key, node["_target_"])) or {}).items():
+        for name, parameter in parameters_of(locate(key, node["_target_"])).items():
             if name in node and (fitted := _fit(parameter.annotation, node[name])) is not node[name]:
                 OmegaConf.update(config, f"{key}.{name}".lstrip("."), fitted, merge=False)
     kwargs["_convert_"] = config.get("_convert_", "object") if OmegaConf.is_dict(config) else "object"
@@ -269,16 +203,9 @@ def build(config: Any, **kwargs: Any) -> Any:
 
 
 def _fit(annotation: Any, value: Any) -> Any:
-    is_float = isinstance(value, float) and value.is_integer()
-    if is_float and takes(annotation, value) and not takes(annotation, 0.5):
+    options = typing.get_args(annotation) if typing.get_origin(annotation) in UNIONS else (annotation,)
+    if isinstance(value, float) and value.is_integer() and int in options and float not in options:
         return int(value)
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    options = typing.get_args(annotation) if is_union else (annotation,)
-    takers = [option for option in options if takes(option, value)]
-    if takers == [_tensor()] and not isinstance(value, dict):
-        return {"_target_": "torch.tensor", "data": _floats(value)}
+    if isinstance(value, list) and [option for option in options if takes(option, value)] == [_tensor()]:
+        return {"_target_": "torch.Tensor", "_args_": [value]}
     return value
-
-
-def _floats(value: Any) -> Any:
-    return [_floats(each) for each in value] if isinstance(value, list) else float(value)

@@ -14,7 +14,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.engine.settings.arguments import find_function, find_nodes
+from src.engine.settings.arguments import TARGETS, find_function, find_nodes
 from src.engine.settings.check import CONF, ROOT, nearest
 
 EXTRAS = {"hydra/launcher/submitit_slurm": "slurm", "hydra/launcher/ray": "ray"}
@@ -26,7 +26,7 @@ LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", 
 
 def is_refusal(error: BaseException, cfg: DictConfig) -> bool:
     """Whether the settings are at fault, or what they lead to: nothing that a run which is on its way comes to."""
-    names = ("ConfigError", "CheckpointError", "TargetError", "ArgumentError", "DataError", "InstantiationException",
+    names = ("ConfigError", "CheckpointError", "TargetError", "DataError", "InstantiationException",
              "MisconfigurationException")  # fmt: skip
     return any(kind.__name__ in names for kind in type(error).__mro__) or bool(_find_key(error, cfg))
 
@@ -46,13 +46,13 @@ def explain(error: BaseException, config_name: str = "", cfg: DictConfig | None 
 def _explain(error: BaseException, config_name: str, cfg: DictConfig | None) -> str:
     if type(error).__name__ == "InstantiationException":  # "Error in call to target 'x.Y':\n...\nfull_key: optimizer"
         found = re.search(r"full_key: (\S+)", str(error))
-        return _explain_constructor(error.__cause__ or error, found[1] if found else "config", config_name, cfg)
-    if isinstance(error, HydraException | OmegaConfBaseException | MissingConfigException):
+        return _explain_constructor(error.__cause__ or error, found[1] if found else "config", cfg)
+    if isinstance(error, HydraException | OmegaConfBaseException):
         return " ".join(_explain_config(error, config_name).split())  # a value may have line breaks
     if any(kind.__module__ == "src.engine.errors" for kind in type(error).__mro__):
         return str(error) if type(error).__name__ == "SweepError" else " ".join(str(error).split())
     if key := _find_key(error, cfg):
-        return _explain_constructor(error, key, config_name, cfg)
+        return _explain_constructor(error, key, cfg)
     if isinstance(error, IndexError) and (label := re.fullmatch(r"Target (\d+) is out of bounds\.", str(error))):
         return f"model.num_classes: the data have a class {label[1]}; expected {int(label[1]) + 1} or more"
     if isinstance(error, OSError) and error.strerror:
@@ -70,20 +70,16 @@ def _explain(error: BaseException, config_name: str, cfg: DictConfig | None) -> 
         where = "scheduler: " if "lr scheduler dict" in str(error) else ""
         return where + " ".join(str(error).split())
     trace = "HYDRA_FULL_ERROR=1 prints the stack trace." if config_name else IN_LOG
-    return f"{type(error).__name__}: {_first_line(error)}{_where(error) or _last_place(error)}\n{trace}"
+    return f"{type(error).__name__}: {_first_line(error)}{_where(error) or _where(error, is_own=False)}\n{trace}"
 
 
-def _explain_constructor(error: BaseException, key: str, config_name: str, cfg: DictConfig | None) -> str:
+def _explain_constructor(error: BaseException, key: str, cfg: DictConfig | None) -> str:
     """What the constructor of a node raises; its own keys are told in full."""
-    if type(error).__module__ == "src.engine.errors" and not isinstance(error, ValueError):
-        return _explain(error, config_name, cfg)
     lines = (str(error).strip() or repr(error)).splitlines()  # a bare assert says nothing
     said = " ".join(" ".join(lines[: 2 if lines[0].endswith(":") else 1]).split())  # the reason follows the colon
     name = re.match(r"(\w+)(=|[.:\[])", said)
     if name and (name[2] == "=" or (cfg is not None and OmegaConf.select(cfg, f"{key}.{name[1]}") is not None)):
         return f"{key}.{said}"
-    if name := re.search(r"got an unexpected keyword argument '(\w+)'", said):
-        return f"{key}.{name[1]}: its _target_ takes no such argument"
     return f"{key}: {said}" + ("" if isinstance(error, ValueError) else _where(error))
 
 
@@ -91,9 +87,10 @@ def _find_key(error: BaseException, cfg: DictConfig | None) -> str:
     """The key of the node whose constructor has raised an error: optimizers, say, are built in the module."""
     if cfg is None or error.__traceback__ is None:
         return ""
+    nodes = [(key, node["_target_"]) for key, node in find_nodes(OmegaConf.to_container(cfg, resolve=True))]
     keys = {}
-    for key, node in find_nodes(OmegaConf.to_container(cfg, resolve=True)):
-        module, _, name = str(node["_target_"]).rpartition(".")
+    for key, target in [*((key, target) for key, target in TARGETS.items() if key in cfg), *nodes]:
+        module, _, name = str(target).rpartition(".")
         found = getattr(sys.modules.get(module), name, None)
         if code := getattr(find_function(found), "__code__", None) if callable(found) else None:
             keys[code] = key
@@ -101,32 +98,21 @@ def _find_key(error: BaseException, cfg: DictConfig | None) -> str:
     return next((keys[code] for code in reversed(codes) if code in keys), "")
 
 
-def _frames(error: BaseException) -> Iterator[tuple[str, int]]:
-    for frame in traceback.extract_tb(error.__traceback__):
-        if not frame.filename.startswith((*LIBRARIES, "<")):
-            yield frame.filename, frame.lineno or 0
-
-
-def _where(error: BaseException) -> str:
-    """The last place in the user's own code; in no library."""
-    own = [frame for frame in _frames(error) if not frame[0].startswith(PLUMBING)]
-    if not own:
+def _where(error: BaseException, is_own: bool = True) -> str:
+    """The last place of a trace, or the last one in the user's own code."""
+    skipped = (*LIBRARIES, *PLUMBING, "<") if is_own else ()
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(skipped)]
+    if not frames:
         return ""
-    path = Path(own[-1][0])
-    return f" ({path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}, line {own[-1][1]})"
-
-
-def _last_place(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    path = Path(frames[-1].filename)
+    return f" ({path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}, line {frames[-1].lineno})"
 
 
 def _explain_config(error: Exception, config_name: str) -> str:
     """What Hydra and OmegaConf raise."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        if error.missing_cfg_file in EXTRAS:
-            extra = EXTRAS[error.missing_cfg_file]
+        if extra := EXTRAS.get(error.missing_cfg_file):
             return f"{group}={option}: not installed; pip install -e '.[{extra}]' does it"
         options = error.options or sorted(path.stem for path in (CONF / group).glob("*.yaml"))  # a list has none
         key, place = (group, f"conf/{group}/") if group else ("--config-name", "conf/")
@@ -148,22 +134,18 @@ def _first_line(error: BaseException) -> str:
 
 def _explain_composition(error: ConfigCompositionException, config_name: str) -> str:
     """Find the nearest name for a key that is not there."""
-    found = re.search(r"Could not (override|delete)[^']*'([^']+)'", str(error))
-    if not found:
-        cause = error.__cause__
-        key = f"{cause.full_key}: " if isinstance(cause, OmegaConfBaseException) and cause.full_key else ""
-        return key + " ".join(str(cause or error).split("full_key")[0].split())
+    found, cause = re.search(r"Could not (override|delete)[^']*'([^']+)'", str(error)), error.__cause__
+    if not found or (isinstance(cause, OmegaConfBaseException) and "not in struct" not in str(cause)):
+        full_key = getattr(cause, "full_key", "") or (found[2].split("=")[0].lstrip("+~") if found else "")
+        return (f"{full_key}: " if full_key else "") + " ".join(str(cause or error).split("full_key")[0].split())
     key = found[2].split("=")[0].lstrip("+~")
-    if isinstance(error.__cause__, OmegaConfBaseException) and "not in struct" not in str(error.__cause__):
-        return f"{key}: {_first_line(error.__cause__)}"
     keys = _all_keys(config_name)
     if key in keys and found[1] == "delete":
         return f"{key}: cannot be deleted; {key}=null may do"
     if key in keys and (chosen := [word for word in sys.argv if word.startswith(f"{key.partition('.')[0]}=")]):
         return f"{key}: {chosen[-1]} has no such key; is it the sweep's? conf/sweep/ may have one without it"
     if config_name != "train" and (CONF / key).is_dir():
-        own = ", ".join(option for option in keys if option not in ("root_dir", "output_dir"))
-        return f"{key}: python -m src.{config_name} reads this from the checkpoint; there are: {own}"
+        return f"{key}: python -m src.{config_name} reads this from the checkpoint; there are: {', '.join(keys)}"
     groups = [path.name for path in CONF.iterdir() if path.is_dir()]  # those that are off have no key
     return f"{key}: no such key; {nearest(key, [*keys, *groups])} (+{key}=... adds a new one)"
 

@@ -4,22 +4,25 @@ conf/ and the command line are the user's own; a checkpoint may come from anybod
 """
 
 import copy
+import inspect
+import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers import oc
 
 from src.engine.errors import CheckpointError, ConfigError
 from src.engine.settings.arguments import build, find_nodes, locate, parameters_of
 from src.engine.settings.check import CONF, ROOT
+
+log = logging.getLogger(__name__)
 
 # Classes that are defined below one of these; functions only of the last.
 LIBRARIES = (
@@ -47,17 +50,43 @@ def admit(source: Any) -> None:
     if isinstance(source, Path):
         for path in source.rglob("*.yaml"):
             if path.relative_to(source).parts[0] not in USERS:
-                admit(OmegaConf.load(path))
-    else:
-        plain = OmegaConf.to_container(source) if OmegaConf.is_config(source) else source
-        for key, text in _texts(plain):
-            if not key.startswith(USERS):
-                (_targets if key.rpartition(".")[2] == "_target_" else _places).add(text)
+                admit(OmegaConf.to_container(OmegaConf.load(path)))
+        return
+    plain = OmegaConf.to_container(source, resolve=True) if OmegaConf.is_config(source) else source
+    _places.update(text for text in _find_places(plain) if "${" not in text)
+    _targets.update(text for key, text in _texts(plain) if key.endswith("_target_") and not key.startswith(USERS))
 
 
 @cache
 def _admit_conf() -> None:
     admit(CONF)
+
+
+def remember(cfg: DictConfig, memory: Path) -> None:
+    """Keep the folders that a run's nodes name, so that later commands may test its checkpoints.
+
+    Args:
+        cfg: The run's config.
+        memory: The file that keeps them, as ``recall`` reads it.
+    """
+    known = recall(memory)
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    groups = {name: node for name, node in plain.items() if isinstance(node, dict)}
+    named = {text for text in _find_places(groups) if "://" not in text}
+    if not named <= known:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        aside = memory.with_name(f"{memory.name}.{os.getpid()}")
+        aside.write_text(json.dumps(sorted(known | named), indent=2))
+        aside.replace(memory)
+
+
+def recall(memory: Path) -> set[str]:
+    """Let checkpoints use the folders that the user's runs have named before, and return these."""
+    known = set()
+    with suppress(OSError, ValueError):  # not there yet, or not as remember writes it
+        known = set(json.loads(memory.read_text()))
+    _places.update(known)
+    return known
 
 
 def instantiate(config: Any, **kwargs: Any) -> Any:
@@ -75,8 +104,7 @@ def tame(path: str | Path, key: str, node: Any, /, **own: Any) -> Any:
     """What a checkpoint has of its run's config, such that it may be built.
 
     It may name the classes that the user's own config names, and the libraries' layers. It reads no environment
-    variable, and no folder or address that it chooses: where it has one that the user's config does not have, the
-    user's own value is taken, or the constructor's default.
+    variable, and chooses no folder or address that the user has not named: the default replaces it, if there is one.
 
     Args:
         path: The checkpoint.
@@ -95,11 +123,18 @@ def tame(path: str | Path, key: str, node: Any, /, **own: Any) -> Any:
         for full_key, child in find_nodes({**node, "_recursive_": True} if "_target_" not in node else node, key):
             child.pop("_recursive_", None)  # what is built later would not be looked at
             _check_target(full_key, child["_target_"])
-            for name in [name for name in child if _find_place(child[name]) and not (child is node and name in own)]:
-                _replace_place(full_key, child, name)
+            parameters = parameters_of(locate(full_key, child["_target_"]))
+            for name in [name for name in child if name in parameters and not (child is node and name in own)]:
+                places = [] if isinstance(child[name], dict) else _find_places(child[name])
+                if not _places.issuperset(places) and parameters[name].default is not inspect.Parameter.empty:
+                    log.warning(f"{full_key}.{name}={places[0]!r}: the checkpoint's; the default is used instead")
+                    del child[name]
         for full_key, text in _texts({name: value for name, value in node.items() if name not in own}, key):
-            if "${" in text:
-                raise ConfigError(f"{full_key}={text}: a checkpoint may not refer to what is outside of it")
+            if not _places.issuperset(_find_places(text)):
+                raise ConfigError(
+                    f"{full_key}={text}: a checkpoint may not choose a folder or address; if it is yours, set it, or "
+                    "name it in a file of conf/"
+                )
     except ConfigError as error:
         raise CheckpointError(f"ckpt_path={path}: {error}") from error
     return node
@@ -154,41 +189,12 @@ def _is_within(name: str, modules: tuple[str, ...]) -> bool:
     return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
-def _find_place(value: Any) -> str:
-    """A folder, address or interpolation in a value that is neither in the project nor in the user's config."""
-    if isinstance(value, dict) and "_target_" in value:  # a node of its own
-        return ""
+def _find_places(node: Any) -> list[str]:
+    """The folders outside of the project, addresses and interpolations in a node."""
     roots = [ROOT, Path(os.environ.get("PROJECT_ROOT", ROOT)).resolve()]
-    for _, text in _texts(value):
-        is_inside = "${" not in text and any(Path(text).expanduser().resolve().is_relative_to(root) for root in roots)
-        if PLACE.search(text) and text not in _places and not is_inside:
-            return text
-    return ""
-
-
-def _replace_place(key: str, node: dict[str, Any], name: str) -> None:
-    options = [option for option in _own_options(key) if option.get("_target_") == node["_target_"] and name in option]
-    if options:
-        node[name] = max(options, key=lambda option: sum(option.get(key) == node[key] for key in node))[name]
-        return
-    parameter = (parameters_of(locate(key, node["_target_"])) or {}).get(name)
-    if parameter is None or parameter.default is parameter.empty:
-        raise ConfigError(
-            f"{key}.{name}={_find_place(node[name])}: a checkpoint may not choose a folder or address; "
-            f"name it in a file of conf/, or set {key}.{name}"
-        )
-    del node[name]
-
-
-@cache
-def _own_options(key: str) -> list[dict[str, Any]]:
-    """The nodes that a key has by the options of its group in conf/."""
-    group = key.partition(".")[0]
-    found = []
-    is_composed = GlobalHydra.instance().is_initialized()  # by the command
-    with nullcontext() if is_composed else initialize_config_dir(str(CONF), version_base="1.3"):
-        for path in sorted((CONF / group).glob("*.yaml")):
-            node = OmegaConf.select(compose("train", [f"{group}={path.stem}"]), key)
-            if OmegaConf.is_dict(node):
-                found.append(OmegaConf.to_container(node, resolve=True))
-    return found  # type: ignore[return-value]
+    found = [text for key, text in _texts(node) if not key.startswith(USERS) and PLACE.search(text)]
+    return [
+        text
+        for text in found
+        if "${" in text or not any(Path(text).expanduser().resolve().is_relative_to(root) for root in roots)
+    ]

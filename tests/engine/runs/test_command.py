@@ -23,11 +23,11 @@ REJECTED_BEFORE_TORCH = {
     "optimizer.lrr=0.1": "optimizer.lrr: no such key; did you mean optimizer.lr?",
     "modell=lenet5": "modell: no such key; did you mean model?",
     "model=lenet": "model=lenet: no such file in conf/model/; did you mean lenet5?",
-    "data.batch_size=1.5": "data.batch_size=1.5: expected a whole number",
-    "data.batch_size=true": "data.batch_size=True: expected a whole number",
-    "optimizer.lr=fast": "optimizer.lr=fast: expected a number",
-    "optimizer.betas=[0.9]": "optimizer.betas=[0.9]: expected a list of",
-    "trainer.max_epochs=abc": "trainer.max_epochs=abc: expected a whole number or null",
+    "data.batch_size=1.5": "data.batch_size=1.5: expected int",
+    "data.batch_size=true": "data.batch_size=True: expected int",
+    "optimizer.lr=fast": "optimizer.lr=fast: expected float",
+    "optimizer.betas=[0.9]": "optimizer.betas=[0.9]: expected tuple[",
+    "trainer.max_epochs=abc": "trainer.max_epochs=abc: expected Optional[int]",
     "monitor=[]": "monitor=[]: expected text",
     "mode=best": "mode=best: expected min or max",
     "sweep=lr": "sweep=lr: a sweep needs -m: python -m src.train -m sweep=lr",
@@ -43,7 +43,7 @@ REJECTED_BEFORE_TORCH = {
     "~ckpt_path": "ckpt_path: cannot be deleted; ckpt_path=null may do",
     "debuug=fast": "debuug: no such key; did you mean debug?",
     "callbacks=[default,early_stop]": "callbacks=early_stop: no such file in conf/callbacks/; did you mean early",
-    "+optimizer/mine=adam": "optimizer/mine: no such group in conf/",
+    "+optimizer/mine=adam": "optimizer/mine: no such key; did you mean optimizer?",
     "output_dir=here": "output_dir: follows hydra.run.dir; set hydra.run.dir=<folder> instead",
     "callbacks.lr._target_=os.sep": "callbacks.lr._target_=os.sep: a str; expected a class or function",
     "optimizer._target_=torch.optim.Adamm": "torch.optim has no Adamm; did you mean Adam?",
@@ -95,7 +95,7 @@ def test_the_stack_trace_is_printed_on_request(tmp_path: Path) -> None:
 def test_a_gpu_that_is_not_there_is_said(override: str, tmp_path: Path) -> None:
     result = forks.run_command("train", override, PROJECT_ROOT=str(tmp_path), CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 1
-    assert _lines(result.stderr) == ["error: accelerator=gpu: torch finds no GPU; use trainer=cpu or mend the driver"]
+    assert _lines(result.stderr) == ["error: trainer: No supported gpu backend found!"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -104,7 +104,7 @@ def test_testing_on_a_gpu_that_is_not_there_is_said(tmp_path: Path) -> None:
     arguments = (f"ckpt_path={tmp_path}/best.ckpt", "accelerator=gpu")
     result = forks.run_command("test", *arguments, PROJECT_ROOT=str(tmp_path), CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 1
-    assert "accelerator=gpu: torch finds no GPU" in result.stderr
+    assert _lines(result.stderr) == ["error: accelerator: No supported gpu backend found!"]
     assert list(tmp_path.iterdir()) == [tmp_path / "best.ckpt"]
 
 
@@ -112,7 +112,8 @@ def test_testing_on_a_gpu_that_is_not_there_is_said(tmp_path: Path) -> None:
 def test_mps_off_a_mac_is_said(tmp_path: Path) -> None:
     result = forks.run_command("train", "trainer=mps", PROJECT_ROOT=str(tmp_path))
     assert result.returncode == 1
-    assert "accelerator=mps: needs a Mac" in result.stderr
+    (line,) = _lines(result.stderr)
+    assert line.startswith("error: trainer: `MPSAccelerator` can not run on your system")
 
 
 def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

