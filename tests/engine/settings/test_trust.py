@@ -121,7 +121,8 @@ def test_data_outside_of_the_project_are_used_again_and_a_strangers_folder_is_no
     project.mkdir()
     data.symlink_to(mnist_root)
     said = {"PROJECT_ROOT": str(project)}
-    short = ("trainer=cpu", "debug=fast", "logger=[]", "callbacks=minimal", "test=false", "data.md5=null")
+    short = ("trainer=cpu", "debug=fast", "logger=[]", "callbacks=minimal", "test=false", "data.md5=null",
+             "data.val_size=60")  # fmt: skip
     trained = forks.run_command("train", *short, f"data.root={data}", f"hydra.run.dir={project}/run", **said)
     assert trained.returncode == 0, trained.stderr
     path = project / "run" / "checkpoints" / "best.ckpt"
