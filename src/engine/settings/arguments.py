@@ -3,6 +3,7 @@
 import copy
 import difflib
 import inspect
+import pydoc
 import re
 import sys
 import types
@@ -71,18 +72,23 @@ def locate(key: str, target: str) -> Any:
     Raises:
         ConfigError: If there is no such thing.
     """
+    cause: Any = None
     try:
-        found = hydra.utils.get_object(target)
-    except Exception as error:  # whatever a module raises when it is imported
-        cause, (place, _, name) = error.__cause__ or error, target.rpartition(".")
+        found = pydoc.locate(target)
+    except pydoc.ErrorDuringImport as error:
+        found, cause = None, error.value
+    if found is None:
+        place, _, name = target.rpartition(".")
         close = difflib.get_close_matches(name, dir(sys.modules.get(place)), n=1)
-        said = f"{place} has no {name}; did you mean {close[0]}?" if close else f"its import fails: {cause!r}"
+        said = f"{place} has no {name}" + (f"; did you mean {close[0]}?" if close else "")
         if getattr(cause, "name", None) in ("lightning", "lightning.pytorch"):
             said = (
                 "it imports the package lightning, which is not installed; import from pytorch_lightning, which is "
                 "the same code (conf/README.md, Coming from lightning-hydra-template)"
             )
-        raise ConfigError(f"{key}._target_={target}: {said}") from error
+        elif cause:
+            said = f"its import fails: {cause!r}"
+        raise ConfigError(f"{key}._target_={target}: {said}") from cause
     if not callable(found):
         raise ConfigError(f"{key}._target_={target}: a {type(found).__name__}; expected a class or function")
     return found

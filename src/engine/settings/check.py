@@ -95,7 +95,7 @@ def _check_keys(config: Mapping[str, Any], command: str, declared: Iterable[str]
     root: Any = OmegaConf.to_container(OmegaConf.load(CONF / f"{command}.yaml"))
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
     own = {key: node for key, node in root.items() if key not in ("defaults", "hydra")}
-    known = {"": {*own, *groups, *DECLARED, *declared}}
+    known = {"": {*own, *groups, *DECLARED, *(name for name in declared if "/" not in name)}}
     known |= {f"{key}.": set(node) for key, node in own.items() if isinstance(node, dict)}
     for path, names in known.items():
         node = config.get(path[:-1]) if path else config

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from src.engine.errors import CheckpointError
@@ -97,15 +96,6 @@ def test_a_gpu_that_is_not_there_is_said(override: str, tmp_path: Path) -> None:
     assert result.returncode == 1
     assert _lines(result.stderr) == ["error: trainer: No supported gpu backend found!"]
     assert list(tmp_path.iterdir()) == []
-
-
-def test_testing_on_a_gpu_that_is_not_there_is_said(tmp_path: Path) -> None:
-    torch.save({}, tmp_path / "best.ckpt")
-    arguments = (f"ckpt_path={tmp_path}/best.ckpt", "accelerator=gpu")
-    result = forks.run_command("test", *arguments, PROJECT_ROOT=str(tmp_path), CUDA_VISIBLE_DEVICES="")
-    assert result.returncode == 1
-    assert _lines(result.stderr) == ["error: accelerator: No supported gpu backend found!"]
-    assert list(tmp_path.iterdir()) == [tmp_path / "best.ckpt"]
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="a Mac has MPS")

@@ -138,7 +138,7 @@ def test_an_unknown_key_in_a_file_is_refused_but_for_declared_ones(tmp_path: Pat
         ("+callbacks.mine={_target_:torch.nn.Linear,in_features:1}", "callbacks.mine.out_features: is missing"),
         (
             "+callbacks.mine._target_=torch.no_such_thing",
-            "callbacks.mine._target_=torch.no_such_thing: Mo",
+            "callbacks.mine._target_=torch.no_such_thing: torch has",
         ),
         ("+callbacks.mine._target_=os.sep", "callbacks.mine._target_=os.sep: a str; expected a class or function"),
     ],
@@ -151,7 +151,7 @@ def test_a_module_that_cannot_be_imported_is_told(tmp_path: Path, monkeypatch: p
     (tmp_path / "broken_module.py").write_text("class Net: pass\nimport no_such_package\n")
     monkeypatch.syspath_prepend(tmp_path)
     said = _said(tmp_path, "trainer=cpu", "model.net={_target_:broken_module.Net}")
-    assert said.startswith("model.net._target_=broken_module.Net: ModuleNotFoundError")
+    assert said.startswith("model.net._target_=broken_module.Net: its import fails: ModuleNotFoundError")
     assert "no_such_package" in said
 
 
