@@ -34,7 +34,7 @@ BAD = [
     "+trainer.overfit_batches=-1", "+trainer.num_nodes=0", "+trainer.max_time=soon", "+trainer.barebones=true",
     "+trainer.fast_dev_run=-1", "+trainer.reload_dataloaders_every_n_epochs=-1", "trainer.num_sanity_val_steps=x",
     "callbacks.checkpoint.mode=best", "+callbacks.checkpoint.save_top_k=-2",
-    "+callbacks.checkpoint.every_n_train_steps=-1", "+callbacks.checkpoint.dirpath=5",
+    "+callbacks.checkpoint.every_n_train_steps=-1", "callbacks.checkpoint.dirpath=5",
     "+callbacks.checkpoint.save_top_k=2 callbacks.checkpoint.monitor=null",
     f"{EARLY} callbacks.early_stopping.mode=best", f"{EARLY} callbacks.early_stopping.patience=x",
     f"{EARLY} callbacks.early_stopping.monitor=null", "+callbacks.x={_target_:datetime.timedelta,weeks:many}",
