@@ -12,6 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning import loggers
 
 from src.engine.errors import ConfigError
+from src.engine.settings.check import require
 
 
 class WandbLogger(loggers.WandbLogger):
@@ -79,6 +80,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
     """
 
     def __init__(self, save_dir: str, tracking_uri: str, **kwargs: Any) -> None:
+        require("MLFlowLogger", "mlflow", extra="trackers")  # ahead of the lock below, which would be left behind
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         self._folder = Path(save_dir)
         self._id_path = self._folder / "mlflow_run_id"
