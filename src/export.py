@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -135,6 +136,7 @@ def make_graph(module: Any, datamodule: Any) -> Graph:
         ConfigError: If ``forward`` takes neither.
     """
     import torch
+    from pytorch_lightning.utilities import CombinedLoader
     from pytorch_lightning.utilities.model_helpers import is_overridden
 
     from src.engine.runs.build import preprocess
@@ -149,7 +151,8 @@ def make_graph(module: Any, datamodule: Any) -> Graph:
             return self.module(**given) if isinstance(given, dict) else self.module(*given)
 
     def read_batches() -> "Iterator[tuple[tuple[Tensor, ...], Any]]":
-        for batch in datamodule.test_dataloader() if datamodule else ():
+        loaders = CombinedLoader(datamodule.test_dataloader()).flattened if datamodule else []
+        for batch in chain.from_iterable(loaders):
             inputs, labels, *_ = [*batch, None] if isinstance(batch, list | tuple) else [batch, None]
             yield (inputs,), labels
 

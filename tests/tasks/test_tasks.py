@@ -1,15 +1,28 @@
 """Seven modules and data modules as their communities write them, through every verb. None needs an edit of src/."""
 
+import csv
+import json
+import signal
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.engine.runs.build import load_checkpoint, restore
 from src.engine.settings.check import CONF, check, check_values
+from src.engine.settings.trust import admit
 from src.train import train
+from tests.compose import run_command as run_alone
+from tests.engine.equality import assert_equal, content, weights
+from tests.forks import run_command
 
 TASKS = Path(__file__).parent
 SHORT = ("trainer.max_epochs=2", "trainer.log_every_n_steps=5")
@@ -64,3 +77,194 @@ def test_a_task_trains_and_comes_back_from_its_checkpoint(task: str, tmp_path: P
         assert f"{type(module).__module__}.{type(module).__qualname__}" == cfg.model._target_
         for key, tensor in load_checkpoint(checkpoint)["state_dict"].items():
             assert torch.equal(module.state_dict()[key], tensor)
+
+
+class Project:
+    """A project's root, in which a task is run by commands, as its user would."""
+
+    def __init__(self, task: str, root: Path) -> None:
+        self.task, self.root = task, root
+        admit(TASKS / task / "conf")  # what this process restores, as --config-dir does for a command
+
+    def run(self, verb: str, *arguments: str) -> "CompletedProcess[str]":
+        conf = f"--config-dir={TASKS / self.task / 'conf'}"
+        return run_command(verb, conf, *arguments, PROJECT_ROOT=str(self.root), OMP_NUM_THREADS="1")
+
+    def train(self, name: str, *overrides: str) -> "CompletedProcess[str]":
+        chosen = (*CHOSEN[self.task], "trainer=cpu", f"hydra.run.dir={self.path(name)}")
+        return self.run("train", *chosen, *overrides)
+
+    def path(self, name: str) -> Path:
+        return self.root / "logs" / "train" / name
+
+    def last(self, name: str) -> Path:
+        return self.path(name) / "checkpoints" / "last.ckpt"
+
+    def record(self, verb: str) -> dict[str, Any]:
+        """What the newest run of a verb has written."""
+        path = max((self.root / "logs" / verb).glob("*/metrics.json"), key=lambda path: path.stat().st_mtime)
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Project]:
+    """A project with a task's run, ``whole``, which each test of it shares."""
+
+    @cache
+    def make(task: str) -> Project:
+        project = Project(task, tmp_path_factory.mktemp(task))
+        result = project.train("whole")
+        assert result.returncode == 0, result.stderr
+        assert "?" not in result.stdout.partition("trained")[2]  # nothing is shown that is not there
+        return project
+
+    return make
+
+
+KILL = "+callbacks.kill={_target_: tests.engine.faults.KillAt, step: %s}"
+# A step within the second epoch, whose beginning last.ckpt holds; of the stream, a step that it holds.
+KILLED_AT = {"gan": 34, "text": 27, "memmap": 25}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", CHOSEN)
+def test_a_killed_run_ends_as_the_uninterrupted_one_to_the_bit(task: str, trained: Callable[[str], Project]) -> None:
+    project = trained(task)
+    every = 25 if task == "text" else "null"
+    killed = project.train("killed", KILL % KILLED_AT.get(task, 17), f"callbacks.last.every_n_steps={every}")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = project.run("train", f"resume={project.path('killed')}", "callbacks.kill=null")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_equal(content(project.last("whole")), content(project.last("killed")))
+    records = [json.loads((project.path(name) / "metrics.json").read_text()) for name in ("whole", "killed")]
+    assert records[0]["best"]["score"] == records[1]["best"]["score"]
+
+
+@pytest.mark.slow
+def test_a_loader_without_a_state_is_told_with_numbers(trained: Callable[[str], Project]) -> None:
+    project = trained("regression")
+    project.train("inexact", KILL % 17, "callbacks.last.every_n_steps=5")  # 12 steps an epoch; saved at 15
+    resumed = project.run("train", f"resume={project.path('inexact')}", "callbacks.kill=null")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "no state_dict: after 3 batches (60 samples) of the epoch's 12 it starts anew" in resumed.stderr
+    assert "StatefulDataLoader" in resumed.stderr
+    assert "not resumable" not in resumed.stderr  # Lightning's words for it
+    assert not torch.equal(weights(project.last("inexact")), weights(project.last("whole")))
+
+
+@pytest.mark.slow
+def test_a_save_is_due_where_a_batch_takes_several_steps(trained: Callable[[str], Project]) -> None:
+    project = trained("gan")
+    project.train("due", KILL % 16, "callbacks.last.every_n_steps=9")
+    assert load_checkpoint(project.last("due"))["global_step"] == 10  # steps 9 and 10 are of one batch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", CHOSEN)
+def test_the_test_shows_and_stores_what_it_logs(task: str, trained: Callable[[str], Project]) -> None:
+    project = trained(task)
+    result = project.run("test")
+    if task == "gan":
+        assert result.returncode == 1
+        assert "GAN has no test_step: there is nothing to test" in result.stderr
+        assert result.stderr.count("\n") == 1
+        return
+    assert result.returncode == 0, result.stderr
+    metrics = project.record("test")["metrics"]
+    assert metrics
+    at_the_end = project.record("train")["metrics"]
+    for name, value in metrics.items():
+        assert name.startswith("test")
+        assert name in result.stdout
+        # Of the VAE, other noise is drawn.
+        assert value == pytest.approx(at_the_end[name], rel=0.1 if task == "vae" else 1e-5)
+
+
+SWEPT = {"upstream": "model.optimizer.lr=1e-9,0.01", "memmap": "model.lr=1e-9,0.01"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", CHOSEN)
+def test_a_sweep_ranks_by_what_the_task_monitors(task: str, trained: Callable[[str], Project]) -> None:
+    project = trained(task)
+    folder = project.root / "sweep"
+    swept = SWEPT.get(task, "model.lr=1e-9,0.01")
+    result = project.run("train", "-m", *CHOSEN[task], "trainer=cpu", "logger=[]", swept, f"hydra.sweep.dir={folder}")
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader((folder / "sweep.csv").read_text().splitlines()))
+    assert [row["status"] for row in rows] == ["finished", "finished"]
+    if task == "gan":
+        assert "monitor=null: jobs are not ranked" in result.stdout
+    else:
+        assert "0.01" in rows[0]["job"]  # the first has won: who does not learn loses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", CHOSEN)
+def test_predictions_are_those_of_the_module_or_it_is_told_what_they_need(
+    task: str, trained: Callable[[str], Project]
+) -> None:
+    project = trained(task)
+    output = project.root / "predictions.json"
+    result = project.run("predict", f"output={output}", "accelerator=cpu")
+    if task not in ("regression", "vae"):
+        assert result.returncode == 1
+        assert "has no predict_dataloader" in result.stderr
+        assert result.stderr.count("\n") == 1
+        return
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(output.read_text())
+    assert len(rows) == 60
+    if task == "regression":
+        assert [row["row"] for row in rows] == list(range(60))
+        module = restore(project.path("whole") / "checkpoints" / "best.ckpt")
+        from tests.tasks.regression.task import Rows
+
+        with torch.no_grad():
+            expected = module(Rows(60, 6, 2).features)
+        assert [row["predicted"] for row in rows] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", CHOSEN)
+def test_an_export_computes_what_the_module_does(task: str, trained: Callable[[str], Project]) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    project = trained(task)
+    output = project.root / "model.onnx"
+    result = project.run("export", "format=onnx", f"output={output}")
+    assert result.returncode == 0, result.stderr
+    assert not {"logits", "accuracy", "test/acc"} & set(result.stdout.split())  # what only our classifier has
+    session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    assert given.shape[0] == "batch"
+    shape = [5, *given.shape[1:]]
+    rng = np.random.default_rng(0)
+    inputs: Any = rng.integers(0, 29, shape) if task == "text" else rng.standard_normal(shape, dtype=np.float32)
+    (computed,) = session.run(None, {given.name: inputs})
+    module = restore(project.path("whole") / "checkpoints" / ("last.ckpt" if task == "gan" else "best.ckpt"))
+    with torch.no_grad():
+        assert torch.allclose(module(torch.from_numpy(inputs)), torch.from_numpy(computed), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_pictures_that_a_module_logs_are_in_tensorboard(trained: Callable[[str], Project]) -> None:
+    events = EventAccumulator(str(trained("vae").path("whole")), size_guidance={"images": 0}).Reload()
+    assert [event.step for event in events.Images("drawn")][-2:] == [12, 24]
+
+
+@pytest.mark.slow
+def test_the_rows_of_a_file_train_two_processes_with_two_workers_each(tmp_path: Path) -> None:
+    project = Project("memmap", tmp_path)
+    result = run_alone(  # a forked command may not have workers
+        "train", f"--config-dir={TASKS / 'memmap' / 'conf'}", "model=memmap", "data=memmap", "trainer=ddp_cpu",
+        "trainer.max_epochs=1", "logger=[]", f"hydra.run.dir={project.path('whole')}",
+        PROJECT_ROOT=str(tmp_path), OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    checkpoint = load_checkpoint(project.last("whole"))
+    assert result.stderr.count("optimizer: not used") == 1
+    assert checkpoint["global_step"] == 180  # 180,000 rows, 500 for each of two processes
+    metrics = project.record("train")["metrics"]
+    assert metrics["val/acc"] > 0.95
+    assert metrics["test/acc"] > 0.95

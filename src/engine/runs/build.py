@@ -21,7 +21,7 @@ from torch import nn
 from src.engine.errors import CheckpointError, ConfigError
 from src.engine.runs.checkpoint_io import AtomicCheckpointIO
 from src.engine.runs.checkpoints import check_checkpoint
-from src.engine.runs.processes import is_started_from_outside, prepare_trainer
+from src.engine.runs.processes import get_name, is_started_from_outside, prepare_trainer
 from src.engine.runs.rehearsal import Rehearsal
 from src.engine.runs.resume import find_first_step
 from src.engine.runs.session import Session
@@ -68,7 +68,8 @@ def build_module(cfg: DictConfig) -> pl.LightningModule:
     arguments: dict[str, Any] = {}
     for name in FACTORIES:
         if cfg.get(name) and (name not in takes or name in cfg.model):
-            log.info(f"{name}: not used: {cfg.model._target_} has its own")
+            if not get_name():  # the first process tells it
+                log.info(f"{name}: not used: {cfg.model._target_} has its own")
             cfg[name] = None
         if cfg.get(name):
             arguments[name] = _fill_steps(instantiate(cfg[name], _convert_="object"), factories)

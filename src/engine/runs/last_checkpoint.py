@@ -194,8 +194,13 @@ class LastCheckpoint(Checkpoint):
             _warn(trainer, "an exception had ended the run within a step, which it repeats with other random numbers")
         if len(processes) == trainer.world_size:
             own = processes[trainer.global_rank]
-            if not is_lightnings:  # those of the last epoch, which Lightning was about to reset
-                restore_metrics(trainer.lightning_module, own["metrics"])
+
+            def set_back() -> None:
+                if not is_lightnings:  # those of the last epoch, which Lightning was about to reset
+                    restore_metrics(trainer.lightning_module, own["metrics"])
+                _set_rng_states(_restorable(own["random_states"]))
+
+            _call_after_start(trainer, set_back)
             if is_in_epoch:
                 self._means = own["means"]
             if (num_gpus := len(own["random_states"]["torch.cuda"])) != torch.cuda.device_count():
@@ -204,7 +209,6 @@ class LastCheckpoint(Checkpoint):
                     f"GPUs in sight: the run had {num_gpus}, now {torch.cuda.device_count()}: "
                     "what draws random numbers on a GPU draws others",
                 )
-            _set_rng_states(_restorable(own["random_states"]))
         else:
             _warn(
                 trainer,
@@ -233,6 +237,18 @@ def _hook_in(
     steps.on_advance_end = after_step  # type: ignore[method-assign]
     epochs.on_advance_end = after_epoch  # type: ignore[method-assign]
     steps._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]  # the same by _agree
+
+
+def _call_after_start(trainer: pl.Trainer, function: Callable[[], None]) -> None:
+    """Call a function once, after the module's own ``on_train_start``, which may reset metrics and draw numbers."""
+    loop = trainer.fit_loop
+
+    def start_epoch() -> None:
+        del loop.on_advance_start
+        function()
+        loop.on_advance_start()
+
+    loop.on_advance_start = start_epoch  # type: ignore[method-assign]
 
 
 def _undo_fetch(trainer: pl.Trainer) -> bool:

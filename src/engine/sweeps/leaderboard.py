@@ -144,7 +144,7 @@ class Leaderboard:
 
     def summary(self) -> list[str]:
         """What came out: the best job, its checkpoint, its test, and what failed."""
-        lines = []
+        lines = [] if self.monitor else ["monitor=null: jobs are not ranked; name a metric that they log"]
         job = self.best_job
         if job and self.winner:
             lines.append(f"best: {job.name}, {self.monitor} {job.score:.4f}")

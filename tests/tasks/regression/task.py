@@ -52,7 +52,7 @@ class Rows(Dataset):
     def __init__(self, num_rows: int, num_features: int, drawn_by: int) -> None:
         rng = torch.Generator().manual_seed(drawn_by)
         self.features = torch.randn(num_rows, num_features, generator=rng)
-        self.target = self.features.sum(dim=1).sin() + 0.1 * torch.randn(num_rows, generator=rng)
+        self.target = self.features.sum(dim=1).tanh() + 0.1 * torch.randn(num_rows, generator=rng)
 
     def __len__(self) -> int:
         return len(self.target)
@@ -70,7 +70,7 @@ class RowsData(pl.LightningDataModule):
 
     def _make_loader(self, num_rows: int, drawn_by: int, shuffle: bool = False) -> DataLoader:
         rows = Rows(num_rows, self.hparams.num_features, drawn_by)
-        return DataLoader(rows, self.hparams.batch_size, shuffle=shuffle)
+        return DataLoader(rows, batch_size=self.hparams.batch_size, shuffle=shuffle)
 
     def train_dataloader(self) -> DataLoader:
         return self._make_loader(self.hparams.num_rows, 0, shuffle=True)

@@ -69,7 +69,7 @@ class Bars(pl.LightningDataModule):
         places = torch.randint(8, (num_pictures,), generator=rng)
         pictures = F.one_hot(places, 8).float()[:, None, :, None].expand(-1, 1, 8, 8).clone()
         pictures[::2] = pictures[::2].transpose(2, 3)
-        return DataLoader(pictures, self.batch_size, **options)  # type: ignore[arg-type]  # a tensor is a dataset, too
+        return DataLoader(pictures, batch_size=self.batch_size, **options)  # type: ignore[arg-type]  # a tensor is a dataset, too
 
     def train_dataloader(self) -> DataLoader:
         return self._make_loader(self.num_pictures, 0, shuffle=True)
