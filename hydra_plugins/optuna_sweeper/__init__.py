@@ -43,8 +43,8 @@ class OptunaSweeper(Sweeper):
         params: Any,
         keep: str = "all",
     ) -> None:
-        require_count("hydra.sweeper.n_trials", n_trials)
-        require_count("hydra.sweeper.n_jobs", n_jobs)
+        require_count("n_trials", n_trials)  # Hydra says whose
+        require_count("n_jobs", n_jobs)
         self.n_trials = n_trials
         self.n_jobs = n_jobs
         self.study = {"name": study_name, "storage": storage, "sampler": sampler, "pruner": pruner}

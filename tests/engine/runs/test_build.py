@@ -169,6 +169,31 @@ def test_a_run_needs_no_data_module(tmp_path: Path) -> None:
     assert restore_datamodule(tmp_path / "checkpoints" / "best.ckpt") is None
 
 
+class Pretrained(TinyTask):
+    """Reads weights from a file when it is built, as a backbone does."""
+
+    def __init__(self, net: nn.Module, weights: str, optimizer: Any = None, scheduler: Any = None) -> None:
+        super().__init__(net, optimizer, scheduler)
+        state = torch.load(weights, weights_only=True)["state_dict"]
+        self.net.load_state_dict({name.removeprefix("net."): values for name, values in state.items()})
+
+
+def test_weights_that_the_constructor_read_from_a_file_that_is_gone_stop_no_restore(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    weights = tmp_path / "backbone.pth"
+    weights.write_bytes(checkpoint.read_bytes())
+    target = (f"model._target_={ME}.Pretrained", f"+model.weights={weights}")
+    train(compose_tiny(tmp_path / "run", *target, "trainer.max_epochs=1", "trainer.log_every_n_steps=1"))
+    path = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    state = restore(path).state_dict()
+    weights.unlink()
+    module, load = restore(path), torch.load
+    assert all(torch.equal(module.state_dict()[name], values) for name, values in state.items())
+    assert torch.load is load
+    assert nn.Linear(2, 2).load_state_dict(nn.Linear(2, 2).state_dict()).missing_keys == []
+
+
 class Unreadable(TinyTask):
     """Puts an object into its checkpoints that only pickle could read."""
 

@@ -128,7 +128,7 @@ def test_every_value_of_the_trainers_arguments_trains(argument: str, tmp_path: P
         "+callbacks.timer={_target_:pytorch_lightning.callbacks.Timer,duration:{minutes:1}}",
         "callbacks=[]",
         "optimizer._target_=torch.optim.AdamW",
-        "+tags=[a,b] +task_name=mine",
+        "tags=[a,b] task_name=mine",
     ],
 )
 def test_a_setting_that_the_libraries_take_trains(overrides: str, tmp_path: Path) -> None:
