@@ -52,7 +52,9 @@ def predict(cfg: DictConfig) -> Rows:
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
     output = Path(cfg.output or Path(cfg.output_dir) / "predictions.csv")
-    module, datamodule = restore(path), restore_datamodule(path)
+    # The run's folder of data need not be there, nor be trusted, where nothing is read from it.
+    own = {} if cfg.inputs is None else {"root": f"{cfg.root_dir}/data"}
+    module, datamodule = restore(path), restore_datamodule(path, **own)
     files: list[Path] = []
     failed: list[Path] = []
     if cfg.inputs is None:

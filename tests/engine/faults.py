@@ -101,10 +101,12 @@ class SlowValidation(Callback):
     """Takes five seconds for a batch of validation, and says when it begins."""
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        print("validates", flush=True)
+        if not trainer.sanity_checking:
+            print("validates", flush=True)
 
-    def on_validation_batch_start(self, *args: object) -> None:
-        time.sleep(5)
+    def on_validation_batch_start(self, trainer: pl.Trainer, *args: object) -> None:
+        if not trainer.sanity_checking:
+            time.sleep(5)
 
 
 class HeldNet(TinyNet):
