@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="ne
 PROCESS = ("hydra/launcher=process", "hydra.launcher.n_jobs=2")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 BAD, QUICK, HELD = "data.batch_size=-1", "data.batch_size=20", "data.batch_size=40"
-ERROR = "data: batch_size=-1: expected 1 or more"
+ERROR = "data.batch_size=-1: expected 1 or more"
 
 # A callback that tells of its job's process, starts another one, and holds the job that $HOLD names at epoch two, for
 # good or until a file says otherwise.

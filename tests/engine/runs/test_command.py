@@ -94,7 +94,7 @@ def test_the_stack_trace_is_printed_on_request(tmp_path: Path) -> None:
 def test_a_gpu_that_is_not_there_is_said(override: str, tmp_path: Path) -> None:
     result = forks.run_command("train", override, PROJECT_ROOT=str(tmp_path), CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 1
-    assert _lines(result.stderr) == ["error: trainer: No supported gpu backend found!"]
+    assert _lines(result.stderr) == ["error: trainer: No supported gpu backend found; use trainer=cpu"]
     assert list(tmp_path.iterdir()) == []
 
 
