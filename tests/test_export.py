@@ -80,6 +80,7 @@ def test_the_command_writes_where_it_is_told_and_says_what(trained: Path, tmp_pa
         assert said in result.stdout
 
 
+@pytest.mark.slow
 def test_onnx_needs_onnxruntime_alone(trained: Path, tmp_path: Path) -> None:
     path = tmp_path / "digits.onnx"
     export_checkpoint(trained, path, "onnx")
@@ -106,6 +107,7 @@ print(json.dumps(session.get_modelmeta().custom_metadata_map))
     assert b"src/export.py" not in path.read_bytes()  # where the source lies on this machine
 
 
+@pytest.mark.slow
 def test_pt2_needs_torch_alone(trained: Path, tmp_path: Path) -> None:
     cfg = compose_cfg(tmp_path, f"ckpt_path={trained}", "format=pt2", config_name="export")
     check_format(cfg)

@@ -28,8 +28,6 @@ SHORT = ["data.source=package", "trainer.max_epochs=1", "trainer.limit_train_bat
 QUICK = (
     "python -m src.train trainer=cpu",
     "python -m src.train trainer=gpu",
-    "python -m src.train data=mnist5k optimizer=sgd optimizer.lr=0.05",
-    "python -m src.train -m optimizer.lr=0.001,0.003,0.01",
     "python -m src.train model=digits data=digits",
     "python -m src.test",
     "tensorboard --logdir logs",

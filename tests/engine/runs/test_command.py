@@ -108,7 +108,7 @@ def test_mps_off_a_mac_is_said(tmp_path: Path) -> None:
 
 def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    result = run_command("train", f"hydra.run.dir={tmp_path}/file/run")
+    result = forks.run_command("train", f"hydra.run.dir={tmp_path}/file/run")
     assert result.returncode == 1
     assert f"{tmp_path}/file/run" in result.stderr
     assert "hydra.run.dir=<folder>" in result.stderr

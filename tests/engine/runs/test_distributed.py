@@ -20,6 +20,7 @@ from src.engine.runs.build import load_checkpoint
 from src.engine.runs.processes import GRACE
 from src.engine.settings.check import ROOT
 from src.train import train
+from tests import forks
 from tests.engine.equality import assert_same_run, scalars, weights
 from tests.engine.tiny import TINY, compose_tiny
 from tests.engine.together import ENV, Run, assert_equal_runs, run_together, train_together
@@ -247,19 +248,19 @@ def test_a_signal_ends_a_run_that_waits_for_one_of_its_processes(
     assert seconds < AT_ONCE
 
 
-def sweep(root: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
-    result = run_together(
-        "train", root, "-m", *TOGETHER, "accelerator.devices=2", "optimizer.lr=0.001,0.01",
-        f"hydra.sweep.dir={root}/sweep", *arguments,
-    )  # fmt: skip
+SWEEP = ("-m", *TOGETHER, "accelerator.devices=2", "optimizer.lr=0.001,0.01")
+
+
+def read_table(root: Path) -> dict[str, Any]:
     with (root / "sweep" / "sweep.csv").open() as file:
-        return result, {row["job"]: row for row in csv.DictReader(file)}
+        return {row["job"]: row for row in csv.DictReader(file)}
 
 
 @pytest.mark.slow
 def test_a_sweeps_jobs_are_two_processes_each(tmp_path: Path) -> None:
-    result, rows = sweep(tmp_path)
+    result = run_together("train", tmp_path, *SWEEP, f"hydra.sweep.dir={tmp_path}/sweep")
     assert result.returncode == 0, result.stderr
+    rows = read_table(tmp_path)
     assert {job: row["status"] for job, row in rows.items()} == {
         "optimizer.lr=0.001": "finished", "optimizer.lr=0.01": "finished"
     }  # fmt: skip
@@ -289,12 +290,13 @@ def test_a_sweeps_jobs_are_two_processes_each(tmp_path: Path) -> None:
     ],
 )
 def test_a_sweep_in_one_process_refuses_jobs_of_several(more: str, reason: str, tmp_path: Path) -> None:
-    result, rows = sweep(tmp_path, "hydra/launcher=basic", more)
+    arguments = (*SWEEP, "hydra/launcher=basic", more, f"hydra.sweep.dir={tmp_path}/sweep")
+    result = forks.run_command("train", *arguments, PROJECT_ROOT=str(tmp_path))
     assert result.returncode == 1
     assert [line for line in result.stderr.splitlines() if line.startswith("  ")] == [
         f"  optimizer.lr={lr}: {reason}" for lr in ("0.001", "0.01")
     ]
-    assert [row["error"] for row in rows.values()] == [reason] * 2
+    assert [row["error"] for row in read_table(tmp_path).values()] == [reason] * 2
 
 
 @pytest.mark.slow
