@@ -256,7 +256,7 @@ def test_a_bad_setting_is_said_and_nothing_written(arguments: list[str], message
 
 
 def test_without_files_and_a_loader_it_is_said_what_is_missing(trained: Path, tmp_path: Path) -> None:
-    result = run_command("predict", f"ckpt_path={trained}", cwd=tmp_path, PROJECT_ROOT=str(tmp_path))
+    result = run_command("predict", f"ckpt_path={trained}", cwd=tmp_path, PROJECT_ROOT=str(trained.parents[1]))
     assert result.returncode == 1
     assert result.stderr == (
         "error: inputs=null: MNISTDataModule has no predict_dataloader; name files, folders or patterns, "

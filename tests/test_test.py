@@ -64,7 +64,7 @@ def test_tests_the_newest_run_without_its_overrides(root: Path) -> None:
 
 def test_tests_the_checkpoint_that_is_named(root: Path, tmp_path: Path) -> None:
     checkpoint = root / "logs/train/old/checkpoints/last.ckpt"
-    result = run_command("test", f"ckpt_path={checkpoint}", f"hydra.run.dir={tmp_path}")
+    result = run_command("test", f"ckpt_path={checkpoint}", f"hydra.run.dir={tmp_path}", PROJECT_ROOT=str(root))
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "metrics.json").read_text())["checkpoint"] == str(checkpoint)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -39,8 +40,8 @@ OPTIONS = [
 def test_every_yaml_file_composes_and_builds(option: str, tmp_path: Path) -> None:
     cfg = compose_cfg(tmp_path, option)
     if cfg.trainer.accelerator in ("gpu", "mps"):  # right config, wrong machine; test_train.py tests it on a GPU
-        with pytest.raises(ConfigError, match="accelerator="):
-            check_values(cfg)
+        with pytest.raises(MisconfigurationException, match=r"backend found|can not run on your system"):
+            build_trainer(cfg)
         cfg.trainer.accelerator = "cpu"
     check(cfg)
     check_values(cfg)
