@@ -53,6 +53,7 @@ class LastCheckpoint(Checkpoint):
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}  # those that ours stand in for
         self._last_step = -1  # the optimizer steps of the last whole step
         self._in_step = False
+        self._is_due = False  # a save that had to wait, since its step was validated
         self._means: dict[str, list[torch.Tensor]] = {}  # to be added where each is logged again
 
     def on_save_checkpoint(
@@ -79,7 +80,12 @@ class LastCheckpoint(Checkpoint):
         names = ("processes", "metrics", "in_step")
         self._loaded = {name: checkpoint[name] for name in names if name in checkpoint}
         if trainer.state.fn == TrainerFn.FITTING and checkpoint.get("should_stop"):  # by early stopping, or pruned
-            trainer.should_stop = True
+            trainer.should_stop = not _is_longer(trainer, checkpoint)
+            if not trainer.should_stop:
+                for state in checkpoint["callbacks"].values():
+                    if "wait_count" in state:
+                        state["wait_count"] = 0
+                _warn(trainer, "it had been stopped early; now it is to train longer, and early stopping waits anew")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take over where the checkpoint was written, and stand by for signals."""
@@ -118,12 +124,13 @@ class LastCheckpoint(Checkpoint):
         if self._means:
             self._means = restore_means(trainer, self._means)
         signum = self._agree(trainer)
-        # With gradients half gathered, or just validated, Lightning would not go on from here exactly.
+        # Of several steps a batch, as in manual optimization, the due one may have been among the first.
+        every = self.every_n_steps or sys.maxsize
+        self._is_due |= trainer.global_step // every > last_step // every
+        # With gradients half gathered, or just validated, Lightning would not resume from here exactly.
         if loop.done or trainer.global_step == last_step or is_validated:
             return
-        # Of several steps a batch, as in manual optimization, the due one may have been among the first.
-        is_due = self.every_n_steps and trainer.global_step // self.every_n_steps > last_step // self.every_n_steps
-        if signum or is_due:
+        if signum or self._is_due:
             self._save(trainer)
         if signum:
             self._stop(signum)
@@ -141,6 +148,7 @@ class LastCheckpoint(Checkpoint):
         for logger in trainer.loggers:
             logger.save()  # first, so that the curves never lack what the checkpoint holds
         trainer.save_checkpoint(self.path, weights_only=False)  # all of it, not the weights alone
+        self._is_due = False
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self._signum:
@@ -175,6 +183,8 @@ class LastCheckpoint(Checkpoint):
         if loop._combined_loader_states_to_load:  # a schedule has asked for the run's steps too early (Lightning#20550)
             loop._load_combined_loader_states()
             iter(loop._data_fetcher)  # type: ignore[arg-type]
+        metrics = {name: torch.tensor(value) for name, value in self._loaded.get("metrics", {}).items()}
+        trainer._logger_connector._callback_metrics.update(metrics)
         is_lightnings = total.completed < total.processed  # written by a hook at an epoch's end, as best.ckpt
         if is_in_epoch:  # its end is to be as ever: Lightning would not let ReduceLROnPlateau step
             loop._restarting = False
@@ -184,8 +194,6 @@ class LastCheckpoint(Checkpoint):
         else:  # nothing of the last epoch is left to do
             if is_lightnings:
                 total.completed = total.processed
-                metrics = {name: torch.tensor(value) for name, value in self._loaded.get("metrics", {}).items()}
-                trainer._logger_connector._callback_metrics.update(metrics)
                 loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
             for each in (loop, loop.epoch_loop):
                 each.restarting = False
@@ -249,6 +257,13 @@ def _call_after_start(trainer: pl.Trainer, function: Callable[[], None]) -> None
         loop.on_advance_start()
 
     loop.on_advance_start = start_epoch  # type: ignore[method-assign]
+
+
+def _is_longer(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> bool:
+    """Whether the run is to have more epochs or steps than it was to have when it wrote the checkpoint."""
+    before = checkpoint.get("config", {}).get("trainer", {})
+    lengths = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
+    return any(value != before[name] for name, value in lengths.items() if before.get(name) is not None)
 
 
 def _undo_fetch(trainer: pl.Trainer) -> bool:

@@ -18,7 +18,11 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from src.data.loader import BatchLoader
+from src.engine.runs.build import load_checkpoint
 from src.engine.runs.last_checkpoint import LastCheckpoint
+from src.train import train
+from tests.engine.equality import assert_same_run
+from tests.engine.tiny import compose_tiny
 
 NUM_IMAGES, BATCH_SIZE = 40, 4
 Loader = DataLoader | BatchLoader
@@ -212,6 +216,61 @@ def test_a_users_loader_with_workers_and_a_state_resumes_to_the_bit(estimates: b
     fit("killed", ckpt_path=path)
     states = [torch.load(each, weights_only=True)["state_dict"] for each in (whole, path)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+STEPS = 12  # an epoch of TinyData
+KILL = f"+callbacks.kill={{_target_: {__name__}.KillAfter, steps: %d}}"
+
+
+def run(folder: Path, *overrides: str) -> Path:
+    """A run of the template, with curves and noise; a kill leaves it as it is."""
+    common = ("logger=[tensorboard,csv]", "data.noise=0.1", "trainer.log_every_n_steps=1")
+    with suppress(Kill):
+        train(compose_tiny(folder, "test=false", *common, *overrides))
+    return folder
+
+
+def last(folder: Path) -> Path:
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def interrupt(folder: Path, steps: int, *overrides: str) -> Path:
+    """A run that is killed when some steps are done, and resumed."""
+    run(folder, *overrides, KILL % steps)
+    return run(folder, *overrides, f"ckpt_path={last(folder)}")
+
+
+RARELY = ("trainer.check_val_every_n_epoch=2", "trainer.max_epochs=5")
+PLATEAU = ("scheduler=plateau", "scheduler.scheduler.patience=0", "+scheduler.strict=false", "optimizer.lr=0.1")
+
+
+@pytest.mark.filterwarnings("ignore:(Experiment logs|Checkpoint) directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:ReduceLROnPlateau conditioned on metric val/loss")  # in the first epoch
+def test_a_metric_of_an_earlier_epoch_is_there_after_a_resume(tmp_path: Path) -> None:
+    settings = (*RARELY, *PLATEAU, "callbacks.last.every_n_steps=5")
+    whole = run(tmp_path / "whole", *settings)
+    assert_same_run(whole, interrupt(tmp_path / "killed", 4 * STEPS + 7, *settings))
+
+
+@pytest.mark.parametrize("every", [3, 6])
+def test_a_save_that_is_due_at_a_validated_step_is_made_up_for(every: int, tmp_path: Path) -> None:
+    settings = ("trainer.max_epochs=1", "+trainer.val_check_interval=3", f"callbacks.last.every_n_steps={every}")
+    folder = run(tmp_path, *settings, KILL % 9)
+    assert load_checkpoint(last(folder))["global_step"] == 7
+
+
+@pytest.mark.filterwarnings("ignore:(Experiment logs|Checkpoint) directory .* exists and is not empty")
+def test_a_run_that_was_stopped_early_trains_on_if_it_is_made_longer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stops = ("callbacks=[minimal,early_stopping]", "callbacks.early_stopping.patience=2", "optimizer.lr=0")
+    folder = run(tmp_path, *stops)
+    assert load_checkpoint(last(folder))["epoch"] == 3
+    run(folder, *stops, f"ckpt_path={last(folder)}")  # as one that was killed in its test
+    assert load_checkpoint(last(folder))["epoch"] == 3
+    run(folder, *stops, "trainer.max_epochs=20", f"ckpt_path={last(folder)}")
+    assert load_checkpoint(last(folder))["epoch"] == 5
+    assert "it had been stopped early; now it is to train longer" in caplog.text
 
 
 def test_the_private_names_that_are_set_are_lightnings_and_torchmetrics() -> None:
