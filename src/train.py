@@ -1,6 +1,7 @@
 """Train a model: ``python -m src.train [group=option] [key=value]``."""
 
 import json
+import shlex
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -73,10 +74,11 @@ def _show(cfg: DictConfig) -> None:
         | ({f"{unit}/s": f"{rate:.0f} (median epoch)"} if rate else {})
         | {"best": report.shown(best) if best else "no checkpoint was asked for"},
     )
+    logs = shlex.quote(report.shown(f"{cfg.root_dir}/logs"))
     sweep = {"python -m src.train -m optimizer.lr=0.001,0.003,0.01": "try three learning rates"}
     report.print_next(
         ({"python -m src.test": "test it once more, in detail"} if cfg.test else {})
-        | {"tensorboard --logdir logs": "the curves of all runs"}
+        | {f"python -m tensorboard.main --logdir {logs}": "the curves of all runs"}
         | (sweep if OmegaConf.select(cfg, "optimizer.lr") else {})
     )
 

@@ -26,7 +26,7 @@ MODULES = {_name(path): path for room in ("src", "hydra_plugins") for path in so
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 ENGINE = [name for name in MODULES if name.startswith(("src.engine", "hydra_plugins"))]
 DOORS = [name for name in MODULES if name not in ENGINE and '__name__ == "__main__"' in MODULES[name].read_text()]
-FRONT = [name for name, tree in TREES.items() if name not in ENGINE and name not in DOORS and len(tree.body) > 1]
+FRONT = [name for name, tree in TREES.items() if name not in ["src", *ENGINE, *DOORS] and len(tree.body) > 1]
 
 
 def _imported(name: str) -> set[str]:

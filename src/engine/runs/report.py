@@ -3,6 +3,9 @@
 import json
 import os
 import platform
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -114,8 +117,20 @@ def describe_data(data: Mapping[str, Any]) -> str:
 
 
 def print_next(commands: Mapping[str, str]) -> None:
-    """The commands to try next, each with what it does."""
+    """The commands to try next, each with what it does; they run where they are printed.
+
+    Args:
+        commands: What each does, by command. ``python`` becomes the path of this one where the shell has another.
+    """
     from rich.text import Text
 
+    python = "python" if shutil.which("python") == sys.executable else _quoted_python()
     for command, purpose in commands.items():
+        command = re.sub(r"^python\b", lambda _: python, command)
         make_console().print(Text.assemble(f"  {command}  ", (f"# {purpose}", "dim")))
+
+
+def _quoted_python() -> str:
+    """This Python, from the working directory where it lies below; links are kept, as they are the environment."""
+    path = Path(sys.executable)
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,7 +43,24 @@ def test_data_are_described_in_a_line() -> None:
     )
 
 
-def test_brackets_in_names_and_paths_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hint_runs_in_the_shell_that_it_is_printed_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")  # the environment is not active
+    print_next({"python -c 'print(6 * 7)'": "try it"})
+    said = capsys.readouterr().out.strip()
+    assert said.endswith("  # try it")
+    assert subprocess.run(said, shell=True, capture_output=True, text=True, check=True).stdout == "42\n"
+    (tmp_path / "python").symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))  # as if it were
+    print_next({"python -m src.test": "test it"})
+    assert capsys.readouterr().out == "  python -m src.test  # test it\n"
+
+
+def test_brackets_in_names_and_paths_are_shown_as_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     names = ("[draft] 7.png", "x[/old].png", "[bold]", "data\\[1]")
     print_table("title", {f"the {name}": f"logs/{name}" for name in names})
     print_next({f"python {name}": f"try {name}" for name in names})
