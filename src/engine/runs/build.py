@@ -2,6 +2,7 @@
 
 import csv
 import inspect
+import io
 import logging
 import os
 import pickle
@@ -25,6 +26,7 @@ from src.engine.runs.checkpoint_io import AtomicCheckpointIO
 from src.engine.runs.checkpoints import check_checkpoint
 from src.engine.runs.processes import get_name, is_started_from_outside, prepare_trainer
 from src.engine.runs.rehearsal import Rehearsal
+from src.engine.runs.report import write_text
 from src.engine.runs.resume import find_first_step
 from src.engine.runs.session import Session
 from src.engine.settings.trust import instantiate, plain_config, tame
@@ -179,13 +181,19 @@ def _build_logger(node: DictConfig, first_step: int | None) -> Any:
     if node._target_.endswith(".TensorBoardLogger"):
         return instantiate(node, purge_step=first_step)
     logger = instantiate(node)
-    if isinstance(logger, CSVLogger):  # it would delete what is there
+    if isinstance(logger, CSVLogger) and not get_name():
         path = Path(logger.log_dir) / "metrics.csv"
-        lines = list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
-        path.unlink(missing_ok=True)
-        for line in lines:
-            if int(line["step"]) < first_step:
-                logger.experiment.metrics.append({key: value for key, value in line.items() if value != ""})
+        kept = path.with_name(".metrics.csv")  # the logger deletes what is there, and a kill may follow at once
+        text = next((each.read_text() for each in (kept, path) if each.is_file()), "")
+        lines = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))  # without one that a kill has cut off
+        if lines:
+            step = lines[0].index("step")
+            file = io.StringIO()
+            csv.writer(file).writerows(lines[:1] + [line for line in lines[1:] if int(line[step]) < first_step])
+            write_text(kept, file.getvalue())
+            path.unlink(missing_ok=True)
+            logger.experiment.metrics_keys = lines[0]
+            kept.replace(path)
     return logger
 
 

@@ -286,7 +286,9 @@ def short_errors(cfg: DictConfig) -> Iterator[None]:
             with suppress(Exception):  # of a config that cannot be resolved, say; the error itself is told
                 remember(cfg, _memory(cfg))
     if message and in_sweep():
-        with (Path(cfg.output_dir) / "error.txt").open("a") as file:  # the first process to tell has the cause
+        with (Path(cfg.output_dir) / "error.txt").open(
+            "a", encoding="utf-8"
+        ) as file:  # the first process to tell has the cause
             file.write(f"{message}\n")
     if message and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise JobError(message)

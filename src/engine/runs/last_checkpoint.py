@@ -33,8 +33,8 @@ class LastCheckpoint(Checkpoint):
 
     - at the end of every epoch, behind its validation,
     - every ``every_n_steps`` optimizer steps,
-    - by SIGTERM, SIGINT and SIGUSR1 behind the current step (in an epoch's last step and in validation: behind the
-      epoch). The process then ends with 128 + signal; a second signal ends it at once,
+    - by a signal, as Ctrl-C, SIGTERM or a terminal that is closed, after the current step (in an epoch's last step and
+      in validation: after the epoch). The process then ends with 128 + signal; a second signal ends it at once,
     - by an exception in a training step, as of the step before.
 
     Beside Lightning's own, it holds every process's random states and running metrics, the latest metrics, and whether

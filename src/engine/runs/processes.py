@@ -19,8 +19,9 @@ from typing import Any
 
 SWEEP_PARENT = "SWEEP_PARENT"  # in the environment of a sweep's job: the process that has started it
 RUN_PARENT = "RUN_PARENT"  # in that of what a run starts: the process of the run
-# Windows has the first two alone.
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+# Windows has the first two only. A terminal that is closed sends SIGHUP, Ctrl-\\ SIGQUIT.
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGQUIT")
+STOP_SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 SIGNALS = (*STOP_SIGNALS, *(getattr(signal, name) for name in ("SIGUSR2",) if hasattr(signal, name)))  # submitit's, too
 SIOCGIFADDR = 0x8915  # Linux's question for an interface's address
 GRACE = 10.0  # seconds from a signal to the end of a process that waits for another one
@@ -67,27 +68,30 @@ def is_child() -> bool:
 
 
 def exit_on_signals() -> None:
-    """End with 128 + signal on SIGINT, SIGTERM and SIGUSR1; Lightning would end with 1 and with 0.
+    """End with 128 + signal on those that stop a run; on SIGINT and SIGTERM, Lightning would end with 1 and with 0.
 
     Lightning's child leaves it to its parent, which would not get to its own exit status if a child went before. On
-    Slurm, SIGUSR1 says that the time is nearly up (``sbatch --signal=USR1@60``): the job is queued again.
+    Slurm, SIGUSR1 says that the time is nearly up (``sbatch --signal=USR1@60``): the job is queued again. What nohup,
+    or a script that runs this in the background, has had ignored stays so.
     """
+    main = os.getpid()
 
     def leave(signum: int, frame: FrameType | None) -> None:
-        if is_child():
+        # A terminal signals a loader's workers, too: they end with the main process, which still needs them.
+        if is_child() or (os.getpid() != main and signum != signal.SIGTERM):
             return
-        if signum not in (signal.SIGINT, signal.SIGTERM):
-            _requeue()
+        _requeue(signum)
         sys.exit(128 + signum)
 
     for signum in STOP_SIGNALS:
-        signal.signal(signum, leave)
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, leave)
 
 
 @cache  # once, though a second signal comes
-def _requeue() -> None:
-    """Have Slurm queue this process's job again; the run's first process does it for all."""
-    if "SLURM_JOB_ID" in os.environ and not get_name():
+def _requeue(signum: int) -> None:
+    """After SIGUSR1, have Slurm queue this process's job again; the run's first process does it for all."""
+    if signum == getattr(signal, "SIGUSR1", None) and "SLURM_JOB_ID" in os.environ and not get_name():
         with suppress(OSError):  # Slurm's programs may not be at hand
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
 
@@ -121,8 +125,7 @@ def insist_on_signals() -> None:
                 ctypes.pythonapi.Py_AddPendingCall(note, None)  # by the main thread, as it calls handlers
             elif time.monotonic() > asked + patience:
                 break
-        if signum not in (signal.SIGINT, signal.SIGTERM):
-            _requeue()
+        _requeue(signum)
         os._exit(128 + signum)
 
     threading.Thread(target=insist, name="insist-on-signals", daemon=True).start()

@@ -1,7 +1,6 @@
 """What a run says at its end, on the console and in files."""
 
 import json
-import os
 import platform
 import re
 import shlex
@@ -50,7 +49,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.part")  # one that a kill has left is written over
     try:
         aside.write_bytes(content)
         aside.replace(path)

@@ -1,5 +1,6 @@
 """What the engine adds to every training, whatever its module, data and callbacks are."""
 
+import logging
 import random
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from src.engine.runs.checkpoint_io import AtomicCheckpointIO
 
+log = logging.getLogger(__name__)
+
 
 class Session(Callback):
     """Logs the config, tries a checkpoint out before the first step, and makes several processes agree.
@@ -21,7 +24,8 @@ class Session(Callback):
     - A checkpoint is written to memory and read back, so that a week of training cannot end with a file that nobody
       can open.
     - The loss is scaled where processes have unequal shares of a batch, since the plain mean of their gradients is
-      taken: for train loaders with a method ``share(batch_idx)``.
+      taken: for train loaders with a method ``share(batch_idx)``. So it is in an epoch's last window of accumulated
+      gradients, which Lightning divides by the batches of a whole one.
 
     Args:
         config: The run's config, plain; each checkpoint holds it.
@@ -47,6 +51,12 @@ class Session(Callback):
             random.seed(seed)
             np.random.seed(seed)
             torch.manual_seed(seed)
+        if trainer.accumulate_grad_batches > 1 and trainer.num_training_batches == float("inf"):
+            log.warning(
+                "trainer.accumulate_grad_batches=%d: the train loader has no length, so an epoch's last gradient is "
+                "too short if fewer batches are left for it",
+                trainer.accumulate_grad_batches,
+            )
         if isinstance(io := trainer.strategy.checkpoint_io, AtomicCheckpointIO):
             with io.rehearsing():
                 trainer.save_checkpoint("rehearsal.ckpt", weights_only=False)
@@ -58,7 +68,11 @@ class Session(Callback):
         self._batch_idx = batch_idx
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Scale the loss by this process's share of the batch."""
+        """Scale the loss by this process's share of the batch, and where a window of batches is cut short."""
         share = getattr(trainer.train_dataloader, "share", None)
-        if trainer.world_size > 1 and share is not None and (factor := share(self._batch_idx)) != 1.0:
+        factor = share(self._batch_idx) if trainer.world_size > 1 and share is not None else 1.0
+        every, total = trainer.accumulate_grad_batches, trainer.num_training_batches
+        if every > 1 and total < float("inf") and self._batch_idx >= total - total % every:
+            factor *= every / (total % every)
+        if factor != 1.0:
             loss *= factor

@@ -55,6 +55,23 @@ for _ in range(2):
     ctypes.CDLL(None).pthread_mutex_lock(mutex)
 """
 
+# One that a script has started in the background, as far as SIGINT says, with a loader's worker.
+IN_BACKGROUND = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from src.engine.runs import processes
+processes.exit_on_signals()
+os.kill(os.getpid(), signal.SIGINT)
+worker = os.fork()
+if not worker:
+    for signum in (signal.SIGHUP, signal.SIGQUIT):
+        os.kill(os.getpid(), signum)
+    print("the worker works", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+print(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]), flush=True)
+os.kill(os.getpid(), signal.SIGHUP)
+"""
+
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to look for processes")
 
 
@@ -214,3 +231,11 @@ def test_a_name_that_its_own_machine_takes_for_loopback_does_not_choose_loopback
 def test_no_interface_is_chosen_for_an_address_that_nothing_leads_to() -> None:
     choose_interface("nowhere.invalid")
     assert "GLOO_SOCKET_IFNAME" not in os.environ
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs the signals of a terminal")
+def test_signals_that_are_ignored_stay_so_and_workers_leave_a_terminals_to_the_main_process() -> None:
+    with started(IN_BACKGROUND) as process:
+        said, _ = process.communicate(timeout=30)
+    assert said.split("\n") == ["the worker works", str(128 + signal.SIGTERM), ""]
+    assert process.returncode == 128 + signal.SIGHUP

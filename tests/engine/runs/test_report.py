@@ -24,6 +24,7 @@ def test_a_class_without_images_has_no_accuracy() -> None:
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "metrics.json"
+    (tmp_path / ".metrics.json.part").write_text("{")  # left by a kill
     write_json(path, {"acc": 0.5})
     with pytest.raises(TypeError):
         write_json(path, {"acc": object()})

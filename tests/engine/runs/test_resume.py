@@ -160,7 +160,14 @@ def test_the_same_with_other_settings(runs: Runs, variant: str) -> None:
         assert_same_run(whole, runs.path(name))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "signum",
+    [
+        signal.SIGTERM,
+        signal.SIGHUP,
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGINT, signal.SIGUSR1, signal.SIGQUIT)),
+    ],
+)
 def test_a_signal_saves_the_current_step_and_changes_nothing(runs: Runs, whole: Path, signum: signal.Signals) -> None:
     name = signum.name
     go_on = runs.root / f"{name}-is-sent"
@@ -175,6 +182,14 @@ def test_a_signal_saves_the_current_step_and_changes_nothing(runs: Runs, whole: 
     assert load_checkpoint(runs.last(name))["global_step"] == 71
     runs.resume(name, "callbacks.wait=null")
     assert_same_run(whole, runs.path(name))
+
+
+def test_a_run_that_is_killed_soon_after_a_resume_has_all_its_curves(runs: Runs, whole: Path) -> None:
+    runs.kill("soon", 2 * STEPS + 17)
+    runs.end(runs.start(f"resume={runs.path('soon')}", f"{KILL}.step={2 * STEPS + 14}"), status=-signal.SIGKILL)
+    assert load_checkpoint(runs.last("soon"))["global_step"] == 2 * STEPS + 12
+    runs.resume("soon", f"{KILL}=null")
+    assert_same_run(whole, runs.path("soon"))
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(runs: Runs, whole: Path) -> None:

@@ -1,5 +1,6 @@
 """What the engine adds to every training: random numbers by process, weighed shares, a checkpoint tried out."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from src.engine.runs.session import Session
 from tests.engine.tiny import TINY
@@ -52,6 +54,7 @@ class OfTwo:
 
     world_size = 2
     train_dataloader = Loader()
+    accumulate_grad_batches, num_training_batches = 1, 4
 
 
 @pytest.mark.parametrize(("batch_idx", "factor"), [(0, 1.0), (3, 4 / 3)])
@@ -67,3 +70,53 @@ def test_a_loss_counts_by_the_processs_share_of_the_batch(batch_idx: int, factor
     assert loss.item() == pytest.approx(9 * factor)
     assert weight.grad is not None
     assert weight.grad.item() == pytest.approx(6 * factor)
+
+
+class Line(pl.LightningModule):
+    """Fits a line without an offset, by plain steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
+        return (self.weight * batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.parametrize("limit", [None, 5])
+def test_the_last_window_of_accumulated_gradients_counts_in_full(limit: int | None, tmp_path: Path) -> None:
+    rows = torch.arange(1.0, 14.0)
+    trainer = pl.Trainer(
+        max_epochs=2, accelerator="cpu", accumulate_grad_batches=3, limit_train_batches=limit, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path, callbacks=[Session({"seed": 0})],
+    )  # fmt: skip
+    module = Line()
+    trainer.fit(module, DataLoader(TensorDataset(rows), batch_size=2))
+
+    weight = 1.0
+    for window in 2 * [*rows[: 10 if limit else 13].split(6)]:
+        # The gradient of the mean over a window's batches of their means.
+        weight -= (
+            0.01 * sum(2 * weight * float(batch.square().mean()) for batch in window.split(2)) / len(window.split(2))
+        )
+    assert float(module.weight.detach()) == pytest.approx(weight)
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+def test_you_are_warned_where_the_last_window_is_not_known(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Stream(IterableDataset):
+        def __iter__(self) -> Iterator[tuple[Tensor]]:
+            return iter([(torch.ones(1),)])
+
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", accumulate_grad_batches=3, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[Session({"seed": 0})],
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(Line(), DataLoader(Stream()))
+    assert "trainer.accumulate_grad_batches=3: the train loader has no length" in caplog.text
