@@ -20,10 +20,13 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
+from torch.optim import Optimizer
 
 from src.engine.errors import CheckpointError, ConfigError
 from src.engine.runs.checkpoint_io import AtomicCheckpointIO
 from src.engine.runs.checkpoints import check_checkpoint
+from src.engine.runs.groups import GroupedOptimizer
+from src.engine.runs.init import COMPILED, load_weights
 from src.engine.runs.processes import get_name, is_started_from_outside, prepare_trainer
 from src.engine.runs.rehearsal import Rehearsal
 from src.engine.runs.report import write_text
@@ -34,7 +37,6 @@ from src.engine.settings.trust import instantiate, plain_config, tame
 log = logging.getLogger(__name__)
 
 FACTORIES = ("optimizer", "scheduler")  # groups that a module gets if its constructor takes them
-COMPILED = "_orig_mod."
 
 
 def seed_everything(cfg: DictConfig) -> None:
@@ -65,10 +67,12 @@ def build_module(cfg: DictConfig) -> pl.LightningModule:
     Its constructor gets what stands in ``cfg.model``, lists and dicts as plain ones. It gets ``cfg.optimizer`` and
     ``cfg.scheduler`` too if it takes arguments of these names and ``cfg.model`` does not have them itself; a group that
     it does not get is set to null in ``cfg``. A scheduler's ``total_steps`` that is null is filled in with the run's
-    number of optimizer steps when the scheduler is made.
+    number of optimizer steps when the scheduler is made. An optimizer divides its parameters by
+    ``cfg.optimizer_groups``, and the weights are those of ``cfg.init``, unless a checkpoint is about to replace them.
     """
     takes = _parameters(cfg.model)
-    factories: list[_Factory] = []
+    entries, init = (OmegaConf.select(cfg, key) or OmegaConf.create() for key in ("optimizer_groups", "init"))
+    factories: list[_Schedule | GroupedOptimizer] = []
     arguments: dict[str, Any] = {}
     for name in FACTORIES:
         if cfg.get(name) and (name not in takes or name in cfg.model):
@@ -76,14 +80,26 @@ def build_module(cfg: DictConfig) -> pl.LightningModule:
                 log.info(f"{name}: not used: {cfg.model._target_} has its own")
             cfg[name] = None
         if cfg.get(name):
-            arguments[name] = _fill_steps(instantiate(cfg[name], _convert_="object"), factories)
+            arguments[name] = _equip(
+                instantiate(cfg[name], _convert_="object"), factories, bool(entries), name == "optimizer"
+            )
     for name, node in cfg.model.items():
-        if OmegaConf.is_dict(node) and node.get("_partial_") and node.get("total_steps", 0) is None:
-            arguments[str(name)] = _fill_steps(instantiate(node, _convert_="object"), factories)
+        if OmegaConf.is_dict(node) and node.get("_partial_"):
+            arguments[str(name)] = _equip(instantiate(node, _convert_="object"), factories, bool(entries))
     module: pl.LightningModule = instantiate(cfg.model, _convert_="object", **arguments)
     _check_origin("model", cfg.model, module, pl.LightningModule)
     for factory in factories:
         factory.module = module
+        if isinstance(factory, GroupedOptimizer):
+            factory.entries = _plain(entries)
+    if entries and not any(isinstance(factory, GroupedOptimizer) for factory in factories):
+        raise ConfigError(
+            f"optimizer_groups: {cfg.model._target_} makes its optimizer itself; have it take `optimizer`"
+        )
+    if init.get("weights") and not cfg.get("ckpt_path"):
+        for line in load_weights(module, **_plain(init)):
+            if not get_name():
+                log.info(line)
     module.register_load_state_dict_pre_hook(_fit_names)
     return module
 
@@ -96,6 +112,10 @@ def _check_origin(key: str, node: Any, built: Any, expected: type) -> None:
                 f"{key}._target_={node['_target_']}: its base class is {base.__module__}.{base.__name__}; import that "
                 "from pytorch_lightning, which is the same code"
             )
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True)
 
 
 def _parameters(node: Any) -> set[str]:
@@ -112,24 +132,40 @@ def _parameters(node: Any) -> set[str]:
     return names
 
 
-class _Factory(partial):
-    """A scheduler's factory whose ``total_steps`` is null: it is known when the trainer has the data."""
+class _Schedule(partial):
+    """A scheduler's factory that fills in the run's number of steps, and each group's own peak."""
 
-    module: pl.LightningModule | None = None
+    module: pl.LightningModule
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.module is not None
-        return super().__call__(*args, **{"total_steps": int(self.module.trainer.estimated_stepping_batches), **kwargs})
+        own = {**self.keywords, **kwargs}
+        if own.get("total_steps", 0) is None:
+            kwargs["total_steps"] = int(self.module.trainer.estimated_stepping_batches)
+        optimizer = args[0] if args else own["optimizer"]
+        rate, rates = optimizer.defaults["lr"], [group["lr"] for group in optimizer.param_groups]
+        for name in ("base_lr", "max_lr"):  # a number: that of the optimizer's own rate
+            if isinstance(own.get(name), float) and any(other != rate for other in rates):
+                kwargs[name] = [own[name] * other / rate for other in rates]
+        return super().__call__(*args, **kwargs)
 
 
-def _fill_steps(value: Any, factories: list[_Factory]) -> Any:
-    """Put a factory that knows the run's steps in the place of each one in ``value`` that lacks them."""
+def _equip(
+    value: Any, factories: list[_Schedule | GroupedOptimizer], is_grouped: bool, is_optimizer: bool = False
+) -> Any:
+    """Replace the factories in ``value`` that need to know the run, its data or its module."""
     if isinstance(value, dict):
-        return {key: _fill_steps(child, factories) for key, child in value.items()}
-    if isinstance(value, partial) and value.keywords.get("total_steps", 0) is None:
-        factories.append(_Factory(value.func, *value.args, **value.keywords))
-        return factories[-1]
-    return value
+        return {key: _equip(child, factories, is_grouped) for key, child in value.items()}
+    if not isinstance(value, partial):
+        return value
+    kind: Any = None
+    if is_optimizer or (isinstance(value.func, type) and issubclass(value.func, Optimizer)):
+        kind = GroupedOptimizer if is_grouped else None
+    elif value.keywords.get("total_steps", 0) is None or "max_lr" in value.keywords:
+        kind = _Schedule
+    if kind is None:
+        return value
+    factories.append(kind(value.func, *value.args, **value.keywords))
+    return factories[-1]
 
 
 def _fit_names(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:

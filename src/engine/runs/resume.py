@@ -21,9 +21,12 @@ log = logging.getLogger(__name__)
 
 LATEST = "latest"
 # What a checkpoint's states go before: another value would be without effect, or would not fit.
-KEPT = ("model", "optimizer", "scheduler")
+KEPT = ("model", "optimizer", "optimizer_groups", "scheduler")
 # What says where a run is and what becomes of it, not how it trains.
-BESIDE = ("resume", "ckpt_path", "root_dir", "output_dir", "paths", "task_name", "tags", "train", "test")
+BESIDE = (
+    "resume", "ckpt_path", "root_dir", "output_dir", "paths", "task_name", "tags", "train", "test", "unit", "init",
+)  # fmt: skip
+LENGTHS = ("trainer.max_epochs", "trainer.max_steps")
 # What decides how many steps there are, for which some schedules are made.
 OF_LENGTH = (
     "trainer.limit_train_batches", "trainer.overfit_batches", "trainer.accumulate_grad_batches", "data.name",
@@ -63,7 +66,9 @@ def expand(arguments: Sequence[str]) -> list[str]:
     if is_held(folder) and not get_name():  # the first of several processes may be there already
         raise ConfigError(f"resume={value}: process {status.get('process')} on {status.get('host')} is at work on it")
     if status["state"] == "finished" and not own:
-        raise ConfigError(f"resume={value}: this run has finished; to train longer, add trainer.max_epochs=<more>")
+        raise ConfigError(
+            f"resume={value}: this run has finished; to train longer, add trainer.max_epochs=<more> (or max_steps)"
+        )
     checkpoint = find_checkpoint(folder)
     return [
         *flags,
@@ -157,11 +162,15 @@ def check_difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> Non
     of_schedule = [key for key in changed if key.startswith("scheduler.")]
     schedule = stored.get("scheduler") or {}
     needs_length = (schedule.get("scheduler") or {}).get("total_steps", 0) is None
-    if "trainer.max_epochs" in changed and (needs_length or of_schedule == ["scheduler.scheduler.T_max"]):
-        before, now = changed["trainer.max_epochs"]
+    before, now = ((config.get("init") or {}).get("weights") for config in (stored, asked))
+    if now not in (None, before):
+        raise ConfigError(f"init.weights={now}: a run that resumes has its checkpoint's weights; start a new run")
+    length = next((key for key in LENGTHS if key in changed), None)
+    if length and (needs_length or of_schedule == ["scheduler.scheduler.T_max"]):
+        before, now = changed[length]
         name = schedule["scheduler"]["_target_"].rpartition(".")[2]
         raise ConfigError(
-            f"trainer.max_epochs={now}: the run so far was to have {before}, and its schedule, {name}, ends with them; "
+            f"{length}={now}: the run so far was to have {before}, and its schedule, {name}, ends with them; "
             "start a new run, or one that can be extended with scheduler=step, plateau or []"
         )
     for key, (before, now) in changed.items():

@@ -25,7 +25,13 @@ OWN: dict[str, tuple[Any, str]] = {
     "seed": (Annotated[int, range(2**32)] | None, "a whole number from 0 to 4294967295 or null"),
     "monitor": TEXT,
     "mode": (Literal["min", "max"], "min or max"),
+    "unit": (Literal["epoch", "step"], "epoch or step"),
     "test": (bool | Literal["all"], "true or false or all"),
+    "init.weights": TEXT,
+    "init.map": (dict[str, str] | None, "a mapping of names' beginnings or null"),
+    "init.skip": (list[str] | None, "a list of names or null"),
+    "init.strict": (bool, "true or false"),
+    "optimizer_groups": (list[dict] | None, "a list of {match: <names>, lr: ...} or null"),
     "resume": TEXT,
     "ckpt_path": TEXT,
     "data.root": TEXT,
@@ -134,6 +140,9 @@ def _check_training(config: Mapping[str, Any]) -> None:
         if (node is not None or key in NEEDED) and not (isinstance(node, dict) and "_target_" in node):
             found = ", ".join(map(str, node)) if isinstance(node, dict) else node
             raise ConfigError(f"{key}: expected a node with a _target_, the class to build; found {found}")
+    weights = (config["init"] or {}).get("weights")
+    if weights and not config["ckpt_path"] and not Path(weights).is_file():  # a checkpoint has its own
+        raise ConfigError(f"init.weights={weights}: no such file; expected one with weights to start from")
     if not config["trainer"].get("_partial_"):
         raise ConfigError(f"trainer._partial_={config['trainer'].get('_partial_')}: expected true")
     resume, folder = config["resume"], config["output_dir"]

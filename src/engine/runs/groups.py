@@ -1,0 +1,124 @@
+"""``optimizer_groups``: learning rates, weight decay and so on by the names of parameters, for any module."""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import nn
+from torch.optim import Optimizer
+
+from src.engine.errors import ConfigError
+from src.engine.runs.processes import get_name
+from src.engine.settings.check import nearest
+
+log = logging.getLogger(__name__)
+
+OWN = ("match", "name", "no_decay")  # keys of an entry that the optimizer does not get
+
+
+def matches(name: str, patterns: str | Sequence[str]) -> bool:
+    """Whether one of some shell patterns fits a parameter's name, or that of a module which it is in.
+
+    >>> matches("net.fc.weight", "net.fc"), matches("net.fc.bias", ["a", "*.bias"]), matches("net.fc2.bias", "net.fc")
+    (True, True, False)
+    """
+    each = [patterns] if isinstance(patterns, str) else patterns
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in each)
+
+
+def require_match(key: str, patterns: str | Sequence[str], names: Iterable[str]) -> None:
+    """Refuse a pattern that fits nothing: it is misspelt.
+
+    Raises:
+        ConfigError: It names the key and a similar name.
+    """
+    names = list(names)
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not any(matches(name, pattern) for name in names):
+            known = {part for name in names for part in (name, name.rpartition(".")[0], name.split(".")[0])}
+            raise ConfigError(f"{key}={pattern}: fits no name in the module; {nearest(pattern, sorted(known - {''}))}")
+
+
+class GroupedOptimizer(partial):
+    """An optimizer's factory that divides what it is given into groups; ``module`` and ``entries`` are set later."""
+
+    module: pl.LightningModule
+    entries: Sequence[Mapping[str, Any]]
+    is_shown = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Optimizer:
+        """Make the optimizer; the first time, log its groups and their sizes."""
+        given, *rest = [kwargs.pop("params")] if "params" in kwargs else args
+        groups = divide(list(given), self.entries, self.module)
+        optimizer: Optimizer = super().__call__(groups, *rest, **kwargs)
+        for number, entry in enumerate(self.entries):
+            for option in entry.keys() - {*OWN, *optimizer.defaults}:
+                known = nearest(option, [*OWN, *optimizer.defaults])
+                raise ConfigError(
+                    f"optimizer_groups[{number}].{option}: {type(optimizer).__name__} has no such option; {known}"
+                )
+        if not self.is_shown and not get_name():
+            self.is_shown = True
+            for group in optimizer.param_groups:
+                size = sum(parameter.numel() for parameter in group["params"])
+                log.info(f"group {group['name']}: {size:,} parameters, lr={group['lr']:g}" + _describe_decay(group))
+        return optimizer
+
+
+def divide(given: list[Any], entries: Sequence[Mapping[str, Any]], module: nn.Module) -> list[dict[str, Any]]:
+    """Divide what an optimizer is given into groups, by the first entry that fits each parameter's name.
+
+    Args:
+        given: Parameters, pairs of name and parameter, or groups of them as torch takes them; their options stay.
+        entries: Of ``optimizer_groups``: ``match``, patterns of names (without it, all), options of the optimizer,
+            ``no_decay`` (biases and norms, that is parameters of one dimension, have no weight decay), ``name``.
+        module: Names the parameters.
+
+    Returns:
+        Groups as torch takes them, each with a ``name`` of its own; what no entry fits is in a last one.
+
+    Raises:
+        ConfigError: If an entry fits no parameter of the module.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for number, entry in enumerate(entries):
+        require_match(f"optimizer_groups[{number}].match", entry.get("match", "*"), names.values())
+    groups: dict[tuple[int, int, bool], dict[str, Any]] = {}
+    whole = given if given and isinstance(given[0], dict) else [{"params": given}]
+    for place, group in enumerate(whole):
+        options = {key: value for key, value in group.items() if key != "params"}
+        for item in group["params"]:
+            parameter = item[1] if isinstance(item, tuple) else item
+            name = names.get(id(parameter), "")
+            fitting = (number for number, entry in enumerate(entries) if matches(name, entry.get("match", "*")))
+            number = next(fitting, len(entries))
+            entry = entries[number] if number < len(entries) else {}
+            is_spared = bool(entry.get("no_decay")) and parameter.dim() < 2
+            own = {key: value for key, value in entry.items() if key not in OWN} | (
+                {"weight_decay": 0.0} if is_spared else {}
+            )
+            new = {**options, **own, "params": [], "name": _name(entry) + ("/no_decay" if is_spared else "")}
+            groups.setdefault((place, number, is_spared), new)["params"].append(parameter)
+    ordered = [groups[key] for key in sorted(groups)]
+    taken: set[str] = set()
+    for group in ordered:  # each has a curve of its own
+        name, number = group["name"], 2
+        while group["name"] in taken:
+            group["name"], number = f"{name}_{number}", number + 1
+        taken.add(group["name"])
+    return ordered
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    """An entry's name in the curves, which take no stars and brackets."""
+    match = entry.get("match", "rest")
+    plain = re.sub(r"[^\w.-]+", "", match if isinstance(match, str) else match[0]).strip(".")
+    return str(entry.get("name", plain or "rest"))
+
+
+def _describe_decay(group: Mapping[str, Any]) -> str:
+    return f", weight_decay={group['weight_decay']:g}" if "weight_decay" in group else ""

@@ -1,0 +1,40 @@
+"""The YAML blocks of conf/README.md, Fine-tuning, in a run of the net that they are about."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from src.engine.runs.build import build_module
+from src.engine.settings.check import check
+from tests.compose import compose_cfg
+from tests.readme.table import READMES
+
+torchvision = pytest.importorskip("torchvision")
+SECTION = READMES["conf/README.md"].split("### Fine-tuning\n")[1].split("\n### ")[0]
+BLOCKS = [OmegaConf.create(block) for block in re.findall(r"```yaml\n(.*?)```", SECTION, re.DOTALL)]
+
+
+def test_each_yaml_block_does_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = torchvision.models.resnet18(num_classes=7).state_dict()
+    torch.save(weights, "resnet18.pth")
+    cfg = compose_cfg(tmp_path, "optimizer=sgd", "optimizer.weight_decay=0.1")
+    OmegaConf.set_struct(cfg, False)
+    for block in BLOCKS:
+        cfg.merge_with(block)
+    cfg.model.net = {"_target_": "torchvision.models.resnet18", "num_classes": 3}
+    cfg.model.num_classes = 3
+    check(cfg)
+    module: Any = build_module(cfg)
+    assert torch.equal(module.net.layer4[1].bn2.weight, weights["layer4.1.bn2.weight"])
+    assert module.net.fc.weight.shape == (3, 512)
+    optimizer = module.optimizer(module.parameters())
+    found = {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert found == {
+        "net.fc": (1e-3, 0.1), "net.fc/no_decay": (1e-3, 0.0), "net.layer4": (1e-4, 0.1), "bias": (0.1, 0.0),
+        "rest": (0.1, 0.1),
+    }  # fmt: skip
