@@ -65,7 +65,7 @@ def make_classifier(path: Path, folder: Path) -> tuple[dict[str, Any], Callable[
     from src.engine.runs.build import load_checkpoint, preprocess, restore, restore_datamodule
 
     module = restore(path)
-    datamodule = restore_datamodule(path, root=str(folder))  # no data are read: the run's folder need not be there
+    datamodule = restore_datamodule(path, str(folder))  # no data are read: the run's folder need not be there
     num_classes = getattr(module, "num_classes", None)
     if num_classes is None:
         raise ConfigError(

@@ -42,7 +42,7 @@ def export(cfg: DictConfig) -> dict[str, Any]:
     path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
     output = Path(cfg.output or Path(cfg.output_dir) / f"model.{cfg.format}")
     module = restore(path)
-    datamodule = restore_datamodule(path, root=cfg.data.root, eval_batch_size=cfg.data.batch_size)
+    datamodule = restore_datamodule(path, **cfg.data)
     facts = {"config": load_checkpoint(path)["config"], "checkpoint": str(path)}
     result = export_module(module, datamodule, output, cfg.format, facts)
     OmegaConf.save(cfg, Path(cfg.output_dir) / "config.yaml", resolve=True)

@@ -53,8 +53,8 @@ def predict(cfg: DictConfig) -> Rows:
     path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
     output = Path(cfg.output or Path(cfg.output_dir) / "predictions.csv")
     # The run's folder of data need not be there, nor be trusted, where nothing is read from it.
-    own = {} if cfg.inputs is None else {"root": f"{cfg.root_dir}/data"}
-    module, datamodule = restore(path), restore_datamodule(path, **own)
+    unread = None if cfg.inputs is None else f"{cfg.root_dir}/data"
+    module, datamodule = restore(path), restore_datamodule(path, unread, **settings.get("data", {}))
     files: list[Path] = []
     failed: list[Path] = []
     if cfg.inputs is None:

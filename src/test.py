@@ -23,7 +23,7 @@ def test(cfg: DictConfig) -> dict[str, Any]:
     """
     path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
     output_dir = Path(cfg.output_dir)
-    result = test_checkpoint(path, output_dir, cfg.accelerator, root=cfg.data.root, eval_batch_size=cfg.data.batch_size)
+    result = test_checkpoint(path, output_dir, cfg.accelerator, **cfg.data)
     if get_name():  # the process of another rank
         return result
     OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)

@@ -5,7 +5,6 @@ import inspect
 import io
 import logging
 import os
-import pickle
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +31,8 @@ from src.engine.runs.rehearsal import Rehearsal
 from src.engine.runs.report import write_text
 from src.engine.runs.resume import find_first_step
 from src.engine.runs.session import Session
+from src.engine.settings.arguments import check_arguments
+from src.engine.settings.explain import explain
 from src.engine.settings.trust import instantiate, plain_config, tame
 
 log = logging.getLogger(__name__)
@@ -106,12 +107,15 @@ def build_module(cfg: DictConfig) -> pl.LightningModule:
 
 def _check_origin(key: str, node: Any, built: Any, expected: type) -> None:
     """The package lightning has classes of the same names, which pytorch_lightning's Trainer does not know."""
+    said = f"{key}._target_={node['_target_']}"
     for base in type(built).__mro__:
         if base.__name__ == expected.__name__ and base is not expected:
             raise ConfigError(
-                f"{key}._target_={node['_target_']}: its base class is {base.__module__}.{base.__name__}; import that "
-                "from pytorch_lightning, which is the same code"
+                f"{said}: its base class is {base.__module__}.{base.__name__}; import that from pytorch_lightning, "
+                "which is the same code"
             )
+    if key == "model" and not isinstance(built, expected):
+        raise ConfigError(f"{said}: a {type(built).__name__}; expected a pytorch_lightning.LightningModule")
 
 
 def _plain(node: Any) -> Any:
@@ -183,7 +187,8 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
     """
     config = plain_config(cfg)
     checkpoint = load_checkpoint(cfg.ckpt_path) if cfg.get("ckpt_path") and cfg.get("train", True) else None
-    first_step = find_first_step(cfg, config, checkpoint)
+    with _naming(cfg.get("ckpt_path")):
+        first_step = find_first_step(cfg, config, checkpoint)
     loggers = [_build_logger(node, first_step) for node in (cfg.get("logger") or {}).values() if node is not None]
     # A flag that is off must be enough: Lightning refuses the callbacks that go with it.
     is_bare = cfg.trainer.get("barebones", False)
@@ -243,20 +248,36 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: If the file is missing, damaged, or not of a run of this project.
     """
     check_checkpoint(path)
-    try:
+    with _naming(path):
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(
-            f"ckpt_path={path}: no checkpoint that can be read ({reason}); choose another file"
-        ) from error
     found = checkpoint if isinstance(checkpoint, dict) else {}
     config = found.get("config", found.get("hyper_parameters"))
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict) or "state_dict" not in found:
         raise CheckpointError(
             f"ckpt_path={path}: not a checkpoint of this project: it lacks the weights, or the config of its run"
         )
+    for name in ("model", "data", "optimizer", "scheduler"):
+        node = config.get(name)
+        is_named = isinstance(node, dict) and (name == "scheduler" or isinstance(node.get("_target_"), str))
+        if (node or name == "model") and not is_named:
+            raise CheckpointError(f"ckpt_path={path}: its {name} is no node with a _target_; choose another file")
     return {**checkpoint, "config": config}
+
+
+@contextmanager
+def _naming(path: str | Path | None) -> Iterator[None]:
+    """Name the checkpoint in an error that its content leads to; not in one that tells what you have changed.
+
+    Raises:
+        CheckpointError: If anything is raised meanwhile but a ``ConfigError``.
+    """
+    try:
+        yield
+    except (CheckpointError, ConfigError):
+        raise
+    except Exception as error:
+        reason = explain(error).removeprefix("error: ").partition("\n")[0]
+        raise CheckpointError(f"ckpt_path={path}: cannot be used: {reason}") from error
 
 
 def restore(path: str | Path) -> Any:
@@ -274,14 +295,15 @@ def restore(path: str | Path) -> Any:
     checkpoint = load_checkpoint(path)
     config = checkpoint["config"]
     groups = [name for name in ("model", *FACTORIES) if config.get(name)]
-    cfg = OmegaConf.create({name: tame(path, name, config[name]) for name in groups})
-    try:
-        module = build_module(cfg)
-    except Exception as error:
-        if not isinstance(error.__cause__, OSError):
-            raise
-        with _without_files():  # the constructor reads weights from a file that is gone: the checkpoint has them
+    with _naming(path):
+        cfg = OmegaConf.create({name: tame(path, name, config[name]) for name in groups})
+        try:
             module = build_module(cfg)
+        except Exception as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            with _without_files():  # the constructor reads weights from a file that is gone: the checkpoint has them
+                module = build_module(cfg)
     try:
         module.load_state_dict(checkpoint["state_dict"])
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -319,29 +341,37 @@ def _without_files() -> Iterator[None]:
         nn.Module.load_state_dict = fill  # type: ignore[method-assign]
 
 
-def restore_datamodule(path: str | Path, **overrides: Any) -> Any:
+def restore_datamodule(path: str | Path, unread: str | None = None, **overrides: Any) -> Any:
     """Build the data module that a checkpoint's run used, with the same split.
 
     It gets the state that the run's data module has left in the checkpoint, by its ``load_state_dict``.
 
     Args:
         path: A checkpoint.
-        overrides: Arguments of the data module that override the run's; None keeps the run's, and so does one that the
-            data module does not take.
+        unread: Where no data are read: the folder that replaces one that the checkpoint may not choose.
+        overrides: Arguments of the data module that override the run's, as a command's ``data`` has them; None keeps
+            the run's. ``batch_size`` is its ``eval_batch_size`` if it takes that.
 
     Returns:
         The LightningDataModule; None of a run without one.
+
+    Raises:
+        ConfigError: If the data module takes no such argument.
     """
     checkpoint = load_checkpoint(path)
     if checkpoint["config"].get("data") is None:
         return None
+    node = checkpoint["config"]["data"]
     own = {name: value for name, value in overrides.items() if value is not None}
-    data = tame(path, "data", checkpoint["config"]["data"], **own)
-    takes = _parameters(data)
-    data = {name: value for name, value in data.items() if name in takes or name not in own}
-    datamodule: Any = build_datamodule(OmegaConf.create({"data": data}))
-    if state := checkpoint.get(type(datamodule).__qualname__):  # where Lightning puts it
-        datamodule.load_state_dict(state)
+    data = tame(path, "data", node, unread, **own)
+    if "batch_size" in own and "eval_batch_size" in _parameters(data):
+        data["eval_batch_size"] = own["eval_batch_size"] = own.pop("batch_size")
+        data |= {"batch_size": node["batch_size"]} if "batch_size" in node else {}
+    check_arguments({"data": {"_target_": data["_target_"], "_partial_": True, **own}})
+    with _naming(path):
+        datamodule: Any = build_datamodule(OmegaConf.create({"data": data}))
+        if state := checkpoint.get(type(datamodule).__qualname__):  # where Lightning puts it
+            datamodule.load_state_dict(state)
     return datamodule
 
 

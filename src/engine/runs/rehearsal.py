@@ -22,8 +22,16 @@ BEGINNING = re.compile(r".*?[/_.-]")
 PARTS = frozenset(vars(nn.Module()))  # what every module has: its parts and its mode are kept by other means
 
 
-def is_tested(test: bool | str, module: pl.LightningModule) -> bool | str:
-    """Whether a run is to be tested: ``test``, or False for a module without ``test_step``, which is logged."""
+def is_tested(test: bool | str, module: pl.LightningModule, is_fresh: bool = False) -> bool | str:
+    """Whether a run is to be tested: ``test``, or False for a module without ``test_step``, which is logged.
+
+    Args:
+        test: What the config says.
+        module: The module.
+        is_fresh: Whether it is neither trained nor read from a checkpoint, which is logged, too.
+    """
+    if is_fresh:
+        log.warning("train=false without ckpt_path: tests the weights that the module starts with")
     if test and not is_overridden("test_step", module):
         log.warning(f"test=false: {type(module).__name__} has no test_step")
         return False
@@ -35,7 +43,7 @@ class Rehearsal(Callback):
 
     It looks at what a batch of validation logs: ``trainer.num_sanity_val_steps`` says how many. Lightning keeps the
     random states meanwhile, and this callback the module's own: buffers, metrics, plain attributes. A metric that
-    begins in another way than those of validation may be one of training: it is not refused here.
+    begins in another way than those of validation may be one of training: that is known after the first batch.
 
     Args:
         config: The run's config, plain; errors name its keys.
@@ -44,13 +52,29 @@ class Rehearsal(Callback):
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
         self._kept: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._awaited: list[tuple[str, str]] = []  # each metric that training may log, and what is wrong if not
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """What Lightning would divide by.
+
+        Raises:
+            ConfigError: If it is 0.
+        """
+        if stage == "fit" and trainer.accumulate_grad_batches == 0:
+            raise ConfigError("trainer.accumulate_grad_batches=0: expected 1 or more")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Where there is no validation, nothing may wait for it but checkpoints: the last is kept.
 
         Raises:
-            ConfigError: If something does.
+            ConfigError: If something does, or if an optimizer's gradients cannot be clipped.
         """
+        if trainer.gradient_clip_val and not is_overridden("configure_gradient_clipping", pl_module):
+            try:
+                for optimizer in trainer.optimizers:  # there are no gradients yet: it only says whether it could
+                    pl_module.clip_gradients(optimizer)
+            except RuntimeError as error:
+                raise ConfigError(f"trainer.gradient_clip_val={trainer.gradient_clip_val}: {error}") from error
         for key, monitor, callback in [] if trainer.enable_validation else self._monitors(trainer):
             if OF_VALIDATION.match(monitor) and not isinstance(callback, Checkpoint):
                 raise ConfigError(
@@ -75,11 +99,17 @@ class Rehearsal(Callback):
         beginnings = tuple({match[0] for name in logged if (match := BEGINNING.match(name))})
         common = self.config.get("monitor")
         for key, monitor, callback in [*self._monitors(trainer), *([("monitor", common, None)] if common else [])]:
-            if monitor not in logged and (OF_VALIDATION.match(monitor) or monitor.startswith(beginnings)):
-                close = difflib.get_close_matches(monitor, logged, n=1)
-                meant = f"did you mean {close[0]}?" if close else f"it logs {', '.join(logged) or 'nothing'}"
-                off = f"; {key}=null keeps the last checkpoint" if isinstance(callback, Checkpoint | None) else ""
-                raise ConfigError(f"{key}={monitor}: validation logs no such metric; {meant}{off}")
+            if monitor in logged:
+                continue
+            close = [name for name in logged if BEGINNING.sub("", name, 1) == monitor]
+            close = close or difflib.get_close_matches(monitor, logged, n=1)
+            meant = f"did you mean {close[0]}?" if close else f"it logs {', '.join(logged) or 'nothing'}"
+            off = f"; {key}=null keeps the last checkpoint" if isinstance(callback, Checkpoint | None) else ""
+            said = f"{key}={monitor}: validation logs no such metric; {meant}{off}"
+            if OF_VALIDATION.match(monitor) or monitor.startswith(beginnings):
+                raise ConfigError(said)
+            if close:
+                self._awaited.append((monitor, said))
         every: int = trainer.check_val_every_n_epoch or 1
         for scheduler in trainer.lr_scheduler_configs:
             is_waiting = scheduler.reduce_on_plateau and scheduler.strict and scheduler.monitor in logged
@@ -88,6 +118,17 @@ class Rehearsal(Callback):
                     f"scheduler.monitor={scheduler.monitor}: validation logs it every {every} epochs; set "
                     f"+scheduler.frequency={every}, or +scheduler.strict=false"
                 )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Look, once, for what may have been a metric of training. What is like none at all may come from a callback.
+
+        Raises:
+            ConfigError: If the first batch has not logged it, and the module logs nothing at an epoch's end.
+        """
+        awaited, self._awaited = self._awaited, []
+        for monitor, said in awaited:
+            if not is_overridden("on_train_epoch_end", pl_module) and monitor not in _names(trainer):
+                raise ConfigError(said)
 
     def _monitors(self, trainer: pl.Trainer) -> Iterator[tuple[str, str, Any]]:
         """What callbacks and schedulers wait for, with its key and who does."""
@@ -104,9 +145,11 @@ class Rehearsal(Callback):
 
 
 def _names(trainer: pl.Trainer) -> set[str]:
-    """The metrics of an epoch; in its sanity check Lightning has those of several loaders in no public place."""
+    """The metrics of an epoch so far; in its sanity check Lightning has those of several loaders in no public place."""
     results: Any = trainer._results
-    return {name for each in results.values() if each.meta.on_epoch for name in results._forked_name(each, False)}
+    return {*trainer.callback_metrics} | {
+        name for each in results.values() if each.meta.on_epoch for name in results._forked_name(each, False)
+    }
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

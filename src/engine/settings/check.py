@@ -101,14 +101,11 @@ def _check_keys(config: Mapping[str, Any], command: str, declared: Iterable[str]
     root: Any = OmegaConf.to_container(OmegaConf.load(CONF / f"{command}.yaml"))
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
     own = {key: node for key, node in root.items() if key not in ("defaults", "hydra")}
-    known = {"": {*own, *groups, *DECLARED, *(name for name in declared if "/" not in name)}}
-    known |= {f"{key}.": set(node) for key, node in own.items() if isinstance(node, dict)}
-    for path, names in known.items():
-        node = config.get(path[:-1]) if path else config
-        for key in node if isinstance(node, dict) else ():
-            if key not in names:
-                close = nearest(str(key), sorted(names))
-                raise ConfigError(f"{path}{key}: no such key; {close} (a key of your own: conf/{command}.yaml, extras)")
+    known = {*own, *groups, *DECLARED, *(name for name in declared if "/" not in name)}
+    for key in config:
+        if key not in known:
+            close = nearest(key, sorted(known))
+            raise ConfigError(f"{key}: no such key; {close} (a key of your own: conf/{command}.yaml, extras)")
     for key in own:
         if key not in config:
             raise ConfigError(f"{key}: is missing" + (f"; expected {OWN[key][1]}" if key in OWN else ""))

@@ -21,6 +21,7 @@ EXTRAS = {"hydra/launcher/submitit_slurm": "slurm", "hydra/launcher/ray": "ray"}
 IN_LOG = "The stack trace is in the run's log; HYDRA_FULL_ERROR=1 prints it."
 DOORS = [f"src/{name}.py" for name in ("train", "test", "predict", "export", "demo", "reproduce")]
 PLUMBING = tuple(str(ROOT / name) for name in ("src/engine", "hydra_plugins", *DOORS))
+CONNECTOR = "checkpoint_connector.py"  # Lightning's
 LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 
 
@@ -28,7 +29,8 @@ def is_refusal(error: BaseException, cfg: DictConfig) -> bool:
     """Whether the settings are at fault, or what they lead to: nothing that a run which is on its way comes to."""
     names = ("ConfigError", "CheckpointError", "TargetError", "DataError", "InstantiationException",
              "MisconfigurationException")  # fmt: skip
-    return any(kind.__name__ in names for kind in type(error).__mro__) or bool(_find_key(error, cfg))
+    is_ours = any(kind.__name__ in names for kind in type(error).__mro__)
+    return is_ours or _is_restoring(error, cfg) or bool(_find_key(error, cfg))
 
 
 def explain(error: BaseException, config_name: str = "", cfg: DictConfig | None = None) -> str:
@@ -47,6 +49,10 @@ def _explain(error: BaseException, config_name: str, cfg: DictConfig | None) -> 
     if type(error).__name__ == "InstantiationException":  # "Error in call to target 'x.Y':\n...\nfull_key: optimizer"
         found = re.search(r"full_key: (\S+)", str(error))
         return _explain_constructor(error.__cause__ or error, found[1] if found else "config", cfg)
+    if _is_restoring(error, cfg):
+        assert cfg is not None
+        said = f"{' '.join(str(error).split())[:400] or type(error).__name__}{_where(error)}"
+        return f"ckpt_path={cfg.ckpt_path}: does not fit this run: {said}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return " ".join(_explain_config(error, config_name).split())  # a value may have line breaks
     if any(kind.__module__ == "src.engine.errors" for kind in type(error).__mro__):
@@ -98,6 +104,16 @@ def _find_key(error: BaseException, cfg: DictConfig | None) -> str:
             keys[code] = key
     codes: list[CodeType] = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
     return next((keys[code] for code in reversed(codes) if code in keys), "")
+
+
+def _is_restoring(error: BaseException, cfg: DictConfig | None) -> bool:
+    """Whether it was raised while the states of a run's checkpoint were given back, by Lightning or in your code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    is_within = any(
+        frame.name == "load_state_dict" or ("restore" in frame.name and frame.filename.endswith(CONNECTOR))
+        for frame in frames
+    )
+    return is_within and cfg is not None and bool(cfg.get("ckpt_path"))
 
 
 def _where(error: BaseException, is_own: bool = True) -> str:

@@ -100,7 +100,7 @@ def instantiate(config: Any, **kwargs: Any) -> Any:
     return build(config, **kwargs)
 
 
-def tame(path: str | Path, key: str, node: Any, /, **own: Any) -> Any:
+def tame(path: str | Path, key: str, node: Any, unread: str | None = None, /, **own: Any) -> Any:
     """What a checkpoint has of its run's config, such that it may be built.
 
     It may name the classes that the user's own config names, and the libraries' layers. It reads no environment
@@ -110,12 +110,14 @@ def tame(path: str | Path, key: str, node: Any, /, **own: Any) -> Any:
         path: The checkpoint.
         key: The node's key in its config, as in ``model``.
         node: The node, plain.
+        unread: The folder that replaces one which it may not choose, where nothing is read from it.
         own: Arguments from the user, which override the checkpoint's.
 
     Raises:
         CheckpointError: If the checkpoint asks for anything else.
     """
     _admit_conf()
+    admit(unread)
     if not isinstance(node, dict) or ("_target_" not in node and key != "scheduler"):
         raise CheckpointError(f"ckpt_path={path}: its {key} is no node with a _target_; choose another file")
     node = {**copy.deepcopy(node), **own}
@@ -126,14 +128,20 @@ def tame(path: str | Path, key: str, node: Any, /, **own: Any) -> Any:
             parameters = parameters_of(locate(full_key, child["_target_"]))
             for name in [name for name in child if name in parameters and not (child is node and name in own)]:
                 places = [] if isinstance(child[name], dict) else _find_places(child[name])
-                if not _places.issuperset(places) and parameters[name].default is not inspect.Parameter.empty:
+                if _places.issuperset(places):
+                    continue
+                if parameters[name].default is not inspect.Parameter.empty:
                     log.warning(f"{full_key}.{name}={places[0]!r}: the checkpoint's; the default is used instead")
                     del child[name]
+                elif unread:
+                    child[name] = unread
         for full_key, text in _texts({name: value for name, value in node.items() if name not in own}, key):
             if not _places.issuperset(_find_places(text)):
+                is_own_key = re.fullmatch(r"data\.\w+", full_key)
+                remedy = f"set ++{full_key}=<yours>, or" if is_own_key else "if it is yours,"
                 raise ConfigError(
-                    f"{full_key}={text}: a checkpoint may not choose a folder or address; if it is yours, set it, or "
-                    "name it in a file of conf/"
+                    f"{full_key}={text}: a checkpoint may not choose a folder or address; {remedy} name it in a file "
+                    "of conf/"
                 )
     except ConfigError as error:
         raise CheckpointError(f"ckpt_path={path}: {error}") from error

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -23,6 +23,7 @@ from src.engine.runs.build import (
 )
 from src.engine.runs.checkpoints import newest_checkpoint
 from src.engine.settings.check import CONF, check, check_values
+from src.engine.settings.explain import explain, is_refusal
 from src.train import train
 from tests.compose import compose_cfg
 from tests.engine.tiny import TinyData, TinyNet, TinyTask, compose_tiny
@@ -237,9 +238,13 @@ def test_restore_rebuilds_the_module_from_the_file_alone(checkpoint: Path) -> No
 
 
 def test_restore_rebuilds_the_data_module_with_the_runs_settings_and_those_asked_for(checkpoint: Path) -> None:
-    datamodule = restore_datamodule(checkpoint, batch_size=5, num_rows=None, root="not an argument of it")
+    datamodule = restore_datamodule(checkpoint, batch_size=5, num_rows=None, root=None)
     assert isinstance(datamodule, TinyData)
     assert (datamodule.batch_size, datamodule.num_rows) == (5, 240)
+    with pytest.raises(ConfigError, match=r"data\.num_row: .*TinyData takes no such argument; did you mean"):
+        restore_datamodule(checkpoint, num_row=3)
+    with pytest.raises(ConfigError, match=r"data\.batch_size=many: expected int"):
+        restore_datamodule(checkpoint, batch_size="many")
 
 
 def test_a_checkpoint_holds_the_config_beside_the_modules_own_hyper_parameters(checkpoint: Path) -> None:
@@ -299,6 +304,59 @@ def test_what_is_no_checkpoint_is_named(content: str, checkpoint: Path, tmp_path
     )
     with pytest.raises(CheckpointError, match=r"bad\.ckpt"):
         restore(bad)
+
+
+MISSING = object()
+SHAPES: dict[str, Any] = {
+    "a number": 5, "a list": [1, 2], "a text": "text", "null": None, "a truth": True, "empty": {},
+    "nested": {"a": {"b": [{"c": None}]}}, "missing": MISSING,
+}  # fmt: skip
+PARTS = ["loops", "config", "config.model", "config.model.net", "config.data", "config.optimizer", "config.scheduler",
+         "state_dict", "callbacks", "callbacks.ModelCheckpoint", "optimizer_states", "lr_schedulers",
+         "loops.fit_loop", "loops.fit_loop.epoch_progress", "TinyData", "TinyData.loader",
+         "pytorch-lightning_version"]  # fmt: skip
+# What is legal: a run without them, or one that has more than it reads.
+LEGAL = {"null", "empty", "missing", "nested"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    train(compose_tiny(folder, "trainer.max_epochs=1", "data.num_rows=40", "scheduler=plateau"))
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def _raised(function: Any, *arguments: Any) -> Exception | None:
+    try:
+        function(*arguments)
+    except Exception as error:
+        return error
+    return None
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning warns of what the file lacks
+@pytest.mark.parametrize("part", [PARTS[0], *(pytest.param(part, marks=pytest.mark.slow) for part in PARTS[1:])])
+def test_a_malformed_part_is_told_with_the_file(part: str, whole: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.ckpt"
+    for name, shape in SHAPES.items():
+        content = torch.load(whole, weights_only=True)
+        *above, last = part.split(".")
+        node = functools.reduce(lambda node, key: node[key], above, content)
+        last = next(key for key in node if key.startswith(last))
+        node[last] = shape
+        if shape is MISSING:
+            del node[last]
+        torch.save(content, bad)
+        cfg = compose_tiny(
+            tmp_path / name, "trainer.max_epochs=2", "data.num_rows=40", "scheduler=plateau", f"ckpt_path={bad}"
+        )
+        raised = list(filter(None, (_raised(restore, bad), _raised(restore_datamodule, bad), _raised(train, cfg))))
+        for error in raised:  # whatever it is, a user sees what is explained
+            said = explain(error, cfg=cfg)
+            assert is_refusal(error, cfg)
+            assert said.startswith(f"error: ckpt_path={bad}: ") or "the run so far has" in said, said
+            assert len(said.splitlines()) == 1
+        assert raised or name in LEGAL, name
 
 
 def test_weights_that_do_not_fit_are_named(checkpoint: Path, tmp_path: Path) -> None:

@@ -77,6 +77,13 @@ def test_a_rehearsed_run_is_the_same_to_the_bit(tmp_path: Path) -> None:
         (["monitor=val/accc"], "monitor=val/accc: validation logs no such metric; did you mean val/acc?; monitor=null"),
         (["monitor=val_acc"], "monitor=val_acc: validation logs no such metric; did you mean val/acc?"),
         (["monitor=test/acc"], "monitor=test/acc: validation logs no such metric"),
+        (["monitor=acc"], "monitor=acc: validation logs no such metric; did you mean val/acc?; monitor=null keeps"),
+        (["monitor=vall/loss"], "monitor=vall/loss: validation logs no such metric; did you mean val/loss?"),
+        (["trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches=0: expected 1 or more"),
+        (
+            ["trainer.gradient_clip_val=0.5", "optimizer.fused=true", "trainer.precision=bf16-mixed"],
+            "trainer.gradient_clip_val=0.5: The current optimizer, Adam, does not allow for gradient clipping",
+        ),
         (
             ["callbacks.checkpoint.monitor=val/f1"],
             "callbacks.checkpoint.monitor=val/f1: validation logs no such metric",
@@ -97,7 +104,7 @@ def test_a_rehearsed_run_is_the_same_to_the_bit(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_waits_for_a_metric_that_does_not_come_is_told(overrides: list[str], said: str, tmp_path: Path) -> None:
+def test_what_would_fail_later_is_told(overrides: list[str], said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         fit(tmp_path, *overrides)
     assert str(caught.value).startswith(said)
@@ -108,6 +115,7 @@ def test_what_waits_for_a_metric_that_does_not_come_is_told(overrides: list[str]
     "overrides",
     [
         ["monitor=train/loss"],
+        ["trainer.gradient_clip_val=0.5", "optimizer.fused=true"],
         ["monitor=null"],
         ["trainer.limit_val_batches=0"],
         [PLATEAU, "trainer.check_val_every_n_epoch=2", "+scheduler.frequency=2"],
@@ -123,6 +131,17 @@ def test_what_comes_in_time_is_let_through(overrides: list[str], tmp_path: Path)
     assert fit(tmp_path, *overrides).current_epoch == 2
 
 
+class Late(TinyTask):
+    """Logs a metric of training at an epoch's end."""
+
+    def on_train_epoch_end(self) -> None:
+        self.log("acc", 1.0)
+
+
+def test_a_metric_of_an_epochs_end_is_waited_for(tmp_path: Path) -> None:
+    assert fit(tmp_path, "monitor=acc", kind=Late).checkpoint_callback.best_model_score == 1.0  # type: ignore[union-attr]
+
+
 def test_a_module_without_a_test_is_not_tested(caplog: pytest.LogCaptureFixture) -> None:
     class NoTest(pl.LightningModule):
         pass
@@ -132,3 +151,6 @@ def test_a_module_without_a_test_is_not_tested(caplog: pytest.LogCaptureFixture)
     assert caplog.messages == ["test=false: NoTest has no test_step"]
     assert is_tested("all", TinyTask(nn.Identity())) == "all"
     assert is_tested(False, NoTest()) is False
+    caplog.clear()
+    assert is_tested(True, TinyTask(nn.Identity()), is_fresh=True) is True
+    assert caplog.messages == ["train=false without ckpt_path: tests the weights that the module starts with"]

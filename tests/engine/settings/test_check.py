@@ -63,7 +63,6 @@ def test_what_needs_no_import_is_told(override: str, said: str, tmp_path: Path) 
     [
         ("data.batch_size=0", "data.batch_size=0: expected a whole number of 1 or more or null"),
         ("root_dir=null", "root_dir=None: expected text"),
-        ("+data.rot=x", "data.rot: no such key; did you mean root?"),
         ("accelerator.devices=1.5", "accelerator.devices=1.5: expected Union[list[int], str, int]"),
         (
             "+accelerator.device=1",

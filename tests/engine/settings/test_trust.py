@@ -1,6 +1,8 @@
 """What a checkpoint may have built: what the user's own config names, and the libraries' layers."""
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from src.engine.errors import CheckpointError
 from src.engine.settings.check import ROOT
 from src.engine.settings.trust import admit, instantiate, plain_config, recall, remember, tame
 from tests import forks
-from tests.engine.tiny import TINY_CONF
+from tests.engine.tiny import TINY, TINY_CONF, TinyData
 
 
 def instantiate_stranger(path: str, key: str, node: Any, **own: Any) -> Any:
@@ -134,6 +136,42 @@ def test_data_outside_of_the_project_are_used_again_and_a_strangers_folder_is_no
     refused = forks.run_command("test", f"ckpt_path={path}", "accelerator=cpu", **said)
     assert refused.returncode == 1
     assert f"data.root={tmp_path}/other: a checkpoint may not choose a folder" in refused.stderr
+
+
+class Borrowed(TinyData):
+    """Needs a folder."""
+
+    def __init__(self, data_dir: str, num_rows: int = 40) -> None:
+        super().__init__(num_rows)
+        self.data_dir = data_dir
+
+
+def test_a_colleagues_checkpoint_is_used_with_ones_own_folder(tmp_path: Path) -> None:
+    """His run has named his folder, which this project does not know."""
+    conf = tmp_path / "conf"
+    shutil.copytree(TINY_CONF, conf)
+    text = f"_target_: {Borrowed.__module__}.Borrowed\ndata_dir: ???\nnum_rows: 40\n"
+    (conf / "data" / "borrowed.yaml").write_text(text)
+    his, mine = tmp_path / "his", tmp_path / "mine"
+    trained = forks.run_command(
+        "train", f"--config-dir={conf}", *TINY[1:], "data=borrowed", f"data.data_dir={his}", "trainer.max_epochs=1",
+        "logger=[]", "hydra.run.dir=${root_dir}/run", PROJECT_ROOT=str(his),
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+
+    def test(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        checkpoint = f"ckpt_path={his}/run/checkpoints/best.ckpt"
+        return forks.run_command("test", f"--config-dir={conf}", checkpoint, *arguments, PROJECT_ROOT=str(mine))
+
+    refused = test()
+    assert refused.returncode == 1
+    (line,) = refused.stderr.splitlines()
+    assert f"data.data_dir={his}: a checkpoint may not choose a folder or address; set ++data.data_dir=<yours>" in line
+    assert not (mine / "logs").exists()
+    tested = test(f"++data.data_dir={mine}")
+    assert tested.returncode == 0, tested.stderr
+    misspelt = test(f"++data.data_dirr={mine}")
+    assert "data.data_dir=" in misspelt.stderr
 
 
 def test_a_folder_that_the_users_config_names_is_used(tmp_path: Path) -> None:
