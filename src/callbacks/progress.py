@@ -33,7 +33,7 @@ class EpochLines(ProgressBar):
         self._enabled = True
         self._start = 0.0
         self._ended: tuple[int, float] | None = None  # the epoch that has no line yet: its number and seconds
-        self._before: dict[str, Tensor] = {}  # the metrics when the last line was logged
+        self._before: dict[str, Tensor] | None = None  # the metrics when the last line was logged
 
     def disable(self) -> None:
         """Lightning calls this in all processes but the first."""
@@ -46,6 +46,12 @@ class EpochLines(ProgressBar):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock; a resumed run may start in the middle of an epoch."""
         self._start = time.perf_counter()
+        self._before = None if trainer.fit_loop.is_resuming else {}
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: object) -> None:
+        """Of a resumed run, the metrics so far are those of earlier epochs."""
+        if self._before is None:
+            self._before = dict(trainer.callback_metrics)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the line of the epoch before, and start the clock."""
@@ -64,7 +70,7 @@ class EpochLines(ProgressBar):
         if self._ended is None:
             return
         (number, seconds), self._ended = self._ended, None
-        before, self._before = self._before, dict(trainer.callback_metrics)
+        before, self._before = self._before or {}, dict(trainer.callback_metrics)
         # Lightning keeps the metrics of all epochs, and replaces those that are logged anew.
         metrics = {name: float(value) for name, value in self._before.items() if value is not before.get(name)}
         # One that is logged by step and epoch is there three times: loss, loss_step, loss_epoch.

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Callback
 from torch.utils.data import DataLoader
 
 from src.callbacks.progress import EpochLines, make_progress
 from src.callbacks.speed import Speed
+from src.data.loader import BatchLoader
+from src.engine.runs.last_checkpoint import LastCheckpoint
 from tests.callbacks.tasks import Plain, make_images, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
@@ -69,6 +72,36 @@ def test_a_run_of_some_steps_has_no_number_of_epochs(
     found = lines(tmp_path, caplog, Talker(), max_epochs=max_epochs, max_steps=5)
     assert [line.partition("  ")[0] for line in found] == ["epoch 1", "epoch 2"]
     assert "train/acc 1.2500  train_loss 1.5000" in found[1]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_the_line_of_a_resumed_epoch_lacks_what_an_earlier_one_has_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stop(Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+            if trainer.global_step == 4:
+                raise KeyError
+
+    def fit(*callbacks: Callback, **arguments: Any) -> None:
+        images, labels = make_images(24, drawn_by=0).tensors
+        loader = BatchLoader(images, labels, 8)
+        last = LastCheckpoint(str(tmp_path), every_n_steps=1)
+        trainer = make_trainer(
+            tmp_path,
+            [EpochLines(), last, *callbacks],
+            max_epochs=2,
+            enable_progress_bar=True,
+            enable_checkpointing=True,
+        )
+        trainer.fit(Talker(), loader, loader, **arguments)
+
+    with pytest.raises(KeyError):
+        fit(Stop())
+    with caplog.at_level(logging.INFO, logger="src"):
+        fit(ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    (line,) = (record.getMessage() for record in caplog.records if record.name == "src.callbacks.progress")
+    assert line.startswith("epoch 2/2  train/acc 1.2500  train_loss 1.5000  val/acc 1.0000  val_loss 1.235e+05  ")
 
 
 def test_an_epoch_without_metrics_has_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -135,13 +135,14 @@ def _keep_plain(parameters: Any) -> tuple[dict[str, Any], list[str]]:
     """Hyper-parameters that are made of plain values and tensors, and the names of the others."""
     if isinstance(parameters, Container):
         parameters = OmegaConf.to_container(parameters, resolve=True)
-    kept = {key: value for key, value in parameters.items() if _is_plain(value)}
+    kept = {key: value for key, value in parameters.items() if is_plain(value)}
     return kept, [str(key) for key in parameters if key not in kept]
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether a value is made of tensors and plain values, as ``weights_only=True`` wants it."""
     if isinstance(value, dict):
-        return all(map(_is_plain, [*value, *value.values()]))
+        return all(map(is_plain, [*value, *value.values()]))
     if isinstance(value, list | tuple | set):
-        return type(value) in (list, tuple, set, torch.Size) and all(map(_is_plain, value))
+        return type(value) in (list, tuple, set, torch.Size) and all(map(is_plain, value))
     return type(value) in PLAIN

@@ -17,6 +17,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import CombinedLoader
 
+from src.engine.runs.checkpoint_io import is_plain
 from src.engine.runs.processes import SIGNALS, is_child
 from src.engine.runs.running_metrics import collect_means, collect_metrics, restore_means, restore_metrics
 
@@ -64,6 +65,7 @@ class LastCheckpoint(Checkpoint):
             "random_states": _plain(_collect_rng_states()),
             "metrics": collect_metrics(pl_module),
             "means": {**collect_means(trainer), **self._means},
+            "fetched": [] if self._in_step else _collect_fetched(trainer),
         }
         processes = [own] * trainer.world_size
         if trainer.world_size > 1:
@@ -79,6 +81,7 @@ class LastCheckpoint(Checkpoint):
         """Keep it all until training starts: what is set up meanwhile draws random numbers, too."""
         names = ("processes", "metrics", "in_step")
         self._loaded = {name: checkpoint[name] for name in names if name in checkpoint}
+        self._loaded["loader_states"] = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         if trainer.state.fn == TrainerFn.FITTING and checkpoint.get("should_stop"):  # by early stopping, or pruned
             trainer.should_stop = not _is_longer(trainer, checkpoint)
             if not trainer.should_stop:
@@ -211,6 +214,10 @@ class LastCheckpoint(Checkpoint):
             _call_after_start(trainer, set_back)
             if is_in_epoch:
                 self._means = own["means"]
+                if own.get("fetched"):
+                    _refetch(trainer, own["fetched"], self._loaded["loader_states"])
+                elif trainer.num_training_batches == float("inf") and not _describe_restart(trainer):
+                    _warn(trainer, "the batch that was fetched ahead is not plain tensors, so it is left out")
             if (num_gpus := len(own["random_states"]["torch.cuda"])) != torch.cuda.device_count():
                 _warn(
                     trainer,
@@ -280,6 +287,23 @@ def _undo_fetch(trainer: pl.Trainer) -> bool:
     if hasattr(loader, "rewind"):
         loader.rewind(progress.current.completed)
     return True
+
+
+def _collect_fetched(trainer: pl.Trainer) -> list[Any]:
+    """The batches that Lightning has fetched ahead of a loader without a length, whose state is after them."""
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    batches: list[Any] = getattr(fetcher, "batches", [])
+    has_state = batches and all(hasattr(each, STATEFUL[0]) for each in fetcher.combined_loader.flattened)
+    return list(batches) if has_state and is_plain(batches) else []
+
+
+def _refetch(trainer: pl.Trainer, batches: list[Any], states: list[dict[str, Any]]) -> None:
+    """Put batches that were fetched ahead in their place: those after them are drawn by random numbers of later."""
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    fetcher.combined_loader._load_state_dicts(states)
+    ahead, fetcher.prefetch_batches = fetcher.prefetch_batches, 0
+    iter(fetcher)
+    fetcher.prefetch_batches, fetcher.batches = ahead, batches
 
 
 def _count_as_loader(trainer: pl.Trainer) -> None:

@@ -64,6 +64,8 @@ class Record:
         rates = [rate for callback in callbacks for rate in getattr(callback, "rates", [])]
         record = {
             "metrics": self.metrics,
+            # Of those of the training, the epoch and step of each: not all come with every epoch.
+            "logged": {name: at for callback in callbacks for name, at in getattr(callback, "logged", {}).items()},
             "best": {
                 "score": self.metrics.get(monitor) if score is None else float(score),
                 "checkpoint": self.best_checkpoint,

@@ -18,6 +18,8 @@ from src.engine.errors import ConfigError
 log = logging.getLogger(__name__)
 
 OF_VALIDATION = re.compile(r"(val|valid|validation|test)[/_.-]")  # the beginning of what training does not log
+LOW = re.compile(r"(loss|error|mae|mse|nll|perplexity|rmse)(_epoch|_step|/dataloader_idx_\d+)?$")  # what is good if low
+HIGH = re.compile(r"(acc|accuracy|auc|auroc|f1|iou|precision|recall)(_epoch|_step|/dataloader_idx_\d+)?$")
 BEGINNING = re.compile(r".*?[/_.-]")
 PARTS = frozenset(vars(nn.Module()))  # what every module has: its parts and its mode are kept by other means
 
@@ -66,6 +68,8 @@ class Rehearsal(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Where there is no validation, nothing may wait for it but checkpoints: the last is kept.
 
+        Warns of the highest loss, or the lowest accuracy, as the best.
+
         Raises:
             ConfigError: If something does, or if an optimizer's gradients cannot be clipped.
         """
@@ -75,6 +79,13 @@ class Rehearsal(Callback):
                     pl_module.clip_gradients(optimizer)
             except RuntimeError as error:
                 raise ConfigError(f"trainer.gradient_clip_val={trainer.gradient_clip_val}: {error}") from error
+        modes = {
+            (monitor, key.replace("monitor", "mode"), _mode(each)) for key, monitor, each in self._monitors(trainer)
+        }
+        for monitor, key, mode in sorted(modes) if trainer.is_global_zero else ():
+            if (mode == "max" and LOW.search(monitor)) or (mode == "min" and HIGH.search(monitor)):
+                end, other = ("highest", "min") if mode == "max" else ("lowest", "max")
+                log.warning(f"{key}={mode}: takes the {end} {monitor} for the best; did you mean {key}={other}?")
         for key, monitor, callback in [] if trainer.enable_validation else self._monitors(trainer):
             if OF_VALIDATION.match(monitor) and not isinstance(callback, Checkpoint):
                 raise ConfigError(
@@ -142,6 +153,11 @@ class Rehearsal(Callback):
         for scheduler in trainer.lr_scheduler_configs:
             if scheduler.reduce_on_plateau and scheduler.strict and scheduler.monitor:
                 yield "scheduler.monitor", scheduler.monitor, scheduler
+
+
+def _mode(waiting: Any) -> str:
+    """The mode of what waits for a metric: a callback, or a scheduler in its configuration."""
+    return str(getattr(getattr(waiting, "scheduler", waiting), "mode", ""))
 
 
 def _names(trainer: pl.Trainer) -> set[str]:

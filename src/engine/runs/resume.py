@@ -135,8 +135,13 @@ def find_first_step(cfg: DictConfig, asked: Mapping[str, Any], checkpoint: Mappi
         raise CheckpointError(
             f"ckpt_path={cfg.ckpt_path}: holds weights only, nothing to resume from; choose a run's last.ckpt"
         )
-    first_step: int = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
+    fit_loop = checkpoint["loops"]["fit_loop"]
+    first_step: int = fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"]
     check_difference(checkpoint["config"], asked)
+    begun = fit_loop["epoch_progress"]["current"]["ready"]
+    for key, done in {"max_epochs": begun, "max_steps": checkpoint["global_step"]}.items():
+        if 0 <= (length := (asked.get("trainer") or {}).get(key) or -1) < done:
+            raise ConfigError(f"trainer.{key}={length}: the run so far has come to its {key[4:-1]} {done}; choose more")
     if not get_name():
         log.info(f"resuming from {shown(cfg.ckpt_path)}, step {first_step}")
     return first_step

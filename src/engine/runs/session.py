@@ -8,6 +8,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
 from src.engine.runs.checkpoint_io import AtomicCheckpointIO
@@ -26,13 +27,21 @@ class Session(Callback):
     - The loss is scaled where processes have unequal shares of a batch, since the plain mean of their gradients is
       taken: for train loaders with a method ``share(batch_idx)``. So it is in an epoch's last window of accumulated
       gradients, which Lightning divides by the batches of a whole one.
+    - It keeps when each metric was logged: Lightning's are those of all epochs.
 
     Args:
         config: The run's config, plain; each checkpoint holds it.
+
+    Attributes:
+        logged: Of each metric that was logged, the last ``epoch``, counted from 1, and the ``step`` then.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
+        self.logged: dict[str, dict[str, int]] = {}
+        self._seen: dict[str, Tensor] = {}  # the metrics whose epochs are known
+        self._since: list[str] | None = None  # of a checkpoint, the metrics whose epochs are not yet known
+        self._ended: dict[str, int] = {}  # the epoch that has ended, while no other has begun
         self._batch_idx = 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -64,8 +73,54 @@ class Session(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note which batch it is."""
+        """Note which batch it is, and the metrics that a resumed run has from before."""
         self._batch_idx = batch_idx
+        if self._since is not None:
+            self._seen = {name: value for name, value in trainer.callback_metrics.items() if name not in self._since}
+            self._since = None
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep what the run so far has logged until its metrics are there again."""
+        stored = checkpoint.get("logged", {"at": {}, "since": []})
+        self.logged, self._since = stored["at"], stored["since"]
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add when the metrics were logged, and which since that was last looked at."""
+        if self._ended:
+            self._note_metrics(trainer)
+        checkpoint["logged"] = {"at": self.logged, "since": list(self._find_new(trainer))}
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the metrics of the epoch before: its last ones come after all hooks of its end."""
+        if self._ended:
+            self._note_metrics(trainer)
+            self._ended = {}
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note which epoch has ended."""
+        self._ended = _place(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the metrics of a validation."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._note_metrics(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the last metrics."""
+        self._note_metrics(trainer)
+
+    def _note_metrics(self, trainer: pl.Trainer) -> None:
+        new = self._find_new(trainer)
+        self.logged |= dict.fromkeys(new, self._ended or _place(trainer))
+        self._seen |= new
+
+    def _find_new(self, trainer: pl.Trainer) -> dict[str, Tensor]:
+        """Metrics that were logged since: Lightning replaces them."""
+        return {name: value for name, value in trainer.callback_metrics.items() if value is not self._seen.get(name)}
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Scale the loss by this process's share of the batch, and where a window of batches is cut short."""
@@ -76,3 +131,7 @@ class Session(Callback):
             factor *= every / (total % every)
         if factor != 1.0:
             loss *= factor
+
+
+def _place(trainer: pl.Trainer) -> dict[str, int]:
+    return {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}

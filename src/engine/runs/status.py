@@ -9,11 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from src.engine.errors import ConfigError
 
+LOCK = ".lock"
 INTERRUPTED = 128  # exit statuses above it are signals
 
 
@@ -100,6 +102,8 @@ def _checkpoints(folder: Path) -> dict[Path, int]:
 
 def is_held(folder: Path) -> bool:
     """Whether a process works in a run's folder, as far as the file system tells."""
+    if not (folder / LOCK).exists():
+        return False
     try:
         with _held(folder):
             return False
@@ -109,24 +113,19 @@ def is_held(folder: Path) -> bool:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """A lock on the folder itself, which ends with the process, killed though it be."""
+    """A lock in the folder that ends with the process, killed though it be: a loader's workers do not have it."""
+    lock = FileLock(folder / LOCK)
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        status = read_status(folder)
+        raise ConfigError(
+            f"hydra.run.dir={folder}: process {status.get('process')} on {status.get('host')} is at work there; "
+            "wait for its end, or choose another folder"
+        ) from error
+    except OSError:  # a file system without locks, or that takes no files
+        pass
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            status = read_status(folder)
-            raise ConfigError(
-                f"hydra.run.dir={folder}: process {status.get('process')} on {status.get('host')} is at work there; "
-                "wait for its end, or choose another folder"
-            ) from error
-        except OSError:  # a file system without locks
-            pass
         yield
     finally:
-        os.close(descriptor)
+        lock.release()

@@ -1,6 +1,7 @@
 """src/callbacks/last_checkpoint.py with a user's own module and loader; tests/test_resume.py has the command."""
 
 import random
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
@@ -21,7 +22,7 @@ from src.data.loader import BatchLoader
 from src.engine.runs.build import load_checkpoint
 from src.engine.runs.last_checkpoint import LastCheckpoint
 from src.train import train
-from tests.engine.equality import assert_same_run
+from tests.engine.equality import assert_equal, assert_same_run
 from tests.engine.tiny import compose_tiny
 
 NUM_IMAGES, BATCH_SIZE = 40, 4
@@ -216,6 +217,64 @@ def test_a_users_loader_with_workers_and_a_state_resumes_to_the_bit(estimates: b
     fit("killed", ckpt_path=path)
     states = [torch.load(each, weights_only=True)["state_dict"] for each in (whole, path)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+class Stream(IterableDataset):
+    """Ten batches that only come one after the other; a batch is seen where it is trained on."""
+
+    def __init__(self) -> None:
+        self.position = self._first = 0
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        first, self._first = self._first, 0
+        for index in range(first, 10):
+            self.position = index + 1
+            yield {"x": index + torch.rand(4, 1)}
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._first = state["position"]
+
+
+class Summed(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.seen: list[float] = []
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.seen.append(float(batch["x"].sum()))
+        return (self.weight * batch["x"]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+@pytest.mark.parametrize("kill_at", [4, 8, 9])
+def test_what_was_fetched_ahead_of_a_loader_without_length_is_not_lost(kill_at: int, tmp_path: Path) -> None:
+    def fit(name: str, *callbacks: Callback, ckpt_path: Path | None = None) -> list[float]:
+        pl.seed_everything(0, verbose=False)
+        last = LastCheckpoint(str(tmp_path / name), every_n_steps=1)
+        trainer = pl.Trainer(
+            max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[last, *callbacks], default_root_dir=tmp_path,
+        )  # fmt: skip
+        module = Summed()
+        with suppress(Kill):
+            trainer.fit(module, Stream(), ckpt_path=ckpt_path, weights_only=True)
+        return module.seen
+
+    whole = fit("whole")
+    assert len(whole) == 20
+    first = fit("killed", KillAfter(kill_at))
+    path = tmp_path / "killed" / "last.ckpt"
+    second = fit("killed", KillAfter(kill_at + 1), ckpt_path=path)
+    assert first + second + fit("killed", ckpt_path=path) == whole
+    assert_equal(
+        *(torch.load(tmp_path / name / "last.ckpt", weights_only=True)["state_dict"] for name in ("whole", "killed"))
+    )
 
 
 STEPS = 12  # an epoch of TinyData

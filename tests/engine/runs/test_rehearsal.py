@@ -142,6 +142,20 @@ def test_a_metric_of_an_epochs_end_is_waited_for(tmp_path: Path) -> None:
     assert fit(tmp_path, "monitor=acc", kind=Late).checkpoint_callback.best_model_score == 1.0  # type: ignore[union-attr]
 
 
+def test_you_are_warned_where_the_worst_is_taken_for_the_best(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    early = "callbacks=[minimal,early_stopping]"
+    fit(tmp_path / "a", early, "monitor=val/loss", "callbacks.early_stopping.mode=min")
+    fit(tmp_path / "b", early, "callbacks.early_stopping.monitor=train/loss", "+callbacks.early_stopping.strict=false")
+    fit(tmp_path / "c", PLATEAU, "scheduler.monitor=val/acc")
+    fit(tmp_path / "d", early, "monitor=val/loss", "mode=min")
+    assert [record.getMessage() for record in caplog.records if record.name == "src.engine.runs.rehearsal"] == [
+        "mode=max: takes the highest val/loss for the best; did you mean mode=min?",
+        "callbacks.early_stopping.mode=max: takes the highest train/loss for the best; did you mean "
+        "callbacks.early_stopping.mode=min?",
+        "scheduler.mode=min: takes the lowest val/acc for the best; did you mean scheduler.mode=max?",
+    ]
+
+
 def test_a_module_without_a_test_is_not_tested(caplog: pytest.LogCaptureFixture) -> None:
     class NoTest(pl.LightningModule):
         pass

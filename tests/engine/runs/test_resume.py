@@ -220,6 +220,8 @@ def test_a_finished_run_is_extended_as_if_it_had_been_longer(runs: Runs) -> None
     runs.resume("extended", "trainer.max_epochs=3")
     assert "the config differs: trainer.max_epochs: 1 -> 3" in runs.said()
     assert_same_run(runs.whole("steady", *steady), runs.path("extended"))
+    shorter = "trainer.max_epochs=2: the run so far has come to its epoch 3; choose more"
+    assert_refused(runs, "extended", "trainer.max_epochs=2", shorter)
 
 
 def test_you_are_warned_of_what_is_not_exact(runs: Runs) -> None:

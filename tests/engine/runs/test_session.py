@@ -1,5 +1,6 @@
 """What the engine adds to every training: random numbers by process, weighed shares, a checkpoint tried out."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from src.engine.runs.session import Session
+from tests.engine.runs.test_last_checkpoint import interrupt, last, run
 from tests.engine.tiny import TINY
 from tests.engine.together import train_together
 
@@ -120,3 +122,33 @@ def test_you_are_warned_where_the_last_window_is_not_known(tmp_path: Path, caplo
     )  # fmt: skip
     trainer.fit(Line(), DataLoader(Stream()))
     assert "trainer.accumulate_grad_batches=3: the train loader has no length" in caplog.text
+
+
+class Talker(Callback):
+    """Logs a metric now and then."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if trainer.global_step == 14:
+            pl_module.log("rare", 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_metrics_have_the_epoch_and_step_in_which_they_were_logged(tmp_path: Path) -> None:
+    settings = (
+        "logger=[]", "trainer.max_epochs=-1", "+trainer.max_steps=42", "trainer.check_val_every_n_epoch=2",
+        f"+callbacks.talker._target_={ME}.Talker", "callbacks.last.every_n_steps=5",
+    )  # fmt: skip
+    expected = {  # an epoch has 12 steps
+        "rare": {"epoch": 2, "step": 24},
+        "val/acc": {"epoch": 2, "step": 24},
+        "val/loss": {"epoch": 2, "step": 24},
+        "train/loss": {"epoch": 4, "step": 42},
+    }
+
+    def logged(folder: Path) -> Any:
+        return json.loads((folder / "metrics.json").read_text())["logged"]
+
+    assert logged(run(tmp_path / "whole", *settings)) == expected
+    assert logged(interrupt(tmp_path / "killed", 17, *settings)) == expected  # resumed after step 15
+    folder = tmp_path / "whole"
+    assert logged(run(folder, *settings, f"ckpt_path={last(folder)}")) == expected  # it had come to its end

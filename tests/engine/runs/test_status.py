@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from omegaconf import OmegaConf
 
 from src.engine.errors import ConfigError
 from src.engine.runs.status import describe_start, is_held, read_status, tracked, write_status
+from src.engine.settings.check import ROOT
 
 START = {"overrides": ["seed=1"], "config_dirs": []}
 
@@ -43,6 +47,36 @@ def test_a_folder_in_which_a_run_is_at_work_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=rf"process {os.getpid()} on \S+ is at work there"), tracked(tmp_path, {}):
             pass
         assert read_status(tmp_path)["state"] == "running"
+
+
+AT_WORK = """
+import os, sys, time
+from pathlib import Path
+from src.engine.runs.status import tracked
+with tracked(Path(sys.argv[1]), {}):
+    if not os.fork():
+        print(os.getpid(), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_run_holds_its_folder_no_more_though_a_worker_of_it_lives(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", AT_WORK, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        worker = int(process.stdout.readline())
+        assert is_held(tmp_path)
+        process.kill()
+        process.wait()
+        os.kill(worker, 0)  # it lives
+        assert not is_held(tmp_path)
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_a_folder_that_takes_no_files_is_not_held(tmp_path: Path) -> None:
+    assert not is_held(tmp_path / "missing")
+    assert not is_held(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
