@@ -137,11 +137,11 @@ def find_first_step(cfg: DictConfig, asked: Mapping[str, Any], checkpoint: Mappi
         )
     fit_loop = checkpoint["loops"]["fit_loop"]
     first_step: int = fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"]
-    check_difference(checkpoint["config"], asked)
     begun = fit_loop["epoch_progress"]["current"]["ready"]
     for key, done in {"max_epochs": begun, "max_steps": checkpoint["global_step"]}.items():
         if 0 <= (length := (asked.get("trainer") or {}).get(key) or -1) < done:
             raise ConfigError(f"trainer.{key}={length}: the run so far has come to its {key[4:-1]} {done}; choose more")
+    check_difference(checkpoint["config"], asked)
     if not get_name():
         log.info(f"resuming from {shown(cfg.ckpt_path)}, step {first_step}")
     return first_step
