@@ -28,7 +28,7 @@ def test(cfg: DictConfig) -> dict[str, Any]:
         return result
     OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
     if result.get("confusion"):
-        report.print_confusion(result["confusion"])
+        report.print_confusion(result["confusion"], result["classes"])
     data = {"data": report.describe_data(result["data"])} if "source" in result["data"] else {}
     paths = {"checkpoint": report.shown(path), "written to": report.shown(output_dir / "metrics.json")}
     report.print_table("tested", {**data, **result["metrics"], **paths})

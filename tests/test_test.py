@@ -19,6 +19,8 @@ from tests.compose import compose_cfg
 from tests.engine.tiny import TinyData, TinyTask, compose_tiny
 from tests.forks import run_command
 
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -32,7 +34,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "trainer.log_every_n_steps=1",
         "test=false",
     )
-    train(compose_cfg(root / "logs/train/old", *common, "trainer.max_epochs=1", "trainer.limit_train_batches=2"))
+    names = f"data.classes=[{','.join(NAMES)}]"
+    short = ("trainer.max_epochs=1", "trainer.limit_train_batches=2")
+    train(compose_cfg(root / "logs/train/old", *common, *short, names))
     train(compose_cfg(root / "logs/train/new", *common, "trainer.max_epochs=1", "data.split_seed=5", "seed=3"))
     return root
 
@@ -66,7 +70,10 @@ def test_tests_the_checkpoint_that_is_named(root: Path, tmp_path: Path) -> None:
     checkpoint = root / "logs/train/old/checkpoints/last.ckpt"
     result = run_command("test", f"ckpt_path={checkpoint}", f"hydra.run.dir={tmp_path}", PROJECT_ROOT=str(root))
     assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "metrics.json").read_text())["checkpoint"] == str(checkpoint)
+    record = json.loads((tmp_path / "metrics.json").read_text())
+    assert record["checkpoint"] == str(checkpoint)
+    assert record["classes"] == NAMES  # its data's
+    assert all(name in result.stdout for name in NAMES)
 
 
 def test_the_test_split_is_the_one_that_training_left_out(root: Path) -> None:

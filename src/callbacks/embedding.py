@@ -48,6 +48,6 @@ class Embedding(Pictures):
         vectors, images, labels, predictions = (torch.cat(parts) for parts in zip(*seen, strict=True))
         sprites = F.interpolate(images.float(), (SPRITE, SPRITE), mode="bilinear", antialias=True)
         sprites = torch.from_numpy(to_pixels(sprites)).permute(0, 3, 1, 2) / 255
-        names = torch.stack([labels, predictions], dim=1).tolist()
+        names = [list(map(self.name, pair)) for pair in torch.stack([labels, predictions], dim=1).tolist()]
         for writer in self.writers:
             writer.add_embedding(vectors.float(), names, sprites, step, "last_hidden_layer", ["label", "taken for"])

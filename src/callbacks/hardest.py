@@ -1,6 +1,7 @@
 """The images that the model gets wrong most clearly."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytorch_lightning as pl
@@ -49,35 +50,42 @@ class HardestImages(Pictures):
     def draw(self, pl_module: pl.LightningModule, writer: SummaryWriter, step: int) -> None:
         """Draw them."""
         for _, images, labels, logits in self.seen:
-            picture = draw_predictions(images, labels, logits)
+            picture = draw_predictions(images, labels, logits, self.name)
             writer.add_image("val/hardest_images", picture, step, dataformats="HWC")
 
 
-def draw_predictions(images: Tensor, labels: Tensor, logits: Tensor) -> NDArray[np.uint8]:
+def draw_predictions(
+    images: Tensor, labels: Tensor, logits: Tensor, name: Callable[[int], str] = str
+) -> NDArray[np.uint8]:
     """Images with their labels and predictions, COLUMNS a row.
 
     Args:
         images: Of any range, (N, C, H, W).
         labels: (N,).
         logits: (N, num_classes).
+        name: Of a class. Where names are long, a caption has two lines.
 
     Returns:
         (H, W, 3).
     """
     confidences, predictions = logits.softmax(dim=1).max(dim=1)
-    width, height = SIDE + GAP, SIDE + CAPTION + GAP
+    captions = [(name(label), name(taken)) for label, taken in zip(labels.tolist(), predictions.tolist(), strict=True)]
+    is_long = max(len(text) for pair in captions for text in pair) > 2
+    width, height = SIDE + GAP, SIDE + CAPTION * (1 + is_long) + GAP
     page = Image.new("RGB", (COLUMNS * width, math.ceil(len(images) / COLUMNS) * height + CAPTION), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(11)
     draw.text((GAP // 2, CAPTION - 3), "label > taken for, probability", "black", anchor="ls", font=font)
-    rows = zip(to_pixels(images), labels.tolist(), predictions.tolist(), confidences.tolist(), strict=True)
-    for index, (pixels, label, prediction, confidence) in enumerate(rows):
+    rows = zip(to_pixels(images), captions, confidences.tolist(), (labels == predictions).tolist(), strict=True)
+    for index, (pixels, (label, taken), confidence, is_right) in enumerate(rows):
         left, top = index % COLUMNS * width, CAPTION + index // COLUMNS * height
         image = Image.fromarray(pixels)
         image.thumbnail((SIDE, SIDE))
         scale = SIDE / max(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.NEAREST)
         page.paste(image, (left + GAP // 2, top + GAP // 2))
-        color = "black" if label == prediction else "#cf222e"
-        caption = f"{label} > {prediction}, {100 * confidence:.0f} %"
-        draw.text((left + width // 2, top + SIDE + CAPTION), caption, color, anchor="ms", font=font)
+        percent = f"{100 * confidence:.0f}"
+        lines = [label[:11], f"> {taken[:8]} {percent}"] if is_long else [f"{label} > {taken}, {percent} %"]
+        for number, line in enumerate(lines, 1):
+            place = (left + width // 2, top + SIDE + CAPTION * number)
+            draw.text(place, line, "black" if is_right else "#cf222e", anchor="ms", font=font)
     return np.asarray(page)

@@ -1,6 +1,7 @@
 """What the callbacks that draw have in common."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -25,6 +26,7 @@ class Pictures(Callback):
     - ``module.net``, a module that maps images to anything, for the pictures of its layers.
     - ``module.confusion``, a tensor (num_classes, num_classes), images of class i that were taken for class j, set when
       the validation ends, for the confusion matrix.
+    - The data module's ``classes``, names of the classes in the order of their numbers; without, these are shown.
     - Batches (images, ...) with images (B, C, H, W), for the pictures of the net's layers.
     - Batches (images, labels) with labels, whole numbers (B,), of which ``validation_step`` returns the logits,
       (B, num_classes), for all that compares labels with predictions.
@@ -34,6 +36,7 @@ class Pictures(Callback):
 
     def __init__(self) -> None:
         self.writers: list[SummaryWriter] = []
+        self.classes: Sequence[Any] = ()
         self.image: Tensor | None = None  # the first one of the validation, (1, C, H, W)
         self.seen: list[tuple[Tensor, ...]] = []  # what ``look`` keeps of the validation
         self._can_trace = True
@@ -54,6 +57,8 @@ class Pictures(Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the last validation."""
         self.writers, self.image, self.seen = find_writers(trainer), None, []
+        classes = getattr(getattr(trainer, "datamodule", None), "classes", None)
+        self.classes = classes if isinstance(classes, list | tuple) else ()
 
     def on_validation_batch_end(
         self,
@@ -81,6 +86,10 @@ class Pictures(Callback):
         for writer in self.writers:
             self.draw(pl_module, writer, find_step(trainer))
         self.image, self.seen = None, []
+
+    def name(self, label: int) -> str:
+        """The class of a number."""
+        return str(self.classes[label] if label < len(self.classes) else label)
 
     def trace(self, pl_module: pl.LightningModule, images: Tensor) -> list[Layer]:
         """What each layer of ``net`` makes of images; nothing without one, or if it does not take images only."""

@@ -25,4 +25,4 @@ class PrecisionRecall(Pictures):
         if self.seen:
             labels, probabilities = (torch.cat(parts).cpu() for parts in zip(*self.seen, strict=True))
             for label, of_class in enumerate(probabilities.unbind(dim=1)):
-                writer.add_pr_curve(f"pr/{label}", labels == label, of_class, step)
+                writer.add_pr_curve(f"pr/{self.name(label)}", labels == label, of_class, step)

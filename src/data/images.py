@@ -1,6 +1,7 @@
 """Pictures of digits from files of any kind, made to look as MNIST's do."""
 
 import logging
+import re
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +13,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from scipy import ndimage
 
-from src.data.sources import parse_idx
-
 log = logging.getLogger(__name__)
 
 SIZE = 28
@@ -23,31 +22,35 @@ FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # not all that P
 PAPER_SIZE, WINDOW = 32, 22  # in pixels: the paper's brightness, and the part of it that is looked at for a pixel's
 FULL = 0.9  # of a row or column that is ink: a line from edge to edge
 SPECK = 0.15  # of the digit's longer side
-IDX = "idx3-ubyte"  # in an IDX file's name
+IDX = "idx[34][-_.]"  # in an IDX file's name, if it is of images
 WORK_SIZE = 256  # larger pictures are made smaller first, which also takes out most noise
 MAX_PIXELS = 30_000_000  # to read so many takes 480 MB at most, of WebP
 OPAQUE = 240  # of 255
 MIN_CONTRAST = 32  # of 255; below, a picture is blank
 
 
-def read_digits(path: Path) -> NDArray[np.uint8]:
-    """Read a picture of one digit, or an IDX file of many.
+def is_idx(path: Path) -> bool:
+    """Whether a file's name says that it is an IDX file of images."""
+    return re.search(IDX, path.name) is not None
 
-    The digits of an IDX file and pictures of 28x28 pixels keep their pixels (dark on light is turned into light on
-    dark). Others become what MNIST's are: the digit fits into 20x20 pixels, its centre of mass in the middle of 28x28.
+
+def read_digits(path: Path) -> NDArray[np.uint8]:
+    """Read a picture of one digit.
+
+    A picture that is one of MNIST's already, by its size and what is in it, keeps its pixels (dark on light is turned
+    into light on dark). Others become what MNIST's are: the digit fits into 20x20 pixels, its centre of mass in the
+    middle of 28x28.
 
     Args:
-        path: An image file, whose background is one colour, or an IDX file, gzipped (``.gz``) or not.
+        path: An image file, whose background is one colour.
 
     Returns:
-        Digits, light (255) on dark (0), (N, 28, 28).
+        The digit, light (255) on dark (0), (1, 28, 28).
 
     Raises:
         ValueError: If it is no picture, damaged or blank; the message does not name the file.
         OSError: If it cannot be read.
     """
-    if IDX in path.name:
-        return parse_idx(path.read_bytes(), path.name).numpy()
     ink = _find_ink(_open(path))
     if np.ptp(ink) < MIN_CONTRAST:
         raise ValueError("blank: nothing in it stands out from its background")
@@ -60,18 +63,19 @@ def read_digits(path: Path) -> NDArray[np.uint8]:
     return _normalise(ink, threshold)[np.newaxis]
 
 
-def read_like(path: Path) -> NDArray[np.uint8]:
-    """Read a picture that has the format of another data set in MNIST's files already; as ``read_digits`` otherwise.
+def read_like(path: Path, channels: int = 1) -> NDArray[np.uint8]:
+    """Read a picture as it is, in grey or in colours; the larger ones are made smaller.
+
+    Args:
+        path: An image file.
+        channels: 1, 3 or 4.
 
     Returns:
-        The grey pixels as they are, (N, 28, 28).
+        (1, H, W), or (1, C, H, W) in colours.
     """
-    if IDX in path.name:
-        return parse_idx(path.read_bytes(), path.name).numpy()
-    pixels = np.asarray(Image.fromarray(_open(path).astype(np.uint8)).convert("L"))
-    if pixels.shape != (SIZE, SIZE):
-        raise ValueError("not 28x28 pixels, as the data set's; only to digits is it known how others are made so")
-    return pixels[np.newaxis]
+    image = Image.fromarray(_open(path).astype(np.uint8)).convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
+    pixels = np.array(image)[np.newaxis]  # a copy, since torch warns of arrays that are read-only
+    return pixels if channels == 1 else np.moveaxis(pixels, 3, 1)
 
 
 def _open(path: Path) -> NDArray[np.float32]:

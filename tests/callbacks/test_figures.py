@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -98,6 +99,38 @@ def test_any_number_of_classes_fits(num_classes: int) -> None:
     height, width, _ = draw_confusion(torch.eye(num_classes, dtype=torch.int64)).shape
     assert height <= 1100
     assert width <= 1100
+
+
+class Named(pl.LightningDataModule):
+    """Data whose classes have names."""
+
+    classes = tuple(f"Ankle boot/{label}" for label in range(NUM_CLASSES))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(make_images(80, drawn_by=0), 8)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(make_images(40, drawn_by=1), 8)
+
+
+def test_classes_are_shown_by_their_names(tmp_path: Path) -> None:
+    callbacks = [Confusion(), HardestImages(4), PrecisionRecall(), Embedding(20)]
+    make_trainer(tmp_path, callbacks, max_epochs=1).fit(Classifier(), Named())
+    events = read(tmp_path)
+
+    names = set(Named.classes)
+    assert {tag.removeprefix("pr/") for tag in events.Tags()["tensors"] if tag.startswith("pr/")} == names
+    assert {tag for tag in events.Tags()["scalars"] if "class_acc" in tag} <= {
+        f"val_class_acc/{name}" for name in names
+    }
+    (metadata,) = tmp_path.rglob("metadata.tsv")
+    assert {name for line in metadata.read_text().splitlines()[1:] for name in line.split("\t")} <= names
+
+
+def test_long_names_take_the_room_that_they_need() -> None:
+    plain, named = draw_confusion(torch.eye(2).long()), draw_confusion(torch.eye(2).long(), ["T-shirt/top", "Bag"])
+    assert named.shape[1] > plain.shape[1]
+    np.testing.assert_array_equal(named[31:, -57:], plain[31:, -57:])  # the cells are the same
 
 
 def test_the_hardest_images_are_those_of_highest_cross_entropy(run: Run) -> None:

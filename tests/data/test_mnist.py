@@ -15,16 +15,20 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from pytorch_lightning.callbacks import LambdaCallback
 from torch import Tensor
+from torchvision.datasets import FashionMNIST
 from torchvision.transforms import v2
 
 from src.data.mnist import MNISTDataModule, preprocess
 from src.data.sources import Digits, read_files, read_package
 from src.engine.errors import DataError
+from src.engine.runs.build import build_datamodule
 from src.engine.runs.last_checkpoint import LastCheckpoint
 from src.engine.settings.check import CONF
+from tests.compose import compose_cfg
 from tests.mnist.files import NUM_TEST, NUM_TRAIN, Mirror, write_digits, write_idx
 
 NUM_VAL = 60
@@ -59,14 +63,14 @@ def test_preprocess_does_what_torchvision_does() -> None:
     assert torch.equal(images, before)
 
 
-def test_pictures_are_fitted_into_the_frame_where_they_are_of_digits(tmp_path: Path) -> None:
+def test_pictures_are_fitted_into_the_frame_where_they_show_handwriting(tmp_path: Path) -> None:
     image = Image.new("L", (60, 60), 255)
     ImageDraw.Draw(image).line([(5, 50), (30, 5)], fill=0, width=4)
     image.save(tmp_path / "one.png")
 
     assert MNISTDataModule(str(tmp_path)).read_images(tmp_path / "one.png").shape == (1, 28, 28)
     with pytest.raises(ValueError, match="not 28x28"):
-        MNISTDataModule(str(tmp_path), name="FashionMNIST").read_images(tmp_path / "one.png")
+        MNISTDataModule(str(tmp_path), handwriting=False).read_images(tmp_path / "one.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,7 +115,8 @@ def test_train_size_takes_a_part_of_all_classes_and_leaves_the_other_splits(sour
 
     assert part.num_images["train"] == 100
     assert images_of(part.splits["train"]) <= images_of(whole.splits["train"])
-    assert part.splits["train"].labels.bincount(minlength=10).min() > 0
+    counts = [splits["train"].labels.bincount(minlength=10) for splits in (whole.splits, part.splits)]
+    assert (counts[1] - counts[0] * 100 / whole.num_images["train"]).abs().max() < 1
     for split in ("val", "test"):
         assert torch.equal(part.splits[split].images, whole.splits[split].images)
     again = ready(mnist_root, source=source, train_size=100, seed=7)  # the run's seed does not choose them
@@ -155,6 +160,144 @@ BAD_SETTINGS: list[tuple[str, Any, str]] = [
 def test_bad_setting_is_named(name: str, value: Any, expected: str) -> None:
     with pytest.raises(ValueError, match=rf"{name}={re.escape(str(value))}\b.*{expected}|{name}=.*{expected}"):
         MNISTDataModule(**{"root": "data", name: value})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets of other kinds
+
+
+def write_others(folder: Path, images: NDArray[Any], labels: NDArray[np.uint8]) -> None:
+    """The first 80 images to train and validate on, all to test on."""
+    for split, count in (("train", 80), ("t10k", len(images))):
+        write_idx(folder / f"{split}-images-idx{images.ndim}-ubyte", images[:count], gzipped=False)
+        write_idx(folder / f"{split}-labels-idx1-ubyte", labels[:count], gzipped=False)
+
+
+def others(*shape: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """100 random images, and their labels, 1 to 26."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 200, (100, *shape), dtype=np.uint8), (np.arange(100) % 26 + 1).astype(np.uint8)
+
+
+def test_letters_count_from_1_and_lie_on_their_side(tmp_path: Path) -> None:
+    images, labels = others(28, 28)
+    write_others(tmp_path / "Letters", images, labels)
+    settings = {"name": "Letters", "val_size": 8, "label_offset": 1, "transpose": True, "num_classes": 26}
+    test = ready(tmp_path, **settings).splits["test"]
+
+    np.testing.assert_array_equal(test.images, images.transpose(0, 2, 1))
+    np.testing.assert_array_equal(test.labels, labels - 1)
+
+
+@pytest.mark.parametrize(("num_classes", "label_offset"), [(10, 0), (26, 0), (25, 1), (26, 2)])
+def test_labels_that_the_model_has_no_class_for_are_told(num_classes: int, label_offset: int, tmp_path: Path) -> None:
+    write_others(tmp_path / "Letters", *others(28, 28))
+
+    with pytest.raises(DataError, match=r"labels 1 to 26.*model\.num_classes=26 and data\.label_offset=1"):
+        ready(tmp_path, name="Letters", val_size=8, num_classes=num_classes, label_offset=label_offset)
+
+
+def test_mean_and_deviation_are_measured_on_the_training_images_and_kept(tmp_path: Path) -> None:
+    images, labels = others(12, 14, 3)
+    write_others(tmp_path / "Colours", images, labels)
+    settings: dict[str, Any] = {"name": "Colours", "mean": None, "std": None, "input_size": [3, 14, 16]}
+    datamodule = ready(tmp_path, val_size=8, **settings)
+    train = datamodule.splits["train"].images
+    truth = v2.Compose(
+        [v2.ToDtype(torch.float32, scale=True), v2.Normalize(datamodule.mean, datamodule.std), v2.Pad(1)]
+    )
+    scaled = train.double() / 255
+    np.testing.assert_allclose(datamodule.mean, scaled.mean(dim=(0, 2, 3)))
+    np.testing.assert_allclose(datamodule.std, scaled.std(dim=(0, 2, 3), correction=0))
+
+    restored = MNISTDataModule(str(tmp_path / "gone"), **settings)
+    restored.load_state_dict(datamodule.state_dict())
+    for each in (datamodule, restored):
+        found, _ = each.on_after_batch_transfer((train, torch.zeros(len(train))), 0)
+        torch.testing.assert_close(found, truth(train))
+
+
+@pytest.mark.parametrize(("kind", "code"), [("i2", 11), ("i4", 12), ("f4", 13)])
+def test_images_of_other_types_are_normalised_by_their_own_numbers(kind: str, code: int, tmp_path: Path) -> None:
+    images, labels = others(32, 32)
+    values = images.astype(f">{kind}") * 100 - 3000
+    write_others(tmp_path / "Scans", images, labels)
+    for split, count in (("train", 80), ("t10k", 100)):
+        path = tmp_path / "Scans" / f"{split}-images-idx3-ubyte"
+        header = path.read_bytes()[:16]
+        path.write_bytes(header[:2] + bytes([code]) + header[3:] + values[:count].tobytes())
+    datamodule = ready(tmp_path, name="Scans", val_size=8, mean=None, std=None)
+    found = torch.cat([datamodule.on_after_batch_transfer(batch, 0)[0] for batch in datamodule.train_dataloader()])
+
+    assert found.shape == (72, 1, 32, 32)
+    assert found.dtype == torch.float32
+    assert abs(float(found.mean())) < 1e-4
+    assert float(found.std(correction=0)) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [(64, 48), (16, 12), (20, 20)])
+def test_images_are_resized_where_padding_is_not_enough(
+    size: tuple[int, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images, labels = others(*size)
+    write_others(tmp_path / "Sizes", images, labels)
+    caplog.set_level(logging.INFO)
+    datamodule = ready(tmp_path, name="Sizes", val_size=8)
+    expected = [round(side * 32 / max(size)) for side in size]
+    truth = v2.functional.resize(torch.from_numpy(images).unsqueeze(1), expected, antialias=True).squeeze(1)
+
+    assert (datamodule.splits["test"].images.int() - truth.int()).abs().max() <= 1
+    (record,) = [record for record in caplog.records if record.name.startswith("src.")]
+    assert record.getMessage() == "images of {}x{} pixels are resized to {}x{}".format(*size, *expected)
+    found, _ = datamodule.on_after_batch_transfer(next(iter(datamodule.test_dataloader())), 0)
+    assert found.shape[1:] == (1, 32, 32)
+    write_idx(tmp_path / "x-idx3-ubyte", images, gzipped=True)
+    np.testing.assert_array_equal(datamodule.read_images(tmp_path / "x-idx3-ubyte"), datamodule.splits["test"].images)
+
+
+def test_colours_for_a_grey_net_are_told(tmp_path: Path) -> None:
+    write_others(tmp_path / "Colours", *others(28, 28, 3))
+
+    with pytest.raises(DataError, match=r"28x28 pixels in 3 channels, .*input_size=\[1, 32, 32\]; its first .* 3"):
+        ready(tmp_path, name="Colours", val_size=8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"classes": ["a", "b"], "num_classes": 3}, "2 names; expected model.num_classes=3"),
+        ({"mean": None}, "mean=None, std=0.3081: expected both"),
+        ({"mirrors": None, "name": "Mine"}, "torchvision has no Mine"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_told(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        MNISTDataModule("data", **settings)
+
+
+def test_debians_fashion_mnist_has_the_presets_checksums_mean_and_deviation() -> None:
+    root = Path("/usr/share/datasets")
+    if not (root / "fashion-mnist").is_dir():
+        pytest.skip("Debian's package dataset-fashion-mnist is not installed")
+    settings = yaml.safe_load((CONF / "data" / "fashion_mnist.yaml").read_text())
+    measured = ready(root, name="fashion-mnist", md5=settings["md5"], val_size=1, mean=None, std=None, num_classes=10)
+
+    assert measured.num_images == {"train": 59_999, "val": 1, "test": 10_000}
+    assert (*measured.mean, *measured.std) == pytest.approx((settings["mean"], settings["std"]), abs=1e-4)
+    assert settings["classes"] == FashionMNIST.classes
+
+
+@pytest.mark.parametrize("preset", ["fashion_mnist", "kmnist", "qmnist", "emnist_letters"])
+def test_a_preset_builds_its_data_module(preset: str, tmp_path: Path) -> None:
+    letters = ["model.num_classes=26"] if preset == "emnist_letters" else []
+    cfg = compose_cfg(tmp_path, f"data={preset}", *letters)
+    datamodule: Any = build_datamodule(cfg)
+
+    assert datamodule.num_classes == (26 if letters else 10)
+    assert datamodule.mirrors
+    assert datamodule.md5
+    with pytest.raises(DataError, match="not found"):
+        datamodule.setup()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,7 +383,8 @@ def test_nothing_takes_the_place_of_the_users_own_files(
     OWN_FILES[kind](tmp_path / name / "raw")
     published = mnist_md5 | {file.removesuffix(".gz"): "0" * 32 for file in mnist_md5}  # of both kinds of file
     mirror, before = serve(mnist_files), snapshot(tmp_path)
-    settings = {"name": name, "md5": published if md5 == "its own" else None, "mirrors": [mirror.url]}
+    checksums = published if md5 == "its own" else None
+    settings: dict[str, Any] = {"name": name, "md5": checksums, "mirrors": [mirror.url], "num_classes": 10}
 
     if kind == "valid, but not MNIST's" and md5 == "none":
         assert ready(tmp_path, source="auto", **settings).used_source == "files"
@@ -500,6 +644,7 @@ def test_state_says_what_the_images_were(mnist_root: Path) -> None:
         "source": "files",
         "num_images": {"train": 240, "val": 60, "test": 60},
         "fingerprint": datamodule.fingerprint,
+        "image_size": [28, 28],
         "loader": None,
     }
 

@@ -19,8 +19,8 @@ def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **
 
     Returns:
         What ``metrics.json`` holds: ``metrics`` by name, of all test loaders; ``confusion`` (rows: true classes) and
-        ``class_accuracy`` (a list), each None unless the module has a tensor ``confusion`` after the test; ``data``,
-        ``checkpoint`` and the environment.
+        ``class_accuracy`` (a list), each None unless the module has a tensor ``confusion`` after the test;
+        ``classes``, the data module's, their names or None; ``data``, ``checkpoint`` and the environment.
 
     Raises:
         ConfigError: If the module has no ``test_step``.
@@ -44,10 +44,13 @@ def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **
     tested = tester.test(module, datamodule, verbose=False)
     confusion: Any = getattr(module, "confusion", None)
     matrix = None if confusion is None else confusion.tolist()
+    names = getattr(datamodule, "classes", None)
+    is_named = matrix is not None and isinstance(names, list | tuple) and len(names) == len(matrix)
     result = {
         "metrics": {name: value for metrics in tested for name, value in metrics.items()},
         "class_accuracy": report.class_accuracies(matrix) if matrix else None,
         "confusion": matrix,
+        "classes": list(map(str, names or ())) if is_named else None,
         "data": describe_data(datamodule),
         "checkpoint": str(path),
         **report.environment(),

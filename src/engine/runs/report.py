@@ -81,19 +81,20 @@ def print_table(title: str, rows: Mapping[str, Any]) -> None:
     make_console().print(table)
 
 
-def print_confusion(confusion: Sequence[Sequence[int]]) -> None:
+def print_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[Any] | None = None) -> None:
     """Accuracy per class and the confusion matrix, (num_classes, num_classes), a row a true class."""
     from rich.table import Table
+    from rich.text import Text
 
-    num_classes = len(confusion)
+    names = [Text(str(name)) for name in classes or range(len(confusion))]  # brackets are no markup
     table = Table(title="confusion matrix (row: true class, column: predicted)", title_justify="left")
     table.add_column("class")
-    for label in range(num_classes):
-        table.add_column(str(label), justify="right")
+    for name in names:
+        table.add_column(name, justify="right")
     table.add_column("accuracy", justify="right")
     for label, (row, accuracy) in enumerate(zip(confusion, class_accuracies(confusion), strict=True)):
         cells = [f"[bold]{count}[/bold]" if column == label else str(count or "·") for column, count in enumerate(row)]
-        table.add_row(str(label), *cells, "-" if accuracy is None else f"{accuracy:.4f}")
+        table.add_row(names[label], *cells, "-" if accuracy is None else f"{accuracy:.4f}")
     make_console().print(table)
 
 
