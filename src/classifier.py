@@ -92,6 +92,11 @@ class ImageClassifier(pl.LightningModule):
         """Log the means over the epoch's batches as they were trained on."""
         self._log("train", self.train_counts)
 
+    def running_metrics(self) -> dict[str, Tensor]:
+        """Loss and accuracy of the epoch so far, of this process's batches, for the progress bar."""
+        loss_sum, confusion = self.train_counts.loss_sum, self.train_counts.confusion
+        return {"loss": loss_sum / confusion.sum(), "acc": confusion.trace() / confusion.sum()}
+
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Count the batch; its logits, (B, num_classes), are for callbacks."""
         return self._step(batch, self.val_counts)[1]

@@ -65,13 +65,12 @@ def _show(cfg: DictConfig) -> None:
 
     record = json.loads((Path(cfg.output_dir) / "metrics.json").read_text())
     rate, best = record["images_per_second"], record["best"]["checkpoint"]
-    unit = "images" if "train/images_per_second" in record["metrics"] else "samples"
     report.print_table(
         " and ".join(verb for verb, done in {"trained": cfg.train, "tested": cfg.test}.items() if done),
         {name: value for name, value in sorted(record["metrics"].items()) if not name.startswith(("train", "lr-"))}
         | ({"data": report.describe_data(record["data"])} if "num_images" in record["data"] else {})
         | {"time": f"{record['seconds']:.1f} s"}
-        | ({f"{unit}/s": f"{rate:.0f} (median epoch)"} if rate else {})
+        | ({"samples/s": f"{rate:.0f} (median epoch)"} if rate else {})
         | {"best": report.shown(best) if best else "no checkpoint was asked for"},
     )
     logs = shlex.quote(report.shown(f"{cfg.root_dir}/logs"))

@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import move_data_to_device
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch.utils.tensorboard import SummaryWriter
 
-from src.callbacks.pictures import find_writers
+from src.callbacks.pictures import find_loggers, find_writers
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Description(Callback):
         data = {
             name: value for name, value in (datamodule.state_dict() if datamodule else {}).items() if name != "loader"
         }
-        for writer in find_writers(trainer):
+        for writer in find_writers(find_loggers(trainer)):
             if record.is_file():
                 writer.add_text("config", _as_code(record.read_text()), trainer.global_step)
             if data:
@@ -53,7 +53,7 @@ class Description(Callback):
         charts = {"train and val": {val[4:]: ["Multiline", [train, val]] for train, val in pairs}}
         if hasattr(pl_module, "confusion"):
             charts["classes"] = {"acc of each": ["Multiline", [r"val_class_acc/.*"]]}
-        for writer in find_writers(trainer):
+        for writer in find_writers(find_loggers(trainer)):
             writer.add_custom_scalars(charts)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -42,6 +42,6 @@ class Divergence(Callback):
         if trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
             name, loss = next(iter(bad.items()), ("the loss of another process", "not finite"))
             raise DivergenceError(
-                f"{name} is {loss} in epoch {trainer.current_epoch}, by step {trainer.global_step}: "
+                f"{name} is {loss} in epoch {trainer.current_epoch + 1}, by step {trainer.global_step}: "
                 "try a lower optimizer.lr, or trainer.gradient_clip_val=1"
             )

@@ -6,11 +6,13 @@ import sys
 from contextlib import nullcontext, redirect_stderr
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pytorch_lightning import callbacks
 
-from src.callbacks.pictures import find_writers
+from src.callbacks.pictures import find_loggers, show
 from src.engine.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -21,7 +23,7 @@ class LearningRateFinder(callbacks.LearningRateFinder):
 
     It becomes the optimizer's rate and, if the schedule's ``max_lr`` is the same, its peak: the run then equals, to the
     bit, one that was given the rate. Lightning's own sets the rate and leaves the schedule as it is, which overwrites
-    it in the first step. A resumed run keeps its rate. TensorBoard shows the loss by rate.
+    it in the first step. A resumed run keeps its rate. A picture shows the loss by rate.
 
     Args:
         min_lr: The lowest rate, above 0.
@@ -66,7 +68,8 @@ class LearningRateFinder(callbacks.LearningRateFinder):
         trainer.strategy.setup_optimizers(trainer)
         for logger in trainer.loggers:
             logger.log_metrics({"lr_find/suggestion": rate}, step=0)
-        for writer in find_writers(trainer):
-            figure = Figure(layout="constrained")
-            self.optimal_lr.plot(suggest=True, ax=figure.add_subplot(title=f"suggestion: {rate:.3g}"))
-            writer.add_figure("lr_find", figure, 0)
+        figure = Figure(layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        self.optimal_lr.plot(suggest=True, ax=figure.add_subplot(title=f"suggestion: {rate:.3g}"))
+        canvas.draw()
+        show(find_loggers(trainer), "lr_find", np.asarray(canvas.buffer_rgba())[..., :3], 0)

@@ -1,12 +1,15 @@
-"""What the callbacks that draw have in common."""
+"""What the callbacks that draw have in common, and how a picture gets to any logger."""
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
+from numpy.typing import NDArray
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -16,9 +19,13 @@ from src.callbacks.layers import Layer, trace
 
 log = logging.getLogger(__name__)
 
+GROWTH = 1.1  # from one validation that is drawn to the next; the first twelve all are
+
 
 class Pictures(Callback):
-    """Draws something of each validation to TensorBoard. Subclasses implement ``look`` and ``draw``.
+    """Draws something of a validation for all loggers that take pictures. Subclasses implement ``look`` and ``draw``.
+
+    The first validations are drawn, and later ones ever more rarely: 66 of 2,000.
 
     They serve any LightningModule. What a picture needs is optional: without it the picture is not drawn, and the
     training is not disturbed.
@@ -35,11 +42,20 @@ class Pictures(Callback):
     """
 
     def __init__(self) -> None:
-        self.writers: list[SummaryWriter] = []
+        self.loggers: list[Logger] = []
         self.classes: Sequence[Any] = ()
         self.image: Tensor | None = None  # the first one of the validation, (1, C, H, W)
         self.seen: list[tuple[Tensor, ...]] = []  # what ``look`` keeps of the validation
+        self.num_validations = 0
         self._can_trace = True
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of validations so far, for a run that is resumed."""
+        return {"num_validations": self.num_validations}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue to count."""
+        self.num_validations = state_dict["num_validations"]
 
     def look(self, pl_module: pl.LightningModule, images: Tensor, labels: Tensor, logits: Tensor) -> None:
         """Keep in ``self.seen`` what you need of a batch.
@@ -51,12 +67,20 @@ class Pictures(Callback):
             logits: (B, num_classes).
         """
 
-    def draw(self, pl_module: pl.LightningModule, writer: SummaryWriter, step: int) -> None:
-        """Draw what was seen, or what the module has, at the step of the validation's metrics."""
+    def draw(self, pl_module: pl.LightningModule, step: int) -> None:
+        """Draw what was seen, or what the module has, at the step of the validation's metrics, for ``self.loggers``."""
+
+    def is_due(self, trainer: pl.Trainer) -> bool:
+        """Whether this validation is to be drawn."""
+        count = self.num_validations
+        is_next = count == 1 or math.floor(math.log(count, GROWTH)) > math.floor(math.log(count - 1, GROWTH))
+        return is_next or trainer.state.fn != TrainerFn.FITTING
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the last validation."""
-        self.writers, self.image, self.seen = find_writers(trainer), None, []
+        self.num_validations += not trainer.sanity_checking
+        self.image, self.seen = None, []
+        self.loggers = find_loggers(trainer) if self.num_validations and self.is_due(trainer) else []
         classes = getattr(getattr(trainer, "datamodule", None), "classes", None)
         self.classes = classes if isinstance(classes, list | tuple) else ()
 
@@ -71,7 +95,7 @@ class Pictures(Callback):
     ) -> None:
         """Look at a batch of images."""
         images = batch[0] if isinstance(batch, tuple | list) and batch else None
-        if not self.writers or dataloader_idx or not isinstance(images, Tensor) or images.dim() != 4:
+        if not self.loggers or dataloader_idx or not isinstance(images, Tensor) or images.dim() != 4:
             return
         self.image = images[:1] if self.image is None else self.image
         labels = batch[1] if len(batch) == 2 else None
@@ -83,8 +107,8 @@ class Pictures(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw."""
-        for writer in self.writers:
-            self.draw(pl_module, writer, find_step(trainer))
+        if self.loggers:
+            self.draw(pl_module, find_step(trainer))
         self.image, self.seen = None, []
 
     def name(self, label: int) -> str:
@@ -104,16 +128,36 @@ class Pictures(Callback):
             return []
 
 
-def find_writers(trainer: pl.Trainer) -> list[SummaryWriter]:
-    """The TensorBoard writers of the run's first process.
+def show(loggers: Iterable[Logger], name: str, picture: NDArray[np.uint8], step: int) -> None:
+    """Log a picture: to TensorBoard, and to each logger with ``log_image(key, images, step)``, as W&B's has it.
+
+    Args:
+        loggers: Those of a trainer; loggers that take no pictures are left out.
+        name: As of a metric, ``val/confusion``.
+        picture: Grey (H, W), or in colour, (H, W, 3).
+        step: As of the metrics beside it.
+    """
+    picture = np.stack([picture] * 3, axis=-1) if picture.ndim == 2 else picture
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(name, picture, step, dataformats="HWC")
+        elif callable(log_image := getattr(logger, "log_image", None)):
+            log_image(name, [picture], step)
+
+
+def find_loggers(trainer: pl.Trainer) -> list[Logger]:
+    """The loggers of the run's first process.
 
     There are none in the other processes and in the sanity check, nor if the model is divided among the processes: the
     first one has only a part of the weights, and would wait for the others forever.
     """
     is_divided = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
-    if trainer.sanity_checking or is_divided or not trainer.is_global_zero:
-        return []
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    return [] if trainer.sanity_checking or is_divided or not trainer.is_global_zero else trainer.loggers
+
+
+def find_writers(loggers: Iterable[Logger]) -> list[SummaryWriter]:
+    """The writers of those that are TensorBoard's, for what only TensorBoard shows."""
+    return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def find_step(trainer: pl.Trainer) -> int:

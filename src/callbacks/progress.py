@@ -1,86 +1,224 @@
 """What a run shows while it trains."""
 
 import logging
+import math
+import shutil
 import sys
 import time
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import ProgressBar, RichProgressBar
+from pytorch_lightning import callbacks
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
+from torchmetrics import Metric
 
-from src.callbacks.speed import RATES
+from src.callbacks.speed import RATE
 
 log = logging.getLogger(__name__)
 
+REDRAWN = 0.25  # seconds between two updates of the bar; one takes some 0.2 ms
+BAR, MAX_BAR = 8, 30  # columns of the bar
 
-def make_progress(refresh_rate: int = 50, ci: str | None = None) -> ProgressBar:
-    """A Rich progress bar on a terminal; elsewhere, and in CI, one plain line an epoch.
+
+class Progress(callbacks.ProgressBar):
+    """Logs a line an epoch with all metrics that were logged in it; on a terminal a bar stands below.
+
+    A run that ends by its steps has a line every tenth of them, too. The bar has the metrics of the step, or the loss
+    that the training step returned, then those of the last validation, as many as there is room for. A module may name
+    figures of the epoch so far, which then come first, by a method ``running_metrics`` that returns a dict of scalars;
+    it is called in the first process only.
 
     Args:
-        refresh_rate: Batches between two updates of the bar; an update costs a third of a millisecond.
-        ci: What the environment variable CI says; the terminals of CI, where it is set, get lines.
+        ci: What the environment variable CI says; the terminals of CI, where it is set, have no bar.
     """
-    if sys.stdout.isatty() and not ci:
-        return RichProgressBar(refresh_rate=refresh_rate, leave=True)
-    return EpochLines()
 
-
-class EpochLines(ProgressBar):
-    """Logs a line an epoch with all metrics that were logged in it, by a module or a callback, but for ``Speed``."""
-
-    def __init__(self) -> None:
+    def __init__(self, ci: str | None = None) -> None:
         super().__init__()
-        self._enabled = True
-        self._start = 0.0
-        self._ended: tuple[int, float] | None = None  # the epoch that has no line yet: its number and seconds
-        self._before: dict[str, Tensor] | None = None  # the metrics when the last line was logged
+        self._has_bar = sys.stderr.isatty() and not ci
+        self._is_enabled = True
+        self._start = self._drawn = 0.0  # when the epoch began, and when the bar was last drawn
+        self._length = 0  # of the bar on the terminal
+        self._first: tuple[float, float] | None = None  # when the first batch ended, and how much was done then
+        self._tenth = 0  # of the steps that have a line
+        self._ended: tuple[str, float] | None = None  # the epoch that has no line yet: its label and seconds
+        self._before: dict[str, Tensor] = {}  # the metrics when the last line was logged
 
     def disable(self) -> None:
         """Lightning calls this in all processes but the first."""
-        self._enabled = False
+        self._is_enabled = False
 
     def enable(self) -> None:
         """The opposite of disable."""
-        self._enabled = True
+        self._is_enabled = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock; a resumed run may start in the middle of an epoch."""
-        self._start = time.perf_counter()
-        self._before = None if trainer.fit_loop.is_resuming else {}
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: object) -> None:
-        """Of a resumed run, the metrics so far are those of earlier epochs."""
-        if self._before is None:
-            self._before = dict(trainer.callback_metrics)
+        self._start, self._first, self._tenth = time.perf_counter(), None, int(10 * find_place(trainer, 0)[2])
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the line of the epoch before, and start the clock."""
         self._log_line(trainer)
         self._start = time.perf_counter()
 
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw the bar if it is time."""
+        label, share, done = find_place(trainer, batch_idx + 1)
+        if label.startswith("step") and self._tenth < int(10 * done) < 10:
+            self._tenth = int(10 * done)
+            self._write(trainer, label, self._running(trainer, pl_module, outputs), time.perf_counter() - self._start)
+        now = time.perf_counter()
+        self._first = self._first or (now, done)
+        if self._is_due():
+            gain = done - self._first[1]
+            left = (now - self._first[0]) * (1 - done) / gain if gain > 0 else math.nan
+            self._draw(label, share, self._running(trainer, pl_module, outputs), left)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock; the module may still log metrics in its own hook, which comes after this one."""
-        self._ended = trainer.current_epoch + 1, time.perf_counter() - self._start
+        self._ended = find_place(trainer, 0)[0], time.perf_counter() - self._start
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the line of the last epoch."""
         self._log_line(trainer)
 
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Draw how far a validation is."""
+        if self._is_due():
+            self._draw("validation", (batch_idx + 1) / trainer.num_val_batches[dataloader_idx])
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Draw how far a test is."""
+        if self._is_due():
+            self._draw("test", (batch_idx + 1) / trainer.num_test_batches[dataloader_idx])
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Any) -> None:
+        """Remove the bar."""
+        if self._length:
+            sys.stderr.write(f"\r{' ' * self._length}\r")
+            sys.stderr.flush()
+        self._length = 0
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Remove the bar: the error gets a line of its own."""
+        self.teardown(trainer, pl_module, None)
+
     def _log_line(self, trainer: pl.Trainer) -> None:
-        if self._ended is None:
-            return
-        (number, seconds), self._ended = self._ended, None
-        before, self._before = self._before or {}, dict(trainer.callback_metrics)
-        # Lightning keeps the metrics of all epochs, and replaces those that are logged anew.
-        metrics = {name: float(value) for name, value in self._before.items() if value is not before.get(name)}
-        # One that is logged by step and epoch is there three times: loss, loss_step, loss_epoch.
+        if self._ended is not None:
+            (label, seconds), self._ended = self._ended, None
+            self._write(trainer, label, _shown(dict(sorted(self._fresh(trainer).items()))), seconds)
+
+    def _write(self, trainer: pl.Trainer, label: str, metrics: Iterable[str], seconds: float) -> None:
+        self._before = dict(trainer.callback_metrics)
+        if self._is_enabled:
+            self.teardown(trainer, trainer.lightning_module, None)
+            log.info("  ".join([label, *metrics, f"{seconds:.1f} s"]))
+
+    def _fresh(self, trainer: pl.Trainer) -> dict[str, Tensor]:
+        """The metrics that were logged since the last line.
+
+        Lightning keeps the metrics of all epochs, and replaces those that are logged anew. One that is logged by step
+        and epoch is there three times: loss, loss_step, loss_epoch.
+        """
+        metrics = {k: v for k, v in trainer.callback_metrics.items() if v is not self._before.get(k) and k != RATE}
         twice = {f"{name}_{suffix}" for name in metrics for suffix in ("step", "epoch")}
-        shown = [f"{name} {_show(metrics[name])}" for name in sorted(metrics.keys() - twice - set(RATES))]
-        total = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
-        if self._enabled:
-            log.info("  ".join([f"epoch {number}{total}", *shown, f"{seconds:.1f} s"]))
+        return {name: value for name, value in metrics.items() if name not in twice}
+
+    def _running(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any) -> list[str]:
+        """What the bar says of the model, the most telling first."""
+        own = getattr(pl_module, "running_metrics", None)
+        metrics: dict[str, Any] = own() if callable(own) else self._fresh(trainer)
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and not any("loss" in name for name in metrics):
+            metrics = {"loss": loss, **metrics}
+        return _shown({**metrics, **{name: value for name, value in self._before.items() if name.startswith("val")}})
+
+    def _is_due(self) -> bool:
+        return self._has_bar and self._is_enabled and time.perf_counter() - self._drawn >= REDRAWN
+
+    def _draw(self, label: str, share: float, metrics: Iterable[str] = (), left: float = math.nan) -> None:
+        """Write the bar over the last one, as wide as the terminal; the cursor stays at its end."""
+        text = draw_bar(label, share, metrics, left, shutil.get_terminal_size().columns - 1)
+        sys.stderr.write(f"\r{text.ljust(self._length)}")
+        sys.stderr.flush()
+        self._length, self._drawn = len(text), time.perf_counter()
 
 
-def _show(value: float) -> str:
-    """Four decimals, unless the value is too large or too small for them."""
-    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
+def find_place(trainer: pl.Trainer, num_batches: int) -> tuple[str, float, float]:
+    """Where a training stands after some batches of its epoch.
+
+    Returns:
+        What is counted, as ``epoch 3/10`` or, where steps end the run, ``step 500/5000``; how much of that is done, 0
+        to 1, and how much of the whole run. NaN: the end is not known.
+    """
+    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs or 0
+    batches = trainer.num_training_batches  # inf of a loader that does not know its length
+    if 0 < trainer.max_steps <= epochs * batches / trainer.accumulate_grad_batches:
+        share = trainer.global_step / trainer.max_steps
+        return f"step {trainer.global_step}/{trainer.max_steps}", share, share
+    share = num_batches / batches if 0 < batches < math.inf else math.nan
+    number = trainer.current_epoch + 1
+    if epochs == math.inf:
+        return f"epoch {number}", share, math.nan
+    return f"epoch {number}/{epochs}", share, (number - 1 + share) / max(epochs, 1)
+
+
+def draw_bar(label: str, share: float, metrics: Iterable[str], left: float, width: int) -> str:
+    """A line of ``width`` columns or fewer, in plain characters, as ``epoch 3/10  [###..]  loss 0.0812  0:21 left``.
+
+    Args:
+        label: What is counted.
+        share: How much of it is done, 0 to 1; NaN: not known, without a bar.
+        metrics: Name and value each, the most important first; those that find no room are left out.
+        left: Seconds; NaN: not known.
+        width: Columns.
+    """
+    parts = [label] if math.isnan(share) else [label, "[" + "." * BAR + "]"]
+    minutes, seconds = divmod(0 if math.isnan(left) else round(left), 60)
+    clock = f"{minutes // 60}:{minutes % 60:02}" if minutes >= 60 else f"{minutes}"
+    end = [] if math.isnan(left) else [f"{clock}:{seconds:02} left"]
+    for metric in metrics:
+        if len("  ".join([*parts, metric, *end])) <= width:
+            parts.append(metric)
+    if not math.isnan(share):
+        num = min(MAX_BAR, BAR + width - len("  ".join([*parts, *end])))
+        parts[1] = f"[{'#' * int(num * min(share, 1))}".ljust(num + 1, ".") + "]"
+    return "  ".join([*parts, *end])[:width]
+
+
+def _shown(metrics: Mapping[str, Any]) -> list[str]:
+    """Names and values: four decimals, unless a value is too large or too small for them."""
+    values = {name: float(value) for name, value in metrics.items()}
+    return [f"{k} {v:.4f}" if v == 0 or 1e-3 <= abs(v) < 1e4 else f"{k} {v:.4g}" for k, v in values.items()]
+
+
+class Summary(callbacks.ModelSummary):
+    """A table of the model's parts; metrics, which have no weights, are left out."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print it."""
+        self._metrics = {name for name, part in pl_module.named_modules() if isinstance(part, Metric)}
+        super().on_fit_start(trainer, pl_module)
+
+    def summarize(  # type: ignore[override]
+        self, summary_data: list[tuple[str, list[str]]], total_parameters: int, trainable_parameters: int, *_: Any,
+        **__: Any,
+    ) -> None:  # fmt: skip
+        """Print the parts' names, classes, parameters and outputs."""
+        columns = {name: cells for name, cells in summary_data if name in ("Name", "Type", "Params", "Out sizes")}
+        title = f"{total_parameters:,} parameters, {trainable_parameters:,} of them trained"
+        table = Table(*columns, title=title, title_justify="left")
+        for name, *cells in zip(*columns.values(), strict=True):
+            if name not in self._metrics:
+                table.add_row(name, *(cell.replace("[", r"\[") for cell in cells))
+        Console().print(table)

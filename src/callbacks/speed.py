@@ -1,4 +1,4 @@
-"""How fast the training is."""
+"""How fast the training is, and at which learning rate."""
 
 import time
 from collections.abc import Mapping
@@ -8,12 +8,35 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
+from torch.optim import Optimizer
 
-IMAGES, SAMPLES = RATES = ("train/images_per_second", "train/samples_per_second")
+RATE = "train/samples_per_second"
+
+
+class LearningRate(Callback):
+    """Logs ``train/lr`` every ``trainer.log_every_n_steps`` steps, of all optimizers and their groups.
+
+    The second one is ``train/lr_2``, and so on.
+    """
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Log the rates of this step's optimizer."""
+        step = logged_step(trainer)
+        if step is None:
+            return
+        groups = [group for each in trainer.optimizers for group in each.param_groups]
+        names = {
+            id(group): f"train/lr_{number}" if number > 1 else "train/lr" for number, group in enumerate(groups, 1)
+        }
+        rates = {names[id(group)]: float(group["lr"]) for group in optimizer.param_groups if "lr" in group}
+        for logger in trainer.loggers:
+            logger.log_metrics(rates, step)
 
 
 class Speed(Callback):
-    """Logs the images, or other samples, that an epoch trained on, by the seconds of its training batches.
+    """Logs the samples that an epoch trained on, by the seconds of its training batches.
 
     The seconds have no validation in them, wherever in the epoch it comes. An epoch that ends early has the rate up to
     its end. Where the size of the batches is unknown, nothing is logged.
@@ -21,7 +44,6 @@ class Speed(Callback):
 
     def __init__(self) -> None:
         self.rates: list[float] = []  # of the epochs so far
-        self._name = SAMPLES
         self._read = 0.0  # when the clock was last read
         self._seconds = 0.0
         self._samples = 0
@@ -46,8 +68,7 @@ class Speed(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch's samples and seconds."""
-        size, self._name = measure(batch)
-        self._samples += size
+        self._samples += measure(batch)
         self._read_clock(pl_module, trainer.is_last_batch or trainer.global_step == trainer.max_steps)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -62,7 +83,7 @@ class Speed(Callback):
         """Log the rate; there is none if the epoch had no batch."""
         if self._samples:
             self.rates.append(trainer.world_size * self._samples / self._seconds)
-            pl_module.log(self._name, self.rates[-1], sync_dist=True, batch_size=1)
+            pl_module.log(RATE, self.rates[-1], sync_dist=True, batch_size=1)
 
     def _read_clock(self, pl_module: pl.LightningModule, is_exact: bool) -> None:
         if is_exact and pl_module.device.type == "cuda":
@@ -72,18 +93,22 @@ class Speed(Callback):
         self._read = now
 
 
-def measure(batch: Any) -> tuple[int, str]:
-    """The number of samples of a batch of any kind, 0 if unknown, and the name of their rate.
+def measure(batch: Any) -> int:
+    """The number of samples of a batch of any kind, 0 if unknown: the length of its first tensor.
 
-    It is the length of the first tensor. Images are (B, C, H, W), or bytes (B, H, W). A batch of graphs has their
-    number in ``num_graphs``.
+    A batch of graphs has their number in ``num_graphs``.
     """
     if isinstance(batch, Tensor):
-        is_images = batch.dim() == 4 or (batch.dim() == 3 and batch.dtype == torch.uint8)
-        return (len(batch) if batch.dim() else 0), IMAGES if is_images else SAMPLES
+        return len(batch) if batch.dim() else 0
     if isinstance(num_graphs := getattr(batch, "num_graphs", None), int):
-        return num_graphs, SAMPLES
-    for part in batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ():
-        if (measured := measure(part))[0]:
-            return measured
-    return 0, SAMPLES
+        return num_graphs
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return next(filter(None, map(measure, parts)), 0)
+
+
+def logged_step(trainer: pl.Trainer) -> int | None:
+    """The step that an optimizer is about to take, as Lightning counts it, if training logs at it."""
+    is_automatic = trainer.lightning_module.automatic_optimization  # else several optimizers may step in a batch
+    step = trainer.global_step if is_automatic else trainer.fit_loop.epoch_loop.total_batch_idx
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return step if every and (step + 1) % every == 0 else None

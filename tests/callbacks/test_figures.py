@@ -2,29 +2,28 @@
 
 import csv
 import io
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pytorch_lightning import Trainer
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.trainer.states import TrainerFn
 from sklearn.metrics import confusion_matrix, recall_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.util.tensor_util import make_ndarray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from src.callbacks.confusion import Confusion, draw_confusion
-from src.callbacks.embedding import Embedding
-from src.callbacks.feature_maps import FeatureMaps
-from src.callbacks.hardest import HardestImages
+from src.callbacks.figures import Confusion, Embedding, FeatureMaps, HardestImages, Weights, draw_confusion
 from src.callbacks.layers import Layer, draw_layers, trace
-from src.callbacks.precision_recall import PrecisionRecall
-from src.callbacks.weights import Weights
-from tests.callbacks.tasks import NUM_CLASSES, Classifier, make_images, make_trainer, read
+from tests.callbacks.tasks import NUM_CLASSES, Classifier, Plain, make_images, make_trainer, read
 
 pytestmark = pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
 
@@ -49,7 +48,7 @@ class Run(NamedTuple):
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Two epochs of ten steps, with a sanity check before, and validation in batches of unequal size."""
     folder = tmp_path_factory.mktemp("run")
-    callbacks = [Confusion(), HardestImages(), FeatureMaps(), PrecisionRecall(), Weights(), Embedding(50)]
+    callbacks = [Confusion(), HardestImages(), FeatureMaps(), Weights(), Embedding(50)]
     validation = make_images(103, drawn_by=1)
     module = Classifier()
     make_trainer(folder, callbacks, max_epochs=2, num_sanity_val_steps=1, log_every_n_steps=5).fit(
@@ -72,8 +71,7 @@ def test_all_is_written_at_the_steps_of_the_validation_metrics(run: Run) -> None
         assert [event.step for event in run.events.Histograms(tag)] == steps
     for label in range(NUM_CLASSES):
         assert [event.step for event in run.events.Scalars(f"val_class_acc/{label}")] == steps
-        assert [event.step for event in run.events.Tensors(f"pr/{label}")] == steps
-    assert [event.step for event in run.events.Scalars("train/grad_norm")] == [4, 9, 14, 19]
+    assert [event.step for event in run.events.Scalars("weights/grad_norm")] == [4, 9, 14, 19]
 
 
 def test_the_confusion_matrix_is_sklearns(run: Run) -> None:
@@ -157,17 +155,6 @@ def test_feature_maps_and_filters_are_those_of_the_first_image(run: Run) -> None
     assert first != last
 
 
-def test_precision_and_recall_are_those_at_each_threshold(run: Run) -> None:
-    for label in range(NUM_CLASSES):
-        curve = make_ndarray(run.events.Tensors(f"pr/{label}")[-1].tensor_proto)  # (6, 127)
-        positive, scores = run.labels == label, run.probabilities[:, label]
-        for index in (0, 1, 40, 63, 100, 126):
-            taken = np.floor(scores * 126) >= index
-            hits = (taken & positive).sum()
-            assert curve[4, index] == pytest.approx(hits / max(taken.sum(), 1), abs=0.02)
-            assert curve[5, index] == pytest.approx(hits / positive.sum(), abs=0.02)
-
-
 def test_histograms_hold_the_weights(run: Run) -> None:
     for name, parameter in run.module.named_parameters():
         histogram = run.events.Histograms(f"weights/{name}")[-1].histogram_value
@@ -180,18 +167,23 @@ def test_histograms_hold_the_weights(run: Run) -> None:
 def test_the_projector_has_the_last_hidden_layer_and_what_the_images_were_taken_for(run: Run) -> None:
     (folder,) = run.folder.glob("*/last_hidden_layer")
     assert int(folder.parent.name) == run.events.Scalars("val/acc")[-1].step
+    # Its share of each batch of 30, spread over the batch.
+    batches = ((0, 30, 13), (30, 30, 12), (60, 30, 13), (90, 13, 12))
+    chosen = np.concatenate([first + np.linspace(0, size - 1, num).astype(int) for first, size, num in batches])
     with torch.no_grad():
-        expected = run.module.net[:-1](run.images[:50])  # type: ignore[index]
+        expected = run.module.net[:-1](run.images[chosen])  # type: ignore[index]
     np.testing.assert_allclose(np.loadtxt(folder / "tensors.tsv"), expected.numpy(), atol=1e-4)
     with (folder / "metadata.tsv").open() as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
-    assert [int(row["label"]) for row in rows] == run.labels[:50].tolist()
-    assert [int(row["taken for"]) for row in rows] == run.probabilities[:50].argmax(axis=1).tolist()
-    sprite = np.asarray(Image.open(folder / "sprite.png"))[..., 0].astype(float)
+    assert [int(row["label"]) for row in rows] == run.labels[chosen].tolist()
+    assert [int(row["taken for"]) for row in rows] == run.probabilities[chosen].argmax(axis=1).tolist()
+    sprite = np.asarray(Image.open(folder / "sprite.png")).astype(float)
     for index in (0, 7, 8, 49):  # 8 a row
         tile = sprite[index // 8 * 24 :, index % 8 * 24 :][:24, :24]
-        large = np.asarray(Image.fromarray(run.images[index, 0].numpy()).resize((24, 24), Image.Resampling.BILINEAR))
-        assert np.abs(tile - (large - large.min()) / np.ptp(large) * 255).max() <= 3
+        image = run.images[chosen[index], 0].numpy()
+        large = np.asarray(Image.fromarray(image).resize((24, 24), Image.Resampling.BILINEAR))
+        tint = np.array(matplotlib.colormaps["tab10"].colors[run.labels[chosen[index]]])  # type: ignore[attr-defined]
+        assert np.abs(tile - ((large - large.min()) / np.ptp(large))[..., None] * tint * 255).max() <= 3
     assert str(folder.relative_to(run.folder)) in (run.folder / "projector_config.pbtxt").read_text()
 
 
@@ -211,5 +203,49 @@ def test_the_gradients_norm_is_that_of_the_step_they_cause(tmp_path: Path) -> No
     loader = DataLoader(make_images(10, drawn_by=0), 10)
     make_trainer(tmp_path, [Weights()]).fit(module, loader, loader)
     change = torch.cat([(old - new).flatten() for old, new in zip(before, module.parameters(), strict=True)])
-    (event,) = read(tmp_path).Scalars("train/grad_norm")
+    (event,) = read(tmp_path).Scalars("weights/grad_norm")
     assert event.value == pytest.approx(change.norm().item() / 0.1, rel=1e-4)
+
+
+def test_a_thousand_classes_cost_no_more_than_ten(tmp_path: Path) -> None:
+    """What a validation of 50,000 images, of which a fifth are mistaken, adds to the events."""
+    rng, sizes = np.random.default_rng(0), []
+    for num_classes in (10, 1000):
+        labels = rng.integers(num_classes, size=50_000)
+        guesses = np.where(rng.random(50_000) < 0.2, rng.integers(num_classes, size=50_000), labels)
+        module, callback, folder = Plain(), Confusion(), tmp_path / str(num_classes)
+        module.confusion = torch.from_numpy(confusion_matrix(labels, guesses, labels=range(num_classes)))
+        logger = TensorBoardLogger(str(folder), name="", version="")
+        callback.loggers = [logger]
+        callback.draw(module, 1)
+        logger.experiment.flush()
+        sizes.append(sum(path.stat().st_size for path in folder.glob("events.*")))
+    assert sizes[1] <= sizes[0]
+
+
+def test_two_thousand_validations_draw_66_pictures_and_the_last_is_never_old() -> None:
+    callback, trainer = Confusion(), Trainer(logger=False, enable_checkpointing=False)
+    trainer.state.fn = TrainerFn.FITTING
+    drawn = []
+    for callback.num_validations in range(1, 2001):
+        if callback.is_due(trainer):
+            drawn.append(callback.num_validations)
+    assert drawn[:13] == [*range(1, 13), 14]
+    assert len(drawn) < 70
+    assert max(after / before for before, after in pairwise(drawn[11:])) < 1.2
+
+
+def test_2000_epochs_of_events_stay_below_30_megabytes(tmp_path: Path) -> None:
+    """A run of a few epochs tells what an epoch with pictures adds, and one without."""
+    sizes = []
+    for num_before in (0, 1010):  # of which none of the next is drawn
+        callbacks = [Confusion(), HardestImages(), FeatureMaps(), Weights()]
+        for callback in callbacks:
+            callback.num_validations = num_before
+        train, validation = (DataLoader(make_images(num, drawn_by=num), 8) for num in (80, 26))
+        folder = tmp_path / str(num_before)
+        make_trainer(folder, callbacks, max_epochs=4).fit(Classifier(), train, validation)
+        sizes.append(sum(path.stat().st_size for path in folder.glob("events.*")) / 4)
+    with_pictures, without = sizes
+    assert without < 2000 < with_pictures
+    assert 70 * with_pictures + 2000 * without < 30e6

@@ -15,26 +15,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from src.callbacks.confusion import Confusion
-from src.callbacks.embedding import Embedding
-from src.callbacks.feature_maps import FeatureMaps
-from src.callbacks.hardest import HardestImages
-from src.callbacks.pictures import find_writers
-from src.callbacks.precision_recall import PrecisionRecall
+from src.callbacks.figures import Confusion, Embedding, FeatureMaps, HardestImages, Weights
+from src.callbacks.pictures import find_loggers
 from src.callbacks.speed import Speed
-from src.callbacks.weights import Weights
 from tests.callbacks.tasks import NUM_CLASSES, Classifier, Plain, make_images, make_trainer, read
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The '.*_dataloader' does not have many workers", "ignore:.*`training_step` returned `None`"
 )
 
-CLASSES = {f"pr/{label}" for label in range(NUM_CLASSES)}
 CONFUSION, HARDEST, NET = {"val/confusion"}, {"val/hardest_images"}, {"net/feature_maps", "net/filters"}
 
 
 def figures() -> list[pl.Callback]:
-    return [Confusion(), HardestImages(4), FeatureMaps(), PrecisionRecall(), Weights(), Embedding(10), Speed()]
+    return [Confusion(), HardestImages(4), FeatureMaps(), Weights(), Embedding(10), Speed()]
 
 
 def fit(folder: Path, module: pl.LightningModule, collate: Callable[..., Any] | None = None) -> dict[str, Any]:
@@ -82,7 +76,7 @@ def test_a_module_that_says_nothing_is_left_alone(tmp_path: Path) -> None:
     assert tags["images"] == []
     assert tags["tensors"] == []
     assert set(tags["histograms"]) == {"weights/layer.weight", "weights/layer.bias"}
-    assert {"train/grad_norm", "train/images_per_second"} <= set(tags["scalars"])
+    assert {"weights/grad_norm", "train/samples_per_second"} <= set(tags["scalars"])
 
 
 class SaysLoss(Classifier):
@@ -161,8 +155,8 @@ def test_a_users_own_module_trains_whatever_it_returns(
 ) -> None:
     tags = fit(tmp_path, kind(), collate)
     assert set(tags["images"]) == pictures
-    assert set(tags["tensors"]) == (CLASSES if pictures >= HARDEST else set())
-    assert "train/images_per_second" in tags["scalars"]
+    assert tags["tensors"] == []
+    assert "train/samples_per_second" in tags["scalars"]
     assert len(projector(tmp_path)) == (kind is HasMetric)
 
 
@@ -201,9 +195,6 @@ def test_of_several_validation_loaders_the_first_is_drawn(tmp_path: Path) -> Non
     for tag in HARDEST | NET:
         images = [read(tmp_path / name).Images(tag)[0].encoded_image_string for name in ("alone", "both")]
         assert images[0] == images[1], tag
-    for tag in CLASSES:
-        curves = [read(tmp_path / name).Tensors(tag)[0].tensor_proto for name in ("alone", "both")]
-        assert curves[0] == curves[1], tag
 
 
 class TwoOptimizers(Classifier):
@@ -244,8 +235,10 @@ def test_pictures_are_at_the_step_of_the_scalars(
     events = read(tmp_path)
     steps = [event.step for event in events.Scalars("val/acc")]
     assert len(set(steps)) > 2
-    assert [event.step for event in events.Images("val/confusion")] == steps
-    logged = {event.step for event in events.Scalars("train/grad_norm")}
+    drawn = [event.step for event in events.Images("val/confusion")]
+    assert set(drawn) <= set(steps)
+    assert (drawn[:12], drawn[-1]) == (steps[:12], steps[-1])  # later ones are drawn more rarely
+    logged = {event.step for event in events.Scalars("weights/grad_norm")}
     assert logged == set(range(max(steps)))
 
 
@@ -271,12 +264,12 @@ def test_nothing_is_drawn_where_the_first_process_would_wait_or_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = pl.Trainer(accelerator="cpu", logger=TensorBoardLogger(str(tmp_path)), enable_checkpointing=False)
-    assert len(find_writers(trainer)) == 1
+    assert len(find_loggers(trainer)) == 1
     trainer.sanity_checking = True
-    assert find_writers(trainer) == []
+    assert find_loggers(trainer) == []
     trainer.sanity_checking = False
     monkeypatch.setattr(type(trainer), "is_global_zero", False)
-    assert find_writers(trainer) == []
+    assert find_loggers(trainer) == []
     monkeypatch.undo()
     monkeypatch.setattr(type(trainer), "strategy", FSDPStrategy())
-    assert find_writers(trainer) == []
+    assert find_loggers(trainer) == []

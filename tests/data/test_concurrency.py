@@ -32,7 +32,7 @@ def read_result(folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     for key in ("seconds", "images_per_second", "git_commit", "arguments"):
         del record[key]
-    del record["best"]["checkpoint"], record["data"]["source"], record["metrics"]["train/images_per_second"]
+    del record["best"]["checkpoint"], record["data"]["source"], record["metrics"]["train/samples_per_second"]
     return record
 
 

@@ -362,10 +362,24 @@ def _check(cfg: DictConfig, hydra: Any) -> None:
         check_checkpoint(cfg.ckpt_path)
     elif "seed" not in cfg:  # all commands but training take one
         newest_checkpoint(Path(cfg.root_dir) / "logs")
+    if "trainer" in cfg and hydra.mode == RunMode.RUN and SWEEP_PARENT not in os.environ and not get_name():
+        print(describe_place(cfg), flush=True)  # the next seconds bring nothing to see
     load_libraries()
     check_values(cfg)
     recall(_memory(cfg))
     _admit(cfg, hydra)
+
+
+def describe_place(cfg: DictConfig) -> str:
+    """Where a training writes and what it computes on, as far as that is known without torch."""
+    from src.engine.runs.report import shown  # here: most configs that are rejected need no tables
+
+    device = str(cfg.trainer.get("accelerator", "auto"))
+    if device == "auto" and sys.platform == "linux" and not Path("/dev/nvidiactl").exists():
+        device = "cpu"
+    if device == "cpu":
+        device += f", {os.environ.get('OMP_NUM_THREADS') or len(os.sched_getaffinity(0))} threads"
+    return f"run {shown(cfg.output_dir)} · {device} · loading torch"
 
 
 def _admit(cfg: Any, hydra: Any) -> None:

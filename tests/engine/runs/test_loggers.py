@@ -149,11 +149,11 @@ def whole(root: Path) -> Path:
 def test_every_tracker_has_the_same_curves(root: Path, whole: Path) -> None:
     expected = csv_curves(whole)
     shown = {name: points for name, points in tensorboard_curves(whole).items() if name in expected}  # it has more
-    assert {"train/loss", "train/acc", "val/loss", "val/acc", "test/acc", "lr-Adam"} <= expected.keys()
+    assert {"train/loss", "train/acc", "val/loss", "val/acc", "test/acc", "train/lr"} <= expected.keys()
     (wandb_file,) = wandb_files(whole)
     for curves in (expected, shown, mlflow_curves(root, "whole"), wandb_curves(wandb_file)):
         assert curves.keys() == expected.keys()
-        assert [step for step, _ in curves["lr-Adam"]] == list(range(2 * STEPS))
+        assert [step for step, _ in curves["train/lr"]] == list(range(2 * STEPS))
         for name, points in expected.items():
             assert dict(curves[name]) == pytest.approx(dict(points)), name  # W&B has a row a step: "epoch" comes twice
 
@@ -197,17 +197,17 @@ def test_a_killed_run_goes_on_without_logging_a_step_twice(root: Path, whole: Pa
     result = train(root, *SHORT, *ALL, kill, "callbacks.last.every_n_steps=5", f"hydra.run.dir={folder}")
     assert result.returncode == -signal.SIGKILL
     assert mlflow_runs(root)["killed"].info.status == "RUNNING"
-    assert mlflow_curves(root, "killed")["lr-Adam"][-1][0] > STEPS + 5  # more than the checkpoint has
+    assert mlflow_curves(root, "killed")["train/lr"][-1][0] > STEPS + 5  # more than the checkpoint has
     result = train(root, f"resume={folder}", "callbacks.kill=null")
     assert result.returncode == 0, result.stderr
     assert mlflow_runs(root)["killed"].info.status == "FINISHED"
-    clocks: Curves = {"train/images_per_second": []}
+    clocks: Curves = {"train/samples_per_second": []}
     assert mlflow_curves(root, "killed") | clocks == mlflow_curves(root, "whole") | clocks
     assert csv_curves(folder) | clocks == csv_curves(whole) | clocks
     one, other = ids(folder)
     assert one == other  # W&B itself leaves out the steps that it has by then, when it is told of the second file
     second = wandb_curves(wandb_files(folder)[1])
-    assert second["lr-Adam"] == wandb_curves(wandb_files(whole)[0])["lr-Adam"][STEPS + 5 :]
+    assert second["train/lr"] == wandb_curves(wandb_files(whole)[0])["train/lr"][STEPS + 5 :]
 
 
 @trackers
