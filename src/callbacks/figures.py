@@ -204,7 +204,7 @@ def draw_confusion(confusion: Tensor, names: Sequence[str] | None = None) -> NDA
     full = torch.where(is_right, torch.tensor(RIGHT), torch.tensor(WRONG))
     inks = strength * (255 - full)
     if num_classes > MAX_NUMBERED:  # as large a file as that of ten; the strongest of those that share a pixel
-        inks, cell = F.adaptive_max_pool2d(inks.permute(2, 0, 1), 6 * CELL).permute(1, 2, 0), 1
+        inks, cell = F.adaptive_max_pool2d(inks.permute(2, 0, 1), 5 * CELL).permute(1, 2, 0), 1
     else:
         cell = CELL
     cells = (255 - inks).byte().numpy().repeat(cell, axis=0).repeat(cell, axis=1)

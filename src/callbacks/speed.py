@@ -16,7 +16,7 @@ RATE = "train/samples_per_second"
 class LearningRate(Callback):
     """Logs ``train/lr`` every ``trainer.log_every_n_steps`` steps, of all optimizers and their groups.
 
-    The second one is ``train/lr_2``, and so on.
+    A group with a ``name`` has it in its place, ``train/lr/<name>``; of others the second is ``train/lr_2``, and so on.
     """
 
     def on_before_optimizer_step(
@@ -27,9 +27,8 @@ class LearningRate(Callback):
         if step is None:
             return
         groups = [group for each in trainer.optimizers for group in each.param_groups]
-        names = {
-            id(group): f"train/lr_{number}" if number > 1 else "train/lr" for number, group in enumerate(groups, 1)
-        }
+        names = {id(group): f"train/lr{f'_{number}' * (number > 1)}" for number, group in enumerate(groups, 1)}
+        names |= {id(group): f"train/lr/{group['name']}" for group in groups if "name" in group}
         rates = {names[id(group)]: float(group["lr"]) for group in optimizer.param_groups if "lr" in group}
         for logger in trainer.loggers:
             logger.log_metrics(rates, step)

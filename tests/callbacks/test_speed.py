@@ -10,8 +10,8 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from src.callbacks.speed import RATE, Speed, measure
-from tests.callbacks.tasks import Classifier, make_images, make_trainer
+from src.callbacks.speed import RATE, LearningRate, Speed, measure
+from tests.callbacks.tasks import Classifier, make_images, make_trainer, read
 
 pytestmark = pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
 
@@ -105,3 +105,24 @@ class Skipping(Classifier):
 def test_an_epoch_without_a_batch_has_no_speed(tmp_path: Path) -> None:
     speed, logged = fit(tmp_path, Skipping())
     assert (speed.rates, logged) == ([], None)
+
+
+class Scheduled(Classifier):
+    """Two optimizers' worth of groups, one with a name, and a schedule that halves all rates by the step."""
+
+    def configure_optimizers(self) -> Any:
+        weight, *rest = self.parameters()
+        groups: list[Any] = [{"params": [weight], "lr": 0.1}, {"params": rest[:1], "lr": 0.2}]
+        optimizer = torch.optim.SGD([*groups, {"params": rest[1:], "lr": 0.4, "name": "rest"}])
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def test_the_rates_of_all_groups_are_logged_as_they_step(tmp_path: Path) -> None:
+    loader = DataLoader(make_images(48, drawn_by=0), 8)
+    arguments: dict[str, Any] = {"log_every_n_steps": 2, "limit_val_batches": 0, "accumulate_grad_batches": 1}
+    make_trainer(tmp_path, [LearningRate()], **arguments).fit(Scheduled(), loader, loader)
+    events = read(tmp_path)
+    for name, first in {"train/lr": 0.1, "train/lr_2": 0.2, "train/lr/rest": 0.4}.items():
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert found == [(step, pytest.approx(first / 2**step)) for step in (1, 3, 5)]
