@@ -44,7 +44,7 @@ class Progress(callbacks.ProgressBar):
         self._first: tuple[float, float] | None = None  # when the first batch ended, and how much was done then
         self._tenth = 0  # of the steps that have a line
         self._ended: tuple[str, float] | None = None  # the epoch that has no line yet: its label and seconds
-        self._before: dict[str, Tensor] = {}  # the metrics when the last line was logged
+        self._before: dict[str, Tensor] | None = None  # the metrics when the last line was logged
 
     def disable(self) -> None:
         """Lightning calls this in all processes but the first."""
@@ -56,7 +56,14 @@ class Progress(callbacks.ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock; a resumed run may start in the middle of an epoch."""
-        self._start, self._first, self._tenth = time.perf_counter(), None, int(10 * find_place(trainer, 0)[2])
+        done = find_place(trainer, 0)[2]
+        self._start, self._first, self._tenth = time.perf_counter(), None, 0 if math.isnan(done) else int(10 * done)
+        self._before = None if trainer.fit_loop.is_resuming else {}
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: object) -> None:
+        """Of a resumed run, the metrics so far are those of earlier epochs."""
+        if self._before is None:
+            self._before = dict(trainer.callback_metrics)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the line of the epoch before, and start the clock."""
@@ -130,7 +137,8 @@ class Progress(callbacks.ProgressBar):
         Lightning keeps the metrics of all epochs, and replaces those that are logged anew. One that is logged by step
         and epoch is there three times: loss, loss_step, loss_epoch.
         """
-        metrics = {k: v for k, v in trainer.callback_metrics.items() if v is not self._before.get(k) and k != RATE}
+        before = self._before or {}
+        metrics = {k: v for k, v in trainer.callback_metrics.items() if v is not before.get(k) and k != RATE}
         twice = {f"{name}_{suffix}" for name in metrics for suffix in ("step", "epoch")}
         return {name: value for name, value in metrics.items() if name not in twice}
 
@@ -141,7 +149,8 @@ class Progress(callbacks.ProgressBar):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and not any("loss" in name for name in metrics):
             metrics = {"loss": loss, **metrics}
-        return _shown({**metrics, **{name: value for name, value in self._before.items() if name.startswith("val")}})
+        last = {name: value for name, value in (self._before or {}).items() if name.startswith("val")}
+        return _shown({**metrics, **last})
 
     def _is_due(self) -> bool:
         return self._has_bar and self._is_enabled and time.perf_counter() - self._drawn >= REDRAWN

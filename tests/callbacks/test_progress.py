@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Callback
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import Accuracy
 
 from src.callbacks import progress
 from src.callbacks.progress import Progress, Summary, draw_bar
 from src.callbacks.speed import Speed
+from src.data.loader import BatchLoader
+from src.engine.runs.last_checkpoint import LastCheckpoint
 from tests.callbacks.tasks import Plain, make_images, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
@@ -96,6 +99,36 @@ def test_a_run_by_steps_on_data_without_a_length_has_a_line_every_tenth(
         trainer.fit(Plain(), DataLoader(Endless(), 8), DataLoader(make_images(8, drawn_by=1), 8))
     found = [record.getMessage().partition("  ")[0] for record in caplog.records if record.name.startswith("src.")]
     assert found == [f"step {step}/40" for step in range(4, 41, 4)]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_the_line_of_a_resumed_epoch_lacks_what_an_earlier_one_has_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stop(Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+            if trainer.global_step == 4:
+                raise KeyError
+
+    def fit(*callbacks: Callback, **arguments: Any) -> None:
+        images, labels = make_images(24, drawn_by=0).tensors
+        loader = BatchLoader(images, labels, 8)
+        last = LastCheckpoint(str(tmp_path), every_n_steps=1)
+        trainer = make_trainer(
+            tmp_path,
+            [Progress(), last, *callbacks],
+            max_epochs=2,
+            enable_progress_bar=True,
+            enable_checkpointing=True,
+        )
+        trainer.fit(Talker(), loader, loader, **arguments)
+
+    with pytest.raises(KeyError):
+        fit(Stop())
+    with caplog.at_level(logging.INFO, logger="src"):
+        fit(ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    (line,) = (record.getMessage() for record in caplog.records if record.name == "src.callbacks.progress")
+    assert line.startswith("epoch 2/2  train/acc 1.2500  train_loss 1.5000  val/acc 1.0000  val_loss 1.235e+05  ")
 
 
 def test_an_epoch_without_metrics_has_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -378,7 +378,8 @@ def describe_place(cfg: DictConfig) -> str:
     if device == "auto" and sys.platform == "linux" and not Path("/dev/nvidiactl").exists():
         device = "cpu"
     if device == "cpu":
-        device += f", {os.environ.get('OMP_NUM_THREADS') or len(os.sched_getaffinity(0))} threads"
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        device += f", {os.environ.get('OMP_NUM_THREADS') or cores} threads"
     return f"run {shown(cfg.output_dir)} · {device} · loading torch"
 
 
