@@ -46,7 +46,9 @@ class Confusion(Pictures):
         names = [self.name(label) for label in range(len(confusion))]
         show(self.loggers, "val/confusion", draw_confusion(confusion, names), step)
         accuracies = (confusion.diag() / confusion.sum(dim=1)).tolist() if len(confusion) <= MAX_CURVES else []
-        curves = {f"val_class_acc/{names[label]}": share for label, share in enumerate(accuracies) if not math.isnan(share)}
+        curves = {
+            f"val_class_acc/{names[label]}": share for label, share in enumerate(accuracies) if not math.isnan(share)
+        }
         for logger in self.loggers if curves else []:
             logger.log_metrics(curves, step)
 
