@@ -1,9 +1,11 @@
 import pytest
 import pytorch_lightning as pl
 import torch
-from sklearn.metrics import accuracy_score, confusion_matrix, log_loss
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, roc_auc_score
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import AUROC, F1Score
+from torchvision.transforms.v2 import MixUp
 
 from src.classifier import Counts, ImageClassifier
 
@@ -91,3 +93,38 @@ def test_counts_are_sums_that_several_processes_can_add_up() -> None:
     assert torch.equal(parts[0].confusion + parts[1].confusion, confusion)
     torch.testing.assert_close((parts[0].loss_sum + parts[1].loss_sum) / 50, loss)
     assert accuracy.item() == pytest.approx(accuracy_score(LABELS, logits.argmax(dim=1)))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_further_metrics_are_those_of_sklearn_in_each_split() -> None:
+    metrics = {
+        "f1": F1Score(task="multiclass", num_classes=3, average="macro"),
+        "auroc": AUROC(task="multiclass", num_classes=3),
+    }
+    module = _classifier(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0), metrics=metrics)
+    trainer = pl.Trainer(max_epochs=2, log_every_n_steps=1, **QUIET)  # type: ignore[arg-type]
+    trainer.fit(module, LOADER, LOADER)
+    logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    (tested,) = trainer.test(module, LOADER, verbose=False)
+    with torch.no_grad():
+        probabilities = module(IMAGES).softmax(dim=1).numpy()
+    expected = {
+        "f1": f1_score(LABELS, probabilities.argmax(axis=1), average="macro"),
+        "auroc": roc_auc_score(LABELS, probabilities, multi_class="ovr", average="macro"),
+    }
+    for name, value in expected.items():
+        for split, found in (("train", logged), ("val", logged), ("test", tested)):
+            assert found[f"{split}/{name}"] == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_images_that_are_mixed_up_are_trained_as_in_plain_pytorch_and_counted_by_the_larger_share() -> None:
+    mix_up = MixUp(num_classes=3)
+    module = _classifier(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    torch.manual_seed(0)
+    images, labels = mix_up(IMAGES, LABELS)
+    assert labels.shape == (50, 3)
+    loss = module.training_step((images, labels), 0)
+    torch.testing.assert_close(loss, -(labels * module(images).log_softmax(dim=1)).sum(dim=1).mean())
+    expected = accuracy_score(labels.argmax(dim=1), module(images).argmax(dim=1))
+    assert module.train_counts.compute()[1].item() == pytest.approx(expected)

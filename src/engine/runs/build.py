@@ -209,6 +209,10 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
     if isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO):
         trainer.strategy.checkpoint_io.config = config
     prepare_trainer(trainer)
+    device = trainer.strategy.root_device
+    has_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    precision = cfg.get("float32_matmul_precision") or ("high" if has_tensor_cores else "highest")  # Lightning's advice
+    torch.set_float32_matmul_precision(precision)
     return trainer
 
 

@@ -32,7 +32,8 @@ def load_weights(
         weights: A checkpoint of any Lightning run, a state dict (.pt, .pth, .bin), or a .safetensors file.
         map: By the beginning of a name in the file, what replaces it; the longest that fits counts.
         skip: Patterns of names in the module, which keep their initial values.
-        strict: Whether file and module must have the same names, but for those skipped.
+        strict: Whether file and module must have the same names, but for those skipped, and for buffers that the file
+            lacks, as a loss's class weights.
 
     Returns:
         Two lines: what was loaded; what was skipped, is missing and was not used.
@@ -49,9 +50,9 @@ def load_weights(
     skipped = [name for name in {**own, **found} if matches(name, skip or ())]
     unused = [name for name in found if name not in own and name not in skipped]
     missing = [name for name in own if name not in found and name not in skipped]
-    missing = [name for name in missing if not name.endswith(".num_batches_tracked")]  # torch's old files have none
+    parameters = {name.replace(COMPILED, "") for name, _ in module.named_parameters()}
     fitting = {name: tensor for name, tensor in found.items() if name in own and name not in skipped}
-    if not fitting or (strict and (missing or unused)):
+    if not fitting or (strict and (unused or parameters.intersection(missing))):
         raise ConfigError(
             f"{said}: it lacks {_list(missing)}, and has {_list(unused)} that the module lacks; "
             "init.map={old.: new.} renames, init.skip=[name] leaves out, init.strict=false takes what fits"

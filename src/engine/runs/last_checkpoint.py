@@ -55,18 +55,14 @@ class LastCheckpoint(Checkpoint):
         self._last_step = -1  # the optimizer steps of the last whole step
         self._in_step = False
         self._is_due = False  # a save that had to wait, since its step was validated
+        self._cut: dict[str, Any] | None = None  # of a run that ends within an epoch: how that stood
         self._means: dict[str, list[torch.Tensor]] = {}  # to be added where each is logged again
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add what Lightning leaves out; what each process has of its own in the order of the ranks."""
-        own = {
-            "random_states": _plain(_collect_rng_states()),
-            "metrics": collect_metrics(pl_module),
-            "means": {**collect_means(trainer), **self._means},
-            "fetched": [] if self._in_step else _collect_fetched(trainer),
-        }
+        own = self._cut or self._collect(trainer)
         processes = [own] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(processes, own)
@@ -74,14 +70,26 @@ class LastCheckpoint(Checkpoint):
         checkpoint["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
         checkpoint["should_stop"] = bool(trainer.should_stop)  # a callback may have set NumPy's
         checkpoint["in_step"] = self._in_step
+        checkpoint["is_cut"] = self._cut is not None
+
+    def _collect(self, trainer: pl.Trainer) -> dict[str, Any]:
+        return {
+            "random_states": _plain(_collect_rng_states()),
+            "metrics": collect_metrics(trainer.lightning_module),
+            "means": {**collect_means(trainer), **self._means},
+            "fetched": [] if self._in_step else _collect_fetched(trainer),
+        }
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep it all until training starts: what is set up meanwhile draws random numbers, too."""
-        names = ("processes", "metrics", "in_step")
+        names = ("processes", "metrics", "in_step", "is_cut")
         self._loaded = {name: checkpoint[name] for name in names if name in checkpoint}
         self._loaded["loader_states"] = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+        if trainer.state.fn == TrainerFn.FITTING and checkpoint.get("is_cut") and _is_longer(trainer, checkpoint):
+            for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():  # its epoch is not over
+                progress["processed"] = progress["completed"] = progress["started"] - 1
         if trainer.state.fn == TrainerFn.FITTING and checkpoint.get("should_stop"):  # by early stopping, or pruned
             trainer.should_stop = not _is_longer(trainer, checkpoint)
             if not trainer.should_stop:
@@ -127,6 +135,8 @@ class LastCheckpoint(Checkpoint):
         if self._means:
             self._means = restore_means(trainer, self._means)
         signum = self._agree(trainer)
+        is_cut = loop.done and not loop.batch_progress.is_last_batch  # by max_steps, or by early stopping
+        self._cut = self._collect(trainer) if is_cut else None
         # Of several steps a batch, as in manual optimization, the due one may have been among the first.
         every = self.every_n_steps or sys.maxsize
         self._is_due |= trainer.global_step // every > last_step // every
@@ -192,6 +202,10 @@ class LastCheckpoint(Checkpoint):
         if is_in_epoch:  # its end is to be as ever: Lightning would not let ReduceLROnPlateau step
             loop._restarting = False
             _count_as_loader(trainer)
+            if self._loaded.get("is_cut") and loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
+                loop.epoch_loop._batches_that_stepped -= (
+                    1  # Lightning is about to pass by this validation, and counts it
+                )
             if reason := _describe_restart(trainer):
                 _warn(trainer, reason)
         else:  # nothing of the last epoch is left to do
@@ -292,9 +306,9 @@ def _undo_fetch(trainer: pl.Trainer) -> bool:
 def _collect_fetched(trainer: pl.Trainer) -> list[Any]:
     """The batches that Lightning has fetched ahead of a loader without a length, whose state is after them."""
     fetcher: Any = trainer.fit_loop._data_fetcher
-    batches: list[Any] = getattr(fetcher, "batches", [])
+    batches = [batch for batch, *_ in getattr(fetcher, "batches", [])]  # the rest counts from where a run resumes
     has_state = batches and all(hasattr(each, STATEFUL[0]) for each in fetcher.combined_loader.flattened)
-    return list(batches) if has_state and is_plain(batches) else []
+    return batches if has_state and is_plain(batches) else []
 
 
 def _refetch(trainer: pl.Trainer, batches: list[Any], states: list[dict[str, Any]]) -> None:
@@ -303,7 +317,7 @@ def _refetch(trainer: pl.Trainer, batches: list[Any], states: list[dict[str, Any
     fetcher.combined_loader._load_state_dicts(states)
     ahead, fetcher.prefetch_batches = fetcher.prefetch_batches, 0
     iter(fetcher)
-    fetcher.prefetch_batches, fetcher.batches = ahead, batches
+    fetcher.prefetch_batches, fetcher.batches = ahead, [(batch, 0, 0) for batch in batches]
 
 
 def _count_as_loader(trainer: pl.Trainer) -> None:

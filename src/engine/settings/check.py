@@ -32,6 +32,7 @@ OWN: dict[str, tuple[Any, str]] = {
     "init.skip": (list[str] | None, "a list of names or null"),
     "init.strict": (bool, "true or false"),
     "optimizer_groups": (list[dict] | None, "a list of {match: <names>, lr: ...} or null"),
+    "float32_matmul_precision": (Literal["highest", "high", "medium"] | None, "highest, high, medium or null"),
     "resume": TEXT,
     "ckpt_path": TEXT,
     "data.root": TEXT,

@@ -90,7 +90,7 @@ def test_strict_false_takes_what_fits(tmp_path: Path) -> None:
     assert said[1] == "init: skipped nothing; missing net.3.weight, net.3.bias; not used 3.weight, 3.bias"
 
 
-def test_weights_of_a_compiled_net_fit_a_plain_one_and_old_files_lack_counters(tmp_path: Path) -> None:
+def test_weights_of_a_compiled_net_fit_a_plain_one_and_a_file_may_lack_buffers(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     state = {f"_orig_mod.{name}": tensor + 1 for name, tensor in net.state_dict().items()}
     del state["_orig_mod.1.num_batches_tracked"]
