@@ -22,7 +22,7 @@ def random_affine(images: Tensor, background: float) -> Tensor:
     Up to 10 degrees, 10 %, 0.1 and 2 pixels; bilinear interpolation.
 
     Args:
-        images: Float images, (B, C, H, W).
+        images: Images of any float type, (B, C, H, W).
         background: Value of the pixels that come in from outside.
 
     Returns:
@@ -40,14 +40,14 @@ def random_elastic(images: Tensor, background: float) -> Tensor:
     noise is uniform and pixels move by about 1.4 pixels.
 
     Args:
-        images: Float images, (B, C, H, W).
+        images: Images of any float type, (B, C, H, W).
         background: Value of the pixels that come in from outside.
 
     Returns:
         Changed images, (B, C, H, W).
     """
     batch, _, height, width = images.shape
-    noise = torch.randn(batch, 2, height, width, device=images.device)
+    noise = torch.randn(batch, 2, height, width, device=images.device)  # float32, whatever the images are
     field = _smoother(height, images.device) @ noise @ _smoother(width, images.device).T  # (B, 2, H, W), in x and y
     pixel = torch.tensor([2 / width, 2 / height], device=images.device)  # the grid runs from -1 to 1
     grid = _affine_grid(images, MAX_BENT_SHIFT) + BEND * pixel * field.permute(0, 2, 3, 1)
@@ -64,7 +64,9 @@ def _affine_grid(images: Tensor, max_shift: float) -> Tensor:
     angle, scale, shear = uniform(math.radians(MAX_DEGREES)), 1 + uniform(MAX_SCALE), uniform(MAX_SHEAR)
     cos, sin = angle.cos() / scale, angle.sin() / scale
     x, y = uniform(2 * max_shift / width), uniform(2 * max_shift / height)
-    theta = torch.stack([cos, shear * cos - sin, x, sin, shear * sin + cos, y], dim=1).view(batch, 2, 3)
+    # The grid runs from -1 to 1 along either side: without the sides' ratio a rotation would be one of squares only.
+    along_y, along_x = (shear * cos - sin) * (height / width), sin * (width / height)
+    theta = torch.stack([cos, along_y, x, along_x, shear * sin + cos, y], dim=1).view(batch, 2, 3)
     return F.affine_grid(theta, list(images.shape), align_corners=False)
 
 
@@ -76,4 +78,5 @@ def _smoother(size: int, device: torch.device) -> Tensor:
 
 
 def _resample(images: Tensor, grid: Tensor, background: float) -> Tensor:
-    return F.grid_sample(images - background, grid, align_corners=False) + background
+    moved = F.grid_sample((images - background).to(grid.dtype), grid, align_corners=False)
+    return moved.to(images.dtype) + background

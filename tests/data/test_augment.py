@@ -119,6 +119,36 @@ def test_scale_stays_below_10_percent(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(y, -x / 2, atol=0.05, rtol=0)
 
 
+@pytest.mark.parametrize(("height", "width"), [(24, 64), (64, 24)])
+@pytest.mark.parametrize("is_along_x", [True, False])
+def test_a_rotation_is_one_where_images_are_not_square(
+    height: int, width: int, is_along_x: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_only("MAX_DEGREES", monkeypatch)
+    rows, columns = ((torch.arange(size) - (size - 1) / 2) for size in (height, width))
+    column, row = (8.0, 0.0) if is_along_x else (0.0, 8.0)
+    dot = torch.exp(-((rows.view(-1, 1) - row) ** 2 + (columns - column) ** 2) / 4.5)
+    mass = random_affine(dot.expand(NUM, 1, -1, -1), 0.0).squeeze(1)
+    total = mass.sum(dim=(1, 2))
+    x, y = (mass.sum(dim=1) * columns).sum(dim=1) / total, (mass.sum(dim=2) * rows).sum(dim=1) / total
+
+    torch.testing.assert_close(torch.hypot(x, y), torch.full((NUM,), 8.0), atol=0.1, rtol=0)
+    assert_fills(torch.rad2deg(torch.atan2(y, x)) - (0 if is_along_x else 90), -10, 10)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_any_float_type_is_changed_alike(change: Change, dtype: torch.dtype) -> None:
+    images = torch.rand(6, 1, 32, 32)
+    torch.manual_seed(0)
+    expected = change(images, 0.5)
+    torch.manual_seed(0)
+    changed = change(images.to(dtype), 0.5)
+
+    assert changed.dtype == dtype
+    torch.testing.assert_close(changed.float(), expected, atol=0.02, rtol=0)
+
+
 def test_shear_slants_by_a_tenth_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     keep_only("MAX_SHEAR", monkeypatch)
     x, y = centres(random_affine(make_blobs(0, 8), BACKGROUND))
