@@ -5,6 +5,8 @@ import glob
 import io
 import json
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice, zip_longest
 from pathlib import Path
@@ -27,8 +29,9 @@ if TYPE_CHECKING:  # functions import torch and Lightning: a bad setting is answ
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".pbm", ".pgm", ".ppm")
-IDX = "idx3-ubyte"  # in an IDX file's name
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".pbm", ".pgm", ".ppm")
+OTHERS = (".heic", ".heif", ".avif", ".jxl", ".svg", ".pdf", ".psd")  # pictures that are not read
+IDX = "idx[34][-_.]"  # in an IDX file's name, if it is of images
 AS_IN = "name files, folders or patterns, as in inputs='digits/*.png'"
 MAX_ROWS = 50  # of the table
 MAX_NAMED = 5  # files that could not be read, at the end
@@ -60,7 +63,9 @@ def predict(cfg: DictConfig) -> Rows:
     if cfg.inputs is None:
         rows = predict_batches(module, datamodule, settings["accelerator"])
     else:
-        files = find_inputs(settings["inputs"])
+        files, others = find_inputs(settings["inputs"])
+        if others:
+            log.warning(f"left out: {describe(others)}")
         rows, failed = predict_files(module, datamodule, files, cfg.batch_size, settings["accelerator"])
     OmegaConf.save(cfg, Path(cfg.output_dir) / "config.yaml", resolve=True)
     if rows:
@@ -79,14 +84,16 @@ def check_inputs(cfg: DictConfig) -> None:
     suffix = Path(cfg.output or "_.csv").suffix
     if suffix not in (".csv", ".json", ".parquet"):
         raise ConfigError(f"output={cfg.output}: expected a file that ends in .csv, .json or .parquet")
+    if cfg.output and Path(cfg.output).exists() and not cfg.overwrite:
+        raise ConfigError(f"output={cfg.output}: is there already; overwrite=true replaces it")
     if suffix == ".parquet":
         require(f"output={cfg.output}", "pyarrow", extra="export")
     if cfg.inputs is not None:
         find_inputs(cfg.inputs)
 
 
-def find_inputs(inputs: Iterable[str]) -> list[Path]:
-    """The files that are meant, in order, each once.
+def find_inputs(inputs: Iterable[str]) -> tuple[list[Path], Counter[str]]:
+    """The files that are meant, in order, each once, and how many others of a kind that cannot be read, by suffix.
 
     Args:
         inputs: Files, folders (their image and IDX files at any depth) and patterns (``*``, ``?``, ``**``); or one.
@@ -95,24 +102,52 @@ def find_inputs(inputs: Iterable[str]) -> list[Path]:
         ConfigError: If one of them leads to no file.
     """
     found: dict[Path, None] = {}
+    others: Counter[str] = Counter()
     for name in [inputs] if isinstance(inputs, str) else inputs:
         path = Path(name).expanduser()
         places = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
-        files = [file for place in places for file in (list_folder(place) if place.is_dir() else [place])]
+        files = [file for place in places for file in (list_folder(place, others) if place.is_dir() else [place])]
+        files = list(filter(Path.is_file, files))  # a pipe would be waited for
         if not files:
+            unread = f"; there are {describe(others)}" if others else ""
             raise ConfigError(
-                f"inputs={report.printable(name)}: no such file, or no image or IDX file in there; {AS_IN}"
+                f"inputs={report.printable(name)}: no such file, or no image or IDX file in there{unread}; {AS_IN}"
             )
         found |= dict.fromkeys(files)
     if not found:
         raise ConfigError(f"inputs=[]: {AS_IN}")
-    return list(found)
+    return list(found), others
 
 
-def list_folder(folder: Path) -> list[Path]:
-    """The image and IDX files of a folder at any depth, sorted, without hidden ones."""
-    found = (path for path in folder.rglob("[!.]*") if path.suffix.lower() in SUFFIXES or IDX in path.name)
-    return sorted(filter(Path.is_file, found))
+def describe(others: Mapping[str, int]) -> str:
+    """How many files of which kinds cannot be read, and what to do."""
+    kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(others.items()))
+    return f"{kinds}, which cannot be read: save them as PNG or JPEG"
+
+
+def list_folder(folder: Path, others: Counter[str]) -> list[Path]:
+    """The image and IDX files of a folder at any depth, sorted, each folder once; without hidden files and folders.
+
+    Args:
+        folder: It may have links to folders, even to itself.
+        others: Counts the images of a kind that cannot be read, by suffix.
+    """
+    found, seen, left = [], set(), [folder]
+    while left:
+        here = left.pop()
+        if (real := here.resolve()) in seen:
+            continue
+        seen.add(real)
+        for path in here.iterdir():
+            if path.name.startswith("."):
+                continue
+            if path.is_dir():
+                left.append(path)
+            elif path.suffix.lower() in SUFFIXES or re.search(IDX, path.name):
+                found.append(path)
+            elif path.suffix.lower() in OTHERS:
+                others[path.suffix.lower()] += 1
+    return sorted(found)
 
 
 def predict_files(
@@ -248,7 +283,11 @@ def write_rows(path: Path, rows: Rows) -> None:
     if path.suffix == ".parquet":
         from pyarrow import Table, parquet  # of the extra export
 
-        parquet.write_table(Table.from_pylist(rows), file)
+        # A file's name can be any bytes, this format's texts cannot.
+        plain = [
+            {key: readable(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows
+        ]
+        parquet.write_table(Table.from_pylist(plain), file)
     elif path.suffix == ".json":
         file.write(json.dumps(rows, indent=2, default=str).encode())
     else:
@@ -259,6 +298,11 @@ def write_rows(path: Path, rows: Rows) -> None:
         file.write(text.getvalue().encode(errors="surrogateescape"))  # a file's name can be any bytes
     path.parent.mkdir(parents=True, exist_ok=True)
     report.write_bytes(path, file.getvalue())
+
+
+def readable(text: str) -> str:
+    """Text whose bytes that are no UTF-8 are written as their codes."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def find_columns(rows: Rows) -> list[str]:

@@ -21,15 +21,18 @@ from src.data.mnist import preprocess
 from src.data.sources import read_package
 from src.engine.errors import ConfigError, SkippedError
 from src.engine.runs.build import restore, restore_datamodule
+from src.engine.runs.command import arrange
 from src.predict import (
     CLASS_COLUMNS,
     check_inputs,
+    find_inputs,
     find_reader,
     make_rows,
     predict,
     predict_batches,
     predict_files,
     print_rows,
+    write_rows,
 )
 from tests.compose import compose_cfg
 from tests.forks import run_command
@@ -147,6 +150,38 @@ def test_a_files_name_cannot_steer_the_terminal(
     assert not set((said.out + said.err + caplog.text).replace("\n", "")) & {chr(code) for code in range(32)}
     assert r"red\x1b[31m\n.png" in said.out.replace("\n", "")
     assert b"no utf-8 \xff.png" in (tmp_path / "predictions.csv").read_bytes()
+
+
+def test_a_name_that_is_not_utf_8_costs_no_table(tmp_path: Path) -> None:
+    rows = [{"file": os.fsdecode(b"\xff.png"), "class": 7}, {"file": "é.png", "class": 8}]
+    for suffix in ("csv", "json", "parquet"):
+        write_rows(tmp_path / f"rows.{suffix}", rows)
+    assert (tmp_path / "rows.csv").read_bytes() == b"file,class\n\xff.png,7\n\xc3\xa9.png,8\n"
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+    names = pyarrow.parquet.read_table(tmp_path / "rows.parquet")["file"].to_pylist()
+    assert names == [r"\xff.png", "é.png"]
+
+
+def test_output_that_is_there_is_kept_unless_you_say_so(tmp_path: Path) -> None:
+    Image.new("L", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "rows.csv").write_text("mine")
+    arguments = (f"inputs={tmp_path}/a.png", f"output={tmp_path}/rows.csv")
+    with pytest.raises(ConfigError, match=r"output=.*rows\.csv: is there already; overwrite=true replaces it"):
+        check_inputs(compose_cfg(tmp_path, *arguments, config_name="predict"))
+    check_inputs(compose_cfg(tmp_path, *arguments, "overwrite=true", config_name="predict"))
+
+
+@pytest.mark.parametrize("name", ["7 (1).png", "n,1.png", "é.png", "x=y.png", "q'uote.png", "[1].png", "a b/c.png"])
+def test_a_value_that_is_a_path_needs_no_second_quoting(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    (override,) = arrange([f"inputs={name}"], "predict", "inputs")
+    cfg = compose_cfg(tmp_path, override, config_name="predict")
+    assert cfg.inputs == name
+    assert find_inputs(cfg.inputs)[0] == [Path(name)]
 
 
 def test_csv_json_and_parquet_say_the_same(trained: Path, tmp_path: Path) -> None:

@@ -174,6 +174,8 @@ def arrange(arguments: Sequence[str], config_name: str, positional: str = "") ->
                 flags.extend([next(words, "")])
         elif positional and (Path(word).exists() or not ("=" in word or word.startswith("~"))):
             files.append(word)
+        elif re.search(r"[^\w./~+-]", value, re.ASCII) and os.path.exists(value):  # noqa: PTH110
+            overrides.append(f"{name}={quoted(value)}")  # a path is taken as it is
         elif (CONF / name).is_dir() and value == "null":  # a group that is off
             overrides.append(f"{name}=[]")
         elif (CONF / name).is_dir() and value.isdecimal():
