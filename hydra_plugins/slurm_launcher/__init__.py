@@ -1,20 +1,26 @@
-"""``hydra/launcher=submitit_slurm``: each job of a sweep a job of Slurm, all of them one array."""
+"""``hydra/launcher=submitit_slurm``: each job of a sweep a job of Slurm, together in arrays."""
 
 import logging
 import re
 import shutil
+import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
+from dataclasses import make_dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 from src.engine.errors import ConfigError
+from src.engine.runs.processes import exit_on_signals
+from src.engine.sweeps.folder import SweepFolder
 from src.engine.sweeps.launcher import JobLauncher
 
 INTERVAL = 5.0  # seconds between two questions to Slurm's controller
@@ -31,12 +37,14 @@ class SlurmOption(SearchPathPlugin):
     """
 
     def manipulate_search_path(self, search_path: Any) -> None:
-        """Register ``hydra/launcher=submitit_slurm`` with the package's settings."""
+        """Register ``hydra/launcher=submitit_slurm`` with the package's settings and ours."""
         with suppress(ImportError):
             from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 
-            node = SlurmQueueConf(_target_=f"{__name__}.{SlurmLauncher.__name__}")
-            ConfigStore.instance().store(group="hydra/launcher", name="submitit_slurm", node=node)
+            ours = [("name", str, ""), ("wait", bool, True)]
+            node = make_dataclass("SlurmConf", ours, bases=(SlurmQueueConf,))
+            target = f"{__name__}.{SlurmLauncher.__name__}"
+            ConfigStore.instance().store(group="hydra/launcher", name="submitit_slurm", node=node(_target_=target))
 
 
 class SlurmLauncher(JobLauncher):
@@ -44,13 +52,18 @@ class SlurmLauncher(JobLauncher):
 
     There, a job that Slurm kills (out of time or memory, a dead node, ``scancel``) ends the sweep or, on a cluster
     without accounting, is waited for until the end of time; and a sweep that is stopped leaves its jobs running.
-    Here such a job is a failed one while the others go on, and a sweep that is stopped cancels its jobs.
+    Here such a job is a failed one while the others run on, and a sweep that is stopped cancels its jobs. Their numbers
+    are in ``sweep.json``: where the command was killed, the same command waits for the jobs that it finds there.
 
     Args:
+        wait: Whether to wait for the jobs' ends; otherwise those are collected that have ended.
+        name: The jobs' name in Slurm; empty: that of the sweep's folder.
         params: The package's settings: ``timeout_min``, ``partition`` and so on.
     """
 
-    def __init__(self, **params: Any) -> None:
+    def __init__(self, wait: bool, name: str, **params: Any) -> None:
+        self.wait = wait
+        self.name = name
         self.params = params
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
@@ -70,72 +83,118 @@ class SlurmLauncher(JobLauncher):
         self.submitit.setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        """Submit jobs, and wait for all of them.
+        """Submit the jobs that Slurm does not have yet, and wait for all of them.
 
         Args:
             job_overrides: The overrides of each job.
             initial_job_idx: The first one's number.
 
         Returns:
-            Completed or failed, in the order of the jobs.
+            Completed or failed, in the order of their ends.
         """
-        jobs = self._submit(job_overrides, initial_job_idx)
-        names = [job.job_id for job in jobs]
-        log.info(f"Slurm jobs: {', '.join(names)}")
-        ended: dict[str, JobReturn] = {}
-        left: dict[str, float] = {}  # when jobs were found to have left the queue
-        try:
-            while len(ended) < len(jobs):
-                time.sleep(INTERVAL)
-                queued, now = _queued(names), time.monotonic()
-                for job, overrides in zip(jobs, job_overrides, strict=True):
-                    if job.job_id not in queued and job.job_id not in ended:
-                        is_silent = not job.task(0).paths.result_pickle.exists()
-                        if not is_silent or now > left.setdefault(job.job_id, now) + PATIENCE:
-                            ended[job.job_id] = self._end(job, overrides)
-        except BaseException:
-            log.info("cancelling the Slurm jobs, and waiting for their ends; Ctrl-C leaves at once")
-            subprocess.run(["scancel", *names], start_new_session=True, check=False)  # Ctrl-C does not reach it
-            while _queued(names):
-                time.sleep(1)
-            raise
-        return [ended[name] for name in names]
+        import submitit
 
-    def _submit(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
+        executor = self._make_executor()
+        folder = SweepFolder(self.config.hydra.sweep.dir)
+        by_name = {_name(job): (job, number) for number, job in enumerate(job_overrides, initial_job_idx)}
+        ids = {name: job_id for name, job_id in folder.submitted.items() if name in by_name}
+        missing = [name for name in by_name if name not in ids]
+        returns: list[JobReturn] = []
+        first_seen: dict[str, float] = {}  # when jobs were found to have left the queue
+        try:
+            size = _max_array_size()
+            for start in range(0, len(missing), size):
+                part = missing[start : start + size]
+                arguments = [
+                    (list(job), "hydra.sweep.dir", number, str(number), Singleton.get_state())
+                    for job, number in map(by_name.__getitem__, part)
+                ]
+                submitted = executor.map_array(_Job(self.submitit), *zip(*arguments, strict=True))
+                ids |= (new := {name: job.job_id for name, job in zip(part, submitted, strict=True)})
+                folder.note_submitted(new)
+            arrays = dict.fromkeys(job_id.partition("_")[0] for job_id in ids.values())
+            log.info(f"{len(ids)} jobs in Slurm: {', '.join(arrays)}")
+            tasks = range(self.params["nodes"] * self.params["tasks_per_node"])
+            jobs = {name: submitit.SlurmJob(executor.folder, job_id, tasks).task(0) for name, job_id in ids.items()}
+            while True:
+                queued, now = _queued(ids.values()), time.monotonic()
+                for name in [name for name in jobs if ids[name] not in queued]:
+                    is_silent = not jobs[name].paths.result_pickle.exists()
+                    if not is_silent or now > first_seen.setdefault(name, now) + PATIENCE:
+                        returns.append(self._end(jobs.pop(name), by_name[name][0]))
+                        folder.note_submitted({name: None})
+                if not [name for name in jobs if self.wait or ids[name] not in queued]:
+                    return returns
+                time.sleep(INTERVAL)
+        except BaseException:
+            if ids:
+                log.info("cancelling the Slurm jobs, and waiting for their ends; Ctrl-C leaves at once")
+                subprocess.run(["scancel", *ids.values()], start_new_session=True, check=False)  # no Ctrl-C reaches it
+            while _queued(ids.values()):
+                time.sleep(1)
+            folder.note_submitted(dict.fromkeys(ids))
+            raise
+
+    def _make_executor(self) -> Any:
         import submitit
         from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 
-        settings = dict(self.submitit.params)
+        settings = {**self.submitit.params, "name": self.name or Path(self.config.hydra.sweep.dir).name}
         folder, num_timeouts = settings.pop("submitit_folder"), settings.pop("max_num_timeout")
         executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=num_timeouts)
         general = BaseQueueConf.__dataclass_fields__  # not of Slurm alone: submitit wants them without the prefix
         executor.update_parameters(**{key if key in general else f"slurm_{key}": settings[key] for key in settings})
-        arguments = [
-            (list(overrides), "hydra.sweep.dir", number, str(number), Singleton.get_state())
-            for number, overrides in enumerate(job_overrides, initial_job_idx)
-        ]
-        jobs: list[Any] = executor.map_array(self.submitit, *zip(*arguments, strict=True))
-        return jobs
+        return executor
 
     def _end(self, job: Any, overrides: Sequence[str]) -> JobReturn:
         """What a job's first process has returned; where it could not, a failure."""
-        paths = job.task(0).paths
         reason = ""
-        if not paths.result_pickle.exists() or job.task(0).exception():
-            reason = f"Slurm job {job.job_id} ended without a result ({_state(job.job_id)}); see {paths.stderr}"
-        elif job.task(0).result().status == JobStatus.FAILED:
+        if not job.paths.result_pickle.exists() or job.exception():
+            reason = f"Slurm job {job.job_id} ended without a result ({_state(job.job_id)}); see {job.paths.stderr}"
+        elif job.result().status == JobStatus.FAILED:
             reason = "failed"  # as it has noted itself
         return self.end(self.compose(overrides), overrides, reason)
 
 
-def _queued(names: Sequence[str]) -> set[str]:
+class _Job:
+    """What runs in a job: the package's launcher, but a signal of scancel saves and ends, which submitit ignores."""
+
+    def __init__(self, launcher: Any) -> None:
+        self.launcher = launcher
+
+    def __call__(self, *arguments: Any) -> JobReturn:
+        exit_on_signals((signal.SIGTERM,))  # the others are submitit's
+        returned: JobReturn = self.launcher(*arguments)
+        return returned
+
+    def checkpoint(self, *arguments: Any) -> Any:
+        """What submitit queues again when the time is up: the same, which finds its last checkpoint."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self, *arguments)
+
+
+def _name(overrides: Sequence[str]) -> str:
+    """The name that a sweep has given to a job's folder; another sweeper's jobs go by their overrides."""
+    given = [override for override in overrides if override.startswith("hydra.sweep.subdir=")]
+    return str(OverridesParser.create().parse_override(given[-1]).value()) if given else " ".join(overrides)
+
+
+def _queued(ids: Collection[str]) -> set[str]:
     """Those of some jobs that wait, run or are to be requeued; all of them as long as Slurm does not answer."""
     squeue = ["squeue", "--me", "--array", "--noheader", "--format=%i"]
     answer = subprocess.run(squeue, stdout=subprocess.PIPE, text=True, check=False)
-    return set(names) if answer.returncode else set(names) & set(answer.stdout.split())
+    return set(ids) if answer.returncode else set(ids) & set(answer.stdout.split())
 
 
-def _state(name: str) -> str:
+def _max_array_size() -> int:
+    """The most jobs that this cluster takes as one array."""
+    answer = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=False)
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", answer.stdout, re.MULTILINE)
+    return max(1, int(found[1])) if found else 1
+
+
+def _state(job_id: str) -> str:
     """What Slurm calls a job's end, as in TIMEOUT, OUT_OF_MEMORY, CANCELLED."""
-    answer = subprocess.run(["scontrol", "show", "job", name], capture_output=True, text=True, check=False)
+    answer = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True, check=False)
     return "".join(re.findall(r"JobState=(\S+)", answer.stdout)) or "it has forgotten why"

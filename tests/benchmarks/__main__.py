@@ -3,10 +3,11 @@
     make bench ARGS="--parts epoch start --turns 5 --output logs/bench"
 
 The peers are bare, the shortest hand-written PyTorch loop (``bare.py``), tuned, the same loop in a process with the
-settings that our commands make (``load_libraries``), and recipe, Lightning as tutorials write it
-(``recipe.py``). Each side runs in a fresh process on a terminal, as users run it; they take turns, so that a slow
-moment of the machine meets all of them, and a figure is the median of the turns' ratios. The table is printed and
-written to ``bench.md``, all that was measured to ``bench.json``, the figure to ``scale.svg``.
+settings that our commands make (``load_libraries``), barebones, that loop in Lightning's own barebones Trainer
+(``barebones.py``), and recipe, Lightning as tutorials write it (``recipe.py``). Each side runs in a fresh process on a
+terminal, as users run it; they take turns, so that a slow moment of the machine meets all of them, and a figure is the
+median of the turns' ratios. The table is printed and written to ``bench.md``, all that was measured to ``bench.json``,
+the figure to ``scale.svg``.
 """
 
 import argparse
@@ -123,9 +124,9 @@ def run_template(data: Data, *overrides: str, ends: bool = False) -> Run:
         )  # fmt: skip
 
 
-def run_bare(data: Data, *arguments: str, env: Mapping[str, str] | None = None) -> Run:
-    """The bare loop."""
-    return run("-m", "tests.benchmarks.bare", str(data.root), "--source", data.source, *arguments, env=env)
+def run_bare(data: Data, *arguments: str, peer: str = "bare", env: Mapping[str, str] | None = None) -> Run:
+    """The bare loop, or Lightning's barebones."""
+    return run("-m", f"tests.benchmarks.{peer}", str(data.root), "--source", data.source, *arguments, env=env)
 
 
 def run_recipe(data: Data, batch_size: int) -> Run:
@@ -171,6 +172,7 @@ def bench_epoch(data: Data, turns: int, quick: bool) -> list[dict[str, Any]]:
             "template": lambda o=overrides: run_template(data, *o),  # type: ignore[misc]
             "bare": lambda a=loop: run_bare(data, *a),  # type: ignore[misc]
             "tuned": lambda a=loop: run_bare(data, *a, env=TUNED),  # type: ignore[misc]
+            "barebones": lambda a=loop: run_bare(data, *a, peer="barebones", env=TUNED),  # type: ignore[misc]
         }
         if batch_size == 64:
             sides["imports"] = lambda: run("-c", IMPORTS + PEAK)
@@ -179,8 +181,8 @@ def bench_epoch(data: Data, turns: int, quick: bool) -> list[dict[str, Any]]:
         found = take_turns(turns, sides)
         epoch = {name: [statistics.median(each.epochs or [0.0]) for each in runs] for name, runs in found.items()}
         what = f"an epoch, batches of {batch_size}"
-        figures.append(compare(what, "s", epoch["template"], "bare", epoch["bare"], f"at most {goal}"))
-        figures.append(compare(what, "s", epoch["template"], "tuned", epoch["tuned"], f"at most {goal}"))
+        for peer, most in (("bare", goal), ("tuned", goal), ("barebones", "1.05")):
+            figures.append(compare(what, "s", epoch["template"], peer, epoch[peer], f"at most {most}"))
         if "recipe" in epoch:
             figures.append(compare(what, "s", epoch["template"], "recipe", epoch["recipe"], "at least 3", inverse=True))
         if batch_size == 64:

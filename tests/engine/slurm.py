@@ -20,6 +20,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch")
 CONFIG = """
 ClusterName=test
 FirstJobId={controller_port}
+MaxArraySize=3
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmdPort={node_port}

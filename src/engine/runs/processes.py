@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
 from types import FrameType
@@ -67,7 +67,7 @@ def is_child() -> bool:
     return RUN_PARENT in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
-def exit_on_signals() -> None:
+def exit_on_signals(signals: Iterable[int] = STOP_SIGNALS) -> None:
     """End with 128 + signal on those that stop a run; on SIGINT and SIGTERM, Lightning would end with 1 and with 0.
 
     Lightning's child leaves it to its parent, which would not get to its own exit status if a child went before. On
@@ -83,7 +83,7 @@ def exit_on_signals() -> None:
         _requeue(signum)
         sys.exit(128 + signum)
 
-    for signum in STOP_SIGNALS:
+    for signum in signals:
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, leave)
 

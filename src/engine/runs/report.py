@@ -12,6 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -19,11 +22,12 @@ PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra-
 
 
 def environment() -> dict[str, Any]:
-    """Versions, git commit and arguments: what somebody needs to repeat a run."""
+    """Versions, git commit and arguments, a sweep's job's own: what somebody needs to repeat a run."""
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "git_commit": _git_commit(),
-        "arguments": sys.argv[1:],
+        "arguments": list(hydra.overrides.task) if hydra and hydra.mode == RunMode.MULTIRUN else sys.argv[1:],
     }
 
 

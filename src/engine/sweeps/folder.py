@@ -66,6 +66,7 @@ class SweepFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).resolve()
         self._known: dict[str, Job] = {}  # as last read
+        self._submitted: Mapping[str, str] = {}  # when it was opened
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -77,7 +78,7 @@ class SweepFolder:
         path = self.path / "sweep.json"
         try:
             plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return {key: plan[key] for key in ("monitor", "mode", "space", "config", "jobs")}
+            return plan | {key: plan[key] for key in ("monitor", "mode", "space", "config", "jobs")}
         except (ValueError, KeyError, TypeError) as error:
             raise SweepError(
                 f"{path}: damaged ({error}); delete it and repeat the command: jobs that have finished are kept"
@@ -109,6 +110,8 @@ class SweepFolder:
             asked = {"space": dict(space), "config": OmegaConf.to_container(config)}
             if (self.path / "sweep.json").exists():
                 _refuse_difference(self.path, asked, self.plan)
+                self.note_submitted({name: None for name in self.submitted if self.job(name, {}).status in DONE})
+                self._submitted = self.submitted
             else:
                 start = {"monitor": config.monitor, "mode": config.mode, **asked, "jobs": {}}
                 write_json(self.path / "sweep.json", start)
@@ -120,6 +123,18 @@ class SweepFolder:
         """Plan jobs: their names and swept values."""
         plan = self.plan
         write_json(self.path / "sweep.json", plan | {"jobs": plan["jobs"] | dict(jobs)})
+
+    @property
+    def submitted(self) -> dict[str, str]:
+        """The jobs that a cluster's queue has been given and of whose ends nothing is known yet: names and numbers."""
+        submitted: dict[str, str] = self.plan.get("submitted", {}) if (self.path / "sweep.json").is_file() else {}
+        return submitted
+
+    def note_submitted(self, ids: Mapping[str, str | None]) -> None:
+        """Note the numbers of submitted jobs by their names; None for one that has ended."""
+        if (self.path / "sweep.json").is_file():  # another sweeper than ours has none
+            submitted = {name: job_id for name, job_id in (self.submitted | dict(ids)).items() if job_id}
+            write_json(self.path / "sweep.json", self.plan | {"submitted": submitted})
 
     def jobs(self, changed: str | None = None) -> list[Job]:
         """All planned jobs, in their order; those that have ended are read once.
@@ -169,6 +184,8 @@ class SweepFolder:
             return None
         # The test split is read once, by the winner.
         overrides = [f"hydra.sweep.subdir={quoted(name)}", "test=false"]
+        if name in self._submitted:  # it may be at work: the launcher waits for it
+            return overrides
         try:
             # A job that noted its failure itself would fail again; one that was killed would not.
             could_go_on = folder.is_dir() and read_status(folder).get("state") not in ("failed", "queued")

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.engine.errors import ConfigError, SweepError
 from src.engine.runs import report
-from src.engine.runs.command import claim
+from src.engine.runs.command import SLURM_LAUNCHER, claim
 from src.engine.runs.evaluate import test_checkpoint
 from src.engine.runs.resume import quoted
 from src.engine.sweeps.folder import DONE, ENDED, Job, SweepFolder, count
@@ -52,12 +52,17 @@ def running(config: DictConfig, space: Mapping[str, str]) -> Iterator[SweepFolde
     config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(path)}")  # the jobs' configs are composed anew
     folder = SweepFolder(path)
     with folder.opened(shared, space):
+        if folder.submitted and config.hydra.launcher._target_ != SLURM_LAUNCHER:
+            raise SweepError(f"{path}: jobs of this sweep are in Slurm's queue; add hydra/launcher=submitit_slurm")
         try:
             yield folder
         except SystemExit:  # a signal
             print(f"stopped: {_how_to_go_on(path)}", file=sys.stderr)
             raise
         board = renew(folder)
+        if under_way := folder.submitted:
+            print(f"{len(under_way)} of {len(board.jobs)} jobs are in Slurm's queue; {_how_to_go_on(path, 'collects')}")
+            return _raise_failures([job for job in board.jobs if job.name not in under_way], path)
         if config.test and board.winner:
             _test(folder, board.jobs if config.test == "all" else board.winner.jobs, shared)
         drop_checkpoints(folder, board, keep)
@@ -88,11 +93,11 @@ def _raise_failures(jobs: Iterable[Job], path: Path) -> None:
         raise SweepError("\n".join([f"{len(failed)} of {len(jobs)} jobs {what}; {_how_to_go_on(path)}", *errors]))
 
 
-def _how_to_go_on(path: Path) -> str:
+def _how_to_go_on(path: Path, verb: str = "resumes") -> str:
     override = f"hydra.sweep.dir={report.shown(path)}"
     if not re.fullmatch(r"[\w./=-]+", override):
         override = f'"hydra.sweep.dir={quoted(report.shown(path))}"'
-    return f"the same command with {override} resumes"
+    return f"the same command with {override} {verb}"
 
 
 class KeepLeaderboard(Callback):

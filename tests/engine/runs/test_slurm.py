@@ -22,6 +22,7 @@ from tensorboard.plugins.hparams.metadata import SESSION_END_INFO_TAG
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from hydra_plugins.slurm_launcher import _queued
+from src.engine.runs.status import read_status
 from src.engine.settings.check import ROOT
 from tests.compose import run_command
 from tests.engine.equality import assert_equal, assert_same_run, content, scalars
@@ -94,6 +95,9 @@ class Sweep(NamedTuple):
     def rows(self) -> dict[str, dict[str, str]]:
         with (self.path / "sweep.csv").open() as file:
             return {row["job"]: row for row in csv.DictReader(file)}
+
+    def statuses(self) -> dict[str, str]:
+        return {job: row["status"] for job, row in self.rows().items()}
 
     def tested(self) -> list[str]:
         return [path.parents[1].name for path in self.path.glob("*/test/metrics.json")]
@@ -219,7 +223,7 @@ def test_a_sweep_is_a_job_array_whose_jobs_fail_alone(array: Sweep) -> None:
     assert array.returncode == 1
     assert "1 of 3 jobs failed" in array.stderr
     rows = array.rows()
-    assert {job: row["status"] for job, row in rows.items()} == {**dict.fromkeys(good, "finished"), bad: "failed"}
+    assert array.statuses() == {**dict.fromkeys(good, "finished"), bad: "failed"}
     assert re.search(r"optimizer.*-1", rows[bad]["error"])
     assert array.tested() == [next(iter(rows))]
     tasks = [yaml.safe_load((array.path / job / "config.yaml").read_text())["slurm"] for job in good]
@@ -229,7 +233,7 @@ def test_a_sweep_is_a_job_array_whose_jobs_fail_alone(array: Sweep) -> None:
     assert set(runs) == {".", *good, bad}
 
 
-def test_a_job_that_slurm_ends_is_a_failed_one_and_the_others_finish(cluster: dict[str, str], tmp_path: Path) -> None:
+def test_a_job_that_is_killed_is_a_failed_one_and_the_others_finish(cluster: dict[str, str], tmp_path: Path) -> None:
     two_at_a_time = ("hydra.launcher.name=three", "hydra.launcher.array_parallelism=2", "trainer=cpu", "test=false")
     short, long, later = (f"trainer.max_epochs={number}" for number in (1, 100000, 2))
     with started_sweep(
@@ -237,16 +241,60 @@ def test_a_job_that_slurm_ends_is_a_failed_one_and_the_others_finish(cluster: di
     ) as process:
         wait_until((tmp_path / long / "config.yaml").exists, 300)
         (array,) = {job.split("_")[0] for job in queue(cluster, "three")}
-        ask(cluster, "scancel", f"{array}_1")
+        os.kill(read_status(tmp_path / long)["process"], signal.SIGKILL)  # as the kernel does when memory is out
         result = ended(tmp_path, process)
     assert result.returncode == 1
     assert "1 of 3 jobs failed" in result.stderr
     rows = result.rows()
-    statuses = {job: row["status"] for job, row in rows.items()}
-    assert statuses == {short: "finished", long: "failed", later: "finished"}
-    error = f"Slurm job {array}_1 ended without a result (CANCELLED); see {tmp_path}/.submitit/"
+    assert result.statuses() == {short: "finished", long: "failed", later: "finished"}
+    error = f"Slurm job {array}_1 ended without a result (FAILED); see {tmp_path}/.submitit/"
     assert rows[long]["error"].startswith(error)
     assert f"  {long}: {error}" in result.stderr
+
+
+def test_the_same_command_waits_for_what_slurm_has_and_resumes_what_was_cancelled(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    arguments = ("optimizer.lr=0.001,0.01,-1", "trainer=cpu", LONG[0], "test=false", slow(1, 2))
+    cancelled, running, bad = (f"optimizer.lr={rate}" for rate in ("0.001", "0.01", "-1"))
+    with started_sweep(cluster, tmp_path, *arguments) as process:
+        wait_until(lambda: len(steps(tmp_path / cancelled, 0)) > 22, 300)
+        process.kill()
+    submitted = json.loads((tmp_path / "sweep.json").read_text())["submitted"]
+    assert set(queue(cluster, tmp_path.name)) >= {submitted[cancelled], submitted[running]}
+    ask(cluster, "scancel", submitted[cancelled])
+    adopted = sweep(cluster, tmp_path, *arguments)
+    assert adopted.statuses() == {cancelled: "stopped", running: "finished", bad: "failed"}
+    assert "2 of 3 jobs did not finish" in adopted.stderr
+    assert {path.name for path in (tmp_path / ".submitit").glob("[0-9]*_[0-9]*")} == set(submitted.values())
+    logs = tmp_path / ".submitit" / submitted[cancelled]
+    assert "Exited with exit code 143" in "".join(path.read_text() for path in logs.glob("*.err"))
+    assert steps(tmp_path / running, 0) == list(range(60))
+    again = sweep(cluster, tmp_path, *arguments)
+    assert again.statuses() == {cancelled: "finished", running: "finished", bad: "failed"}
+    assert steps(tmp_path / cancelled, 0) == list(range(60))
+
+
+def test_a_sweep_that_does_not_wait_is_collected_later(cluster: dict[str, str], tmp_path: Path) -> None:
+    rates = [f"0.00{number}" for number in range(1, 5)]  # of which the cluster takes three as an array
+    arguments = ("trainer=cpu", f"optimizer.lr={','.join(rates)}")
+    held = ("+hydra.launcher.additional_parameters.hold=true", "hydra.launcher.account=mine")
+    left = sweep(cluster, tmp_path, *arguments, *held, "hydra.launcher.wait=false")
+    assert left.returncode == 0, left.stderr
+    assert left.statuses() == {f"optimizer.lr={rate}": "waiting" for rate in rates}
+    submitted = json.loads((tmp_path / "sweep.json").read_text())["submitted"]
+    assert queue(cluster, tmp_path.name) == dict.fromkeys(submitted.values(), "PENDING")
+    first, *_, last = (submitted[f"optimizer.lr={rate}"].split("_") for rate in rates)
+    assert first[1:] == ["0"]
+    assert last[0] != first[0]
+    assert "Account=mine" in ask(cluster, "scontrol", "show", "job", first[0])
+    ask(cluster, "scontrol", "release", f"{first[0]},{last[0]}")
+    collected = sweep(cluster, tmp_path, *arguments)
+    assert collected.returncode == 0, collected.stderr
+    assert set(collected.statuses().values()) == {"finished"}
+    assert len(collected.tested()) == 1
+    assert {path.name for path in (tmp_path / ".submitit").glob("[0-9]*")} == {*submitted.values(), first[0]}
+    assert json.loads((tmp_path / "sweep.json").read_text())["submitted"] == {}
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130)])
@@ -264,6 +312,7 @@ def test_a_sweep_that_is_stopped_cancels_its_jobs(
     assert result.returncode == status
     assert "stopped: the same command with" in result.stderr
     assert not (tmp_path / "optimizer.lr=0.01" / "config.yaml").exists()
+    assert json.loads((tmp_path / "sweep.json").read_text())["submitted"] == {}
 
 
 def test_a_controller_that_does_not_answer_ends_no_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -366,7 +415,7 @@ def test_a_job_out_of_time_is_requeued_and_goes_on(held: tuple[Path, subprocess.
     (log,) = result.logs(0)
     assert "Caught signal SIGUSR2" in log
     assert epochs(log) == ["1", "2", "3"]
-    assert {job: row["status"] for job, row in result.rows().items()} == {"optimizer.lr=0.01": "finished"}
+    assert result.statuses() == {"optimizer.lr=0.01": "finished"}
     folder = result.path / "optimizer.lr=0.01"
     assert steps(folder, 0) + steps(folder, 1) == list(range(60))
     assert_equal(content(whole / "checkpoints" / "last.ckpt"), content(folder / "checkpoints" / "last.ckpt"))

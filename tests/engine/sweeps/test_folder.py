@@ -22,6 +22,7 @@ from src.engine.runs.build import load_checkpoint
 from src.engine.runs.resume import quoted
 from src.engine.runs.status import write_status
 from src.engine.sweeps.folder import NAME_LENGTH, SweepFolder, job_name
+from src.engine.sweeps.sweep import running
 from tests import forks
 from tests.engine.sweeps.test_sweep import SMALL, Sweep, run_again
 from tests.processes import wait_until
@@ -208,6 +209,32 @@ def test_a_failed_job_starts_anew_and_its_log_goes_on(tmp_path: Path) -> None:
     assert "ckpt_path" not in _values(folder.prepare("a"))
     assert {path.name for path in job.iterdir()} == {"status.json", "train.log"}
     assert (job / "train.log").read_text() == "kept"
+
+
+def test_what_a_cluster_has_in_its_queue_is_left_alone(tmp_path: Path) -> None:
+    folder = start(tmp_path, "waits", "is done", "new")
+    folder.note_submitted({"waits": "7_0", "is done": "7_1"})
+    write_record(tmp_path / "is done")
+    (tmp_path / "waits").mkdir()
+    (tmp_path / "waits" / "curve").touch()
+    with folder.opened(OmegaConf.create(CONFIG), {"seed": "0,1"}):
+        assert folder.submitted == {"waits": "7_0"}
+        assert folder.prepare("is done") is None
+        assert folder.prepare("waits") == ["hydra.sweep.subdir='waits'", "test=false"]
+    assert (tmp_path / "waits" / "curve").exists()
+    folder.note_submitted({"waits": None})
+    assert folder.submitted == {}
+
+
+def test_a_sweep_in_slurms_queue_is_no_other_launchers(tmp_path: Path) -> None:
+    start(tmp_path, "waits").note_submitted({"waits": "7_0"})
+    hydra = {"sweeper": {}, "sweep": {"dir": str(tmp_path)}, "launcher": {"_target_": "another"}}
+    hydra["overrides"] = {"hydra": [f"hydra.sweep.dir={tmp_path}"]}
+    with (
+        pytest.raises(SweepError, match=r"jobs of this sweep are in Slurm's queue; add hydra/launcher=submitit_slurm"),
+        running(OmegaConf.create({**CONFIG, "hydra": hydra}), {"seed": "0,1"}),
+    ):
+        pass
 
 
 def test_a_job_that_has_not_run_waits(tmp_path: Path) -> None:

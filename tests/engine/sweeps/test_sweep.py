@@ -119,6 +119,8 @@ def test_the_table_has_the_jobs_own_numbers(rates: Sweep) -> None:
         assert float(row["best val/acc"]) == record["best"]["score"]
         assert float(row["val/loss"]) == record["metrics"]["val/loss"]
         assert float(row["seconds"]) == record["seconds"]
+        own = [f"seed={row['seed']}", f"optimizer.lr={row['optimizer.lr']}"]
+        assert [override for override in record["arguments"] if override.split("=")[0] in row] == own
         assert Path(row["checkpoint"]).samefile(rates.path / row["job"] / "checkpoints" / "best.ckpt")
     assert (rates.path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
