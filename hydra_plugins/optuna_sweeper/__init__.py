@@ -74,7 +74,12 @@ class OptunaSweeper(Sweeper):
         Raises:
             SweepError: If trials have failed, or the sweep cannot go on.
         """
-        from src.engine.sweeps.study import Search, make_space, open_study  # here: only a search needs Optuna
+        from src.engine.sweeps.study import (  # here: only a search needs Optuna
+            Search,
+            draw_study,
+            make_space,
+            open_study,
+        )
 
         parser = OverridesParser.create(self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*(f"{key}={value}" for key, value in self.params.items()), *arguments])
@@ -94,3 +99,4 @@ class OptunaSweeper(Sweeper):
                         jobs = list(islice(jobs, self.n_jobs))
                     number += len(self.launcher.launch(jobs, initial_job_idx=number))
                     search.tell(all_ended=True)
+            draw_study(study, folder.path)

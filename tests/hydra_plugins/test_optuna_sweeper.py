@@ -7,11 +7,13 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import optuna
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from PIL import Image
 
 from src.engine.sweeps.study import STORAGE, open_study
 from tests import forks
@@ -70,6 +72,12 @@ def test_the_study_holds_what_the_jobs_found(finished: Search) -> None:
         assert float(finished.rows[folder.name]["optimizer.lr"]) == trial.params["optimizer.lr"]
         assert "Pruning" not in (folder / "config.yaml").read_text()
         assert trial.intermediate_values == {}
+
+
+def test_a_search_leaves_optunas_pictures(finished: Search) -> None:
+    for name in ("history", "importance"):
+        pixels = np.asarray(Image.open(finished.folder / f"{name}.png").convert("L"))
+        assert pixels.std() > 5, name
 
 
 def test_the_same_seed_proposes_the_same_trials_to_another_search(

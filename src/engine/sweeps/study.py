@@ -10,6 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError
+from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.samplers import GridSampler, QMCSampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, fail_stale_trials
 from optuna.storages.journal import JournalFileBackend
@@ -288,6 +290,24 @@ class Search:
             else:
                 self.num_failed += 1
             self.study.tell(number, job.score if is_finished else None, state, skip_if_finished=True)
+
+
+def draw_study(study: optuna.Study, folder: Path) -> None:
+    """Optuna's own pictures of a search, as PNG: its history, and how much each key matters, once two trials tell."""
+    from matplotlib import pyplot  # here: it takes a second
+    from optuna.visualization import matplotlib as plots
+
+    pyplot.switch_backend("agg")
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    with pyplot.rc_context(), warnings.catch_warnings(action="ignore"):  # experimental
+        for name, plot, least in (
+            ("history", plots.plot_optimization_history, 1),
+            ("importance", partial(plots.plot_param_importances, evaluator=PedAnovaImportanceEvaluator()), 2),
+        ):
+            if len(complete) >= least:
+                figure = plot(study).figure
+                figure.savefig(folder / f"{name}.png", bbox_inches="tight")
+                pyplot.close(figure)
 
 
 def make_space(overrides: Mapping[str, Override]) -> dict[str, BaseDistribution]:

@@ -228,7 +228,7 @@ def test_what_a_cluster_has_in_its_queue_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_sweep_in_slurms_queue_is_no_other_launchers(tmp_path: Path) -> None:
     start(tmp_path, "waits").note_submitted({"waits": "7_0"})
-    hydra = {"sweeper": {}, "sweep": {"dir": str(tmp_path)}, "launcher": {"_target_": "another"}}
+    hydra: dict[str, Any] = {"sweeper": {}, "sweep": {"dir": str(tmp_path)}, "launcher": {"_target_": "another"}}
     hydra["overrides"] = {"hydra": [f"hydra.sweep.dir={tmp_path}"]}
     with (
         pytest.raises(SweepError, match=r"jobs of this sweep are in Slurm's queue; add hydra/launcher=submitit_slurm"),
