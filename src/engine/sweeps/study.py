@@ -305,7 +305,7 @@ def draw_study(study: optuna.Study, folder: Path) -> None:
             ("importance", partial(plots.plot_param_importances, evaluator=PedAnovaImportanceEvaluator()), 2),
         ):
             if len(complete) >= least:
-                figure = plot(study).figure
+                figure: Any = plot(study).figure
                 figure.savefig(folder / f"{name}.png", bbox_inches="tight")
                 pyplot.close(figure)
 
