@@ -4,7 +4,7 @@ import csv
 import json
 import signal
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -77,6 +77,21 @@ def test_a_task_trains_and_comes_back_from_its_checkpoint(task: str, tmp_path: P
         assert f"{type(module).__module__}.{type(module).__qualname__}" == cfg.model._target_
         for key, tensor in load_checkpoint(checkpoint)["state_dict"].items():
             assert torch.equal(module.state_dict()[key], tensor)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # as the command ignores it
+def test_a_module_that_compiles_its_net_comes_back_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # a machine may have no compiler
+    cfg = compose_task("upstream", tmp_path / "first", "model.compile=true", "trainer.max_epochs=1")
+    train(cfg)
+    checkpoint = tmp_path / "first" / "checkpoints" / "last.ckpt"
+    saved = load_checkpoint(checkpoint)["state_dict"]
+    assert any("_orig_mod." in name for name in saved)  # upstream's way: the compiled net takes the plain one's place
+    restored = {name: values for name, values in restore(checkpoint).state_dict().items() if name.startswith("net.")}
+    assert_equal(restored, {name.replace("_orig_mod.", ""): saved[name] for name in saved if name.startswith("net.")})
+    cfg = compose_task("upstream", tmp_path / "second", "model.compile=true", f"ckpt_path={checkpoint}")
+    assert 0 <= train(cfg)["val/acc"] <= 1
+    assert load_checkpoint(tmp_path / "second" / "checkpoints" / "last.ckpt")["global_step"] == 24
 
 
 class Project:

@@ -1,8 +1,10 @@
 """What a checkpoint may have built: what the user's own config names, and the libraries' layers."""
 
 import os
+import pickle
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +174,28 @@ def test_a_colleagues_checkpoint_is_used_with_ones_own_folder(tmp_path: Path) ->
     assert tested.returncode == 0, tested.stderr
     misspelt = test(f"++data.data_dirr={mine}")
     assert "data.data_dir=" in misspelt.stderr
+
+
+def test_a_checkpoint_of_a_gpu_is_tested_without_one(tmp_path: Path) -> None:
+    """Its config says gpu, and its tensors lie in cuda:0, as the file has it."""
+    said = {"PROJECT_ROOT": str(tmp_path)}
+    trained = forks.run_command(
+        "train", *TINY, "trainer.max_epochs=1", "logger=[]", "test=false", "hydra.run.dir=${root_dir}/run", **said
+    )
+    assert trained.returncode == 0, trained.stderr
+    plain, path = tmp_path / "run" / "checkpoints" / "best.ckpt", tmp_path / "run" / "checkpoints" / "gpu.ckpt"
+    content = torch.load(plain, weights_only=True)
+    content["config"]["trainer"] |= {"accelerator": "gpu", "devices": 1, "precision": "16-mixed"}
+    torch.save(content, plain)
+    place = pickle.dumps("cpu", protocol=2)[2:-3], pickle.dumps("cuda:0", protocol=2)[2:-3]  # without memo and end
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            part = source.read(name)
+            target.writestr(name, part.replace(*place) if name.endswith("data.pkl") else part)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(path, weights_only=True)
+    tested = forks.run_command("test", f"--config-dir={TINY_CONF}", f"ckpt_path={path}", **said)
+    assert tested.returncode == 0, tested.stderr
 
 
 def test_a_folder_that_the_users_config_names_is_used(tmp_path: Path) -> None:
