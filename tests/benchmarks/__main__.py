@@ -273,12 +273,32 @@ def time_epoch(data: Data, *overrides: str) -> float:
     return float(record["data"]["num_images"]["train"] / record["images_per_second"])
 
 
+def bench_predict(data: Data, turns: int, quick: bool) -> list[dict[str, Any]]:
+    """Pictures of digits that ``src.predict`` gets right; of ``PICTURES_ROOT``, files ``*_is_<digit>.png``, too."""
+    pictures = Path(os.environ.get("PICTURES_ROOT") or ROOT.parent / "shared" / "cases" / "digits")
+    own = ("--pictures", str(pictures)) if pictures.is_dir() else ()
+    with tempfile.TemporaryDirectory() as folder:
+        run(
+            "-m", "src.train", f"data.root={data.root}", f"data.source={data.source}", f"hydra.run.dir={folder}/run",
+            "test=false", f"trainer.max_epochs={1 if quick else 10}",
+        )  # fmt: skip
+        checkpoint = f"{folder}/run/checkpoints/best.ckpt"
+        limit = ("--limit", "100") if quick else ()
+        output = run("-m", "tests.benchmarks.pictures", checkpoint, str(data.root), *own, *limit).output
+    found = json.loads(output[output.index("{") : output.rindex("}") + 1])  # after what the progress bar left
+    return [
+        compare(f"right of {of['count']:,} {kind}", "%", [of["template"]], "only resized", [of["plain"]], "96 %")
+        for kind, of in found.items()
+    ]
+
+
 PARTS = {
     "epoch": bench_epoch,
     "start": bench_start,
     "test": bench_test,
     "scale": bench_scale,
     "ddp": bench_ddp,
+    "predict": bench_predict,
 }
 
 
