@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,14 @@ def test_what_conf_does_not_name_is_not_built(target: Any) -> None:
     for node in ({"_target_": target}, {"_target_": "torch.nn.Sequential", "_args_": [{"a": {"_target_": target}}]}):
         with pytest.raises(CheckpointError, match=r"^ckpt_path=best\.ckpt: model.*_target_"):
             instantiate_stranger("best.ckpt", "model", node)
+
+
+def test_what_may_not_be_built_is_not_imported_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "strangers_module.py").write_text("Thing = int\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(CheckpointError, match="a checkpoint may build what conf/ names"):
+        tame("x", "model", {"_target_": "strangers_module.Thing"})
+    assert "strangers_module" not in sys.modules
 
 
 def test_what_is_built_later_is_checked_too() -> None:
