@@ -196,8 +196,8 @@ class LastCheckpoint(Checkpoint):
         if loop._combined_loader_states_to_load:  # a schedule has asked for the run's steps too early (Lightning#20550)
             loop._load_combined_loader_states()
             iter(loop._data_fetcher)  # type: ignore[arg-type]
-        metrics = {name: torch.tensor(value) for name, value in self._loaded.get("metrics", {}).items()}
-        trainer._logger_connector._callback_metrics.update(metrics)
+        for name, value in self._loaded.get("metrics", {}).items():
+            trainer._logger_connector._callback_metrics.setdefault(name, torch.tensor(value))
         is_lightnings = total.completed < total.processed  # written by a hook at an epoch's end, as best.ckpt
         if is_in_epoch:  # its end is to be as ever: Lightning would not let ReduceLROnPlateau step
             loop._restarting = False

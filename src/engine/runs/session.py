@@ -40,7 +40,8 @@ class Session(Callback):
         self.config = config
         self.logged: dict[str, dict[str, int]] = {}
         self._seen: dict[str, Tensor] = {}  # the metrics whose epochs are known
-        self._since: list[str] | None = None  # of a checkpoint, the metrics whose epochs are not yet known
+        self._loaded: dict[str, float] = {}  # a checkpoint's metrics
+        self._since: list[str] = []  # those of them whose epochs are not yet known
         self._ended: dict[str, int] = {}  # the epoch that has ended, while no other has begun
         self._batch_idx = 0
 
@@ -50,7 +51,7 @@ class Session(Callback):
             logger.log_hyperparams(self.config)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Seed by process; try a checkpoint out.
+        """Seed by process; take over a checkpoint's metrics; try a checkpoint out.
 
         Raises:
             CheckpointError: If a checkpoint could not be read back.
@@ -60,6 +61,9 @@ class Session(Callback):
             random.seed(seed)
             np.random.seed(seed)
             torch.manual_seed(seed)
+        for name, value in self._loaded.items():  # Lightning's books, which it hands out
+            trainer.callback_metrics[name] = torch.tensor(value)
+        self._seen = {name: value for name, value in trainer.callback_metrics.items() if name not in self._since}
         if trainer.accumulate_grad_batches > 1 and trainer.num_training_batches == float("inf"):
             log.warning(
                 "trainer.accumulate_grad_batches=%d: the train loader has no length, so an epoch's last gradient is "
@@ -73,16 +77,14 @@ class Session(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note which batch it is, and the metrics that a resumed run has from before."""
+        """Note which batch it is."""
         self._batch_idx = batch_idx
-        if self._since is not None:
-            self._seen = {name: value for name, value in trainer.callback_metrics.items() if name not in self._since}
-            self._since = None
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep what the run so far has logged until its metrics are there again."""
+        self._loaded = checkpoint.get("metrics", {})
         stored = checkpoint.get("logged", {"at": {}, "since": []})
         self.logged, self._since = stored["at"], stored["since"]
 

@@ -21,7 +21,7 @@ from src.engine.runs.resume import expand, quoted
 from src.engine.runs.status import write_status
 from tests import forks
 from tests.compose import run_command
-from tests.engine.equality import assert_equal, assert_same_run, content, scalars
+from tests.engine.equality import assert_equal, assert_same_run, content, scalars, table
 from tests.engine.tiny import TINY
 from tests.processes import wait_until
 
@@ -158,6 +158,44 @@ def test_the_same_with_other_settings(runs: Runs, variant: str) -> None:
         runs.kill(name, step // (3 if variant == "accumulate" else 1), *VARIANTS[variant])
         runs.resume(name, f"{KILL}=null")
         assert_same_run(whole, runs.path(name))
+
+
+# Beside the settings of VARIANTS, those in which Lightning alone would be inexact.
+HARDER = {
+    "every second epoch validated": (
+        "trainer.check_val_every_n_epoch=2", "scheduler=plateau", "scheduler.scheduler.patience=0",
+        "+scheduler.strict=false", "optimizer.lr=0.05",
+    ),
+    "validated where a save is due": ("+trainer.val_check_interval=10", "callbacks.last.every_n_steps=10"),
+    "another folder of best ones": ("callbacks.checkpoint.dirpath='${output_dir}/own'",),
+    "last window cut short": ("trainer.accumulate_grad_batches=3", "optimizer=sgd"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", HARDER)
+def test_several_kills_in_a_row_change_nothing_in_other_settings(runs: Runs, setting: str) -> None:
+    settings = ("trainer.max_epochs=5", "callbacks.last.every_n_steps=3", *HARDER[setting])
+    name = setting.replace(" ", "-")
+    whole = runs.whole(f"whole-{name}", *settings)
+    num_steps = load_checkpoint(runs.last(f"whole-{name}"))["global_step"]
+    first, *steps = sorted(random.Random(setting).sample(range(4, num_steps), 5))
+    runs.kill(name, first, *settings)
+    for step in steps:
+        runs.end(runs.start(f"resume={runs.path(name)}", f"{KILL}.step={step}"), status=-signal.SIGKILL)
+    runs.resume(name, f"{KILL}=null")
+    assert_equal(content(runs.last(f"whole-{name}")), content(runs.last(name)))
+    assert scalars(whole) == scalars(runs.path(name))
+    assert table(whole) == table(runs.path(name))
+    records = [json.loads((folder / "metrics.json").read_text()) for folder in (whole, runs.path(name))]
+    for key in ("metrics", "logged"):
+        assert records[0][key] == records[1][key]
+    bests = [
+        {path.name: load_checkpoint(path)["state_dict"] for path in folder.rglob("*.ckpt") if path.name != "last.ckpt"}
+        for folder in (whole, runs.path(name))
+    ]
+    assert bests[0]
+    assert_equal(bests[0], bests[1])
 
 
 @pytest.mark.parametrize(
