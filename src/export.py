@@ -16,6 +16,7 @@ from src.engine.errors import ConfigError
 from src.engine.runs import report
 from src.engine.runs.checkpoints import newest_checkpoint
 from src.engine.runs.command import run_function
+from src.engine.runs.origin import environment
 from src.engine.settings.check import require
 
 if TYPE_CHECKING:  # functions import torch and what needs it: a bad setting is answered without
@@ -110,7 +111,7 @@ def export_module(
         "outputs": dict(zip(names, map(describe, outputs), strict=True)),
         "data": describe_data(datamodule),
         **facts,
-        **report.environment(),
+        **environment(),
     }
     if is_classifier:
         metadata["classes"] = list(getattr(datamodule, "classes", None) or range(outputs[0].shape[1]))

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.engine.runs.command import continue_if_requeued, in_sweep, load_libraries, run, short_errors
 from src.engine.runs.processes import get_name
-from src.engine.runs.status import describe_start, tracked
+from src.engine.runs.status import describe_start, read_status, tracked
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -37,8 +37,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     checkpoint = cfg.ckpt_path
     if cfg.train:
         trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
-        record.add_training()
-        checkpoint = record.best_checkpoint
+        checkpoint = record.add_training()
 
     tested = []
     if cfg.test:
@@ -63,7 +62,8 @@ def main(cfg: DictConfig) -> None:
 def _show(cfg: DictConfig) -> None:
     from src.engine.runs import report
 
-    record = json.loads((Path(cfg.output_dir) / "metrics.json").read_text())
+    folder = Path(cfg.output_dir)
+    record = json.loads((folder / "metrics.json").read_text())
     rate, best = record["images_per_second"], record["best"]["checkpoint"]
     report.print_table(
         " and ".join(verb for verb, done in {"trained": cfg.train, "tested": cfg.test}.items() if done),
@@ -71,12 +71,12 @@ def _show(cfg: DictConfig) -> None:
         | ({"data": report.describe_data(record["data"])} if "num_images" in record["data"] else {})
         | {"time": f"{record['seconds']:.1f} s"}
         | ({"samples/s": f"{rate:.0f} (median epoch)"} if rate else {})
-        | {"best": report.shown(best) if best else "no checkpoint was asked for"},
+        | {"best" if record["best"]["monitor"] else "last": report.shown(folder / best) if best else "no checkpoint"},
     )
     logs = shlex.quote(report.shown(f"{cfg.root_dir}/logs"))
     sweep = {"python -m src.train -m optimizer.lr=0.001,0.003,0.01": "try three learning rates"}
     report.print_next(
-        ({"python -m src.test": "test it once more, in detail"} if cfg.test else {})
+        ({"python -m src.test": "test it once more, in detail"} if best and not read_status(folder)["debug"] else {})
         | {f"python -m tensorboard.main --logdir {logs}": "the curves of all runs"}
         | (sweep if OmegaConf.select(cfg, "optimizer.lr") else {})
     )

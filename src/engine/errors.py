@@ -21,6 +21,10 @@ class DataError(ValueError):
     """Data that are missing, damaged or not what they should be; the message names the file and the remedy."""
 
 
+class ReproductionError(Exception):
+    """A run that could not be trained again, or came out otherwise; the message says where the two part."""
+
+
 class SkippedError(Exception):
     """Files that were skipped while the rest was done; the message names them."""
 

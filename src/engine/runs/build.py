@@ -217,7 +217,15 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
 
 
 def _build_named(nodes: DictConfig | None) -> list[Any]:
-    return [instantiate(node) for node in nodes.values() if node is not None] if nodes else []
+    return [instantiate(node, **_tell_apart(node)) for node in nodes.values() if node is not None] if nodes else []
+
+
+def _tell_apart(node: DictConfig) -> dict[str, str]:
+    """Names by epoch and step for a ModelCheckpoint that keeps several files: else each would replace the last."""
+    name, is_counting = node.get("filename"), node.get("enable_version_counter", True)
+    if is_counting or node.get("save_top_k", 1) in (0, 1) or not name or "{step" in name:
+        return {}
+    return {"filename": f"{name}-{{epoch}}-{{step}}"}
 
 
 def _build_logger(node: DictConfig, first_step: int | None) -> Any:

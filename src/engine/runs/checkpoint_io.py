@@ -3,7 +3,7 @@
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     config: dict[str, Any] | None = None
+    on_saved: Callable[[Path], None] | None = None  # called with each file when it is there
     _is_rehearsing = False
 
     def __init__(self) -> None:
@@ -95,6 +96,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         finally:
             aside.unlink(missing_ok=True)
         self._folders.add(path.parent.resolve())
+        if self.on_saved:
+            self.on_saved(path)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; what its callbacks remember of files is looked up beside it, or forgotten.

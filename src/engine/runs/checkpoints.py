@@ -6,10 +6,16 @@ import logging
 import os
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from src.engine.errors import CheckpointError, ConfigError
+from src.engine.runs.processes import get_name
+from src.engine.runs.report import shown
+from src.engine.runs.status import is_held, list_checkpoints, read_status
 
 log = logging.getLogger(__name__)
+
+MAX_NAMED = 3  # runs that were passed over
 
 
 def check_checkpoint(path: str | Path) -> None:
@@ -35,7 +41,7 @@ def check_checkpoint(path: str | Path) -> None:
 
 
 def find_best(folder: Path) -> Path:
-    """The best checkpoint of a run, or of a sweep's winner, by what they have recorded.
+    """The checkpoint to use of a run, or of a sweep's winner, by what they have recorded: the best, or else the last.
 
     Raises:
         CheckpointError: If there is no such record, or no such file.
@@ -43,33 +49,97 @@ def find_best(folder: Path) -> Path:
     said = f"ckpt_path={folder}:"
     try:
         if (folder / "sweep.csv").is_file():
-            rows = csv.DictReader((folder / "sweep.csv").read_text(encoding="utf-8").splitlines())
-            row = next(row for row in rows if row["status"] == "finished")  # the best one comes first
-            run, name = folder / row["job"], row["checkpoint"]
-        else:
-            record = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-            run, name = folder, record["best"]["checkpoint"]
+            return find_best(find_winner(folder))
+        best = read_status(folder).get("best") or json.loads((folder / "metrics.json").read_text("utf-8"))["best"]
+        name = best["checkpoint"]
     except (OSError, StopIteration) as error:
         raise CheckpointError(f"{said} no finished run's folder, nor a sweep's; choose a checkpoint file") from error
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{said} its record is damaged; choose a file in its checkpoints folder") from error
-    # The path was right when it was written; the folder may have been moved since.
-    for path in (run / name, run / "checkpoints" / Path(name).name) if name else ():
+    # Older records name whole paths, though the folder may have been moved since, or be a copy.
+    is_old = bool(name) and Path(name).is_absolute() and Path(name).parent.name == "checkpoints"
+    for path in (folder / "checkpoints" / Path(name).name if is_old else folder / name, folder / name) if name else ():
         if path.is_file():
             return path
     raise CheckpointError(f"{said} its record names no checkpoint that is there; choose a file")
 
 
-def newest_checkpoint(logs: Path) -> Path:
-    """The best checkpoint of the newest run below a folder.
+def find_winner(sweep: Path) -> Path:
+    """The folder of a sweep's best job, by its table, in which that comes first.
 
     Raises:
-        ConfigError: If there is none.
+        StopIteration: If no job has finished.
     """
-    found = list(logs.glob("**/checkpoints/best.ckpt"))
-    if not found:
-        raise ConfigError(f"no checkpoints/best.ckpt below {logs}: train first (python -m src.train) or set ckpt_path")
-    return max(found, key=lambda path: path.stat().st_mtime)
+    rows = csv.DictReader((sweep / "sweep.csv").read_text("utf-8").splitlines())
+    return sweep / next(row["job"] for row in rows if row["status"] == "finished")
+
+
+def newest_checkpoint(logs: Path) -> Path:
+    """The best checkpoint of the newest run below a folder; logs which, and why that one.
+
+    Raises:
+        CheckpointError: If that run has none.
+        ConfigError: If there is no run to choose.
+    """
+    path, reason = choose_newest(logs)
+    if not get_name():
+        log.info(f"{shown(path)}: {reason}")
+    return path
+
+
+def choose_newest(logs: Path) -> tuple[Path, str]:
+    """As ``newest_checkpoint``, without a word: the path, and why it was chosen.
+
+    A run counts once it has finished or was stopped, unless it only tried something out (``debug=``) or has not
+    trained. A sweep counts as one run, its winner.
+    """
+    since: dict[Path, str] = {}
+    for path in logs.glob("**/status.json"):
+        home = path.parent.parent if (path.parent.parent / "sweep.json").is_file() else path.parent
+        since[home] = max(since.get(home, ""), str(read_status(path.parent).get("since")))
+    passed: list[str] = []
+    for home in sorted(since, key=lambda home: since[home], reverse=True):
+        run, kind = home, "newest run"
+        if (home / "sweep.json").is_file():
+            try:
+                run, kind = find_winner(home), f"winner of the newest sweep, {home.name}"
+            except (OSError, StopIteration):
+                passed.append(f"{home.name} (a sweep of which no job has finished)")
+                continue
+        status = read_status(run)
+        if reason := _why_not(run, status):
+            passed.append(f"{home.name} ({reason})")
+            continue
+        try:
+            path = find_best(run)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{shown(run)}: the {kind}, has left no checkpoint; set ckpt_path=<a file, or another run's folder>"
+            ) from error
+        monitor = status.get("best", {}).get("monitor")
+        by = f"best {monitor}" if monitor else "last weights"
+        return path, f"{by} of the {kind}{_list(passed)}"
+    raise ConfigError(
+        f"no run to choose below {logs}: train first (python -m src.train) or set ckpt_path{_list(passed)}"
+    )
+
+
+def _why_not(run: Path, status: dict[str, Any]) -> str:
+    """Why a run is not one to test; empty if it is."""
+    if status.get("state") not in ("finished", "interrupted", "running"):
+        return {"queued": "has not begun"}.get(str(status.get("state")), str(status.get("state")))
+    if status["state"] == "running" and is_held(run):
+        return "still at work"
+    if status.get("reproduces"):
+        return f"repeats {Path(status['reproduces']).name}"
+    if status.get("debug"):
+        return "only tried something out: debug="
+    return "" if status.get("train", True) else "has not trained: train=false"
+
+
+def _list(passed: list[str]) -> str:
+    more = f" and {len(passed) - MAX_NAMED} more" if len(passed) > MAX_NAMED else ""
+    return f"; passed over: {', '.join(passed[:MAX_NAMED])}{more}" if passed else ""
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -81,7 +151,7 @@ def find_checkpoint(folder: Path) -> Path | None:
     Raises:
         CheckpointError: If there are some, and all of them are damaged.
     """
-    paths = list(folder.glob("checkpoints/*.ckpt"))
+    paths = list_checkpoints(folder)
     # A best.ckpt may be younger, but Lightning writes it before all that belongs to its step is done.
     paths.sort(key=lambda path: (path.name == "last.ckpt", path.stat().st_mtime), reverse=True)
     reasons = []

@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 
 from src.engine.errors import ConfigError
-from src.engine.runs.checkpoints import check_checkpoint, find_best, find_checkpoint, newest_checkpoint
+from src.engine.runs.checkpoints import check_checkpoint, choose_newest, find_best, find_checkpoint
 from src.engine.runs.processes import (
     GRACE,
     SWEEP_PARENT,
@@ -38,7 +38,7 @@ from src.engine.runs.processes import (
     is_started_from_outside,
 )
 from src.engine.runs.resume import expand, quoted
-from src.engine.runs.status import describe_start, write_status
+from src.engine.runs.status import REPRODUCES, describe_start, write_status
 from src.engine.settings.check import CONF, ROOT, check, check_values
 from src.engine.settings.explain import explain, is_refusal, nearest_key
 from src.engine.settings.trust import admit, recall, remember
@@ -362,8 +362,8 @@ def _check(cfg: DictConfig, hydra: Any) -> None:
         if Path(cfg.ckpt_path).is_dir():
             cfg.ckpt_path = str(find_best(Path(cfg.ckpt_path)))
         check_checkpoint(cfg.ckpt_path)
-    elif "seed" not in cfg:  # all commands but training take one
-        newest_checkpoint(Path(cfg.root_dir) / "logs")
+    elif "ckpt_path" in cfg and "seed" not in cfg:  # all commands but training need one
+        choose_newest(Path(cfg.root_dir) / "logs")
     if "trainer" in cfg and hydra.mode == RunMode.RUN and SWEEP_PARENT not in os.environ and not get_name():
         print(describe_place(cfg), flush=True)  # the next seconds bring nothing to see
     load_libraries()
@@ -417,7 +417,7 @@ def _require_own_process(cfg: DictConfig) -> None:
 
 def _refuse_sweep(config: DictConfig) -> None:
     option = config.hydra.runtime.choices.get("sweep")
-    if option:
+    if option and REPRODUCES not in os.environ:
         raise ConfigError(f"sweep={option}: a sweep needs -m: python -m src.train -m sweep={option}")
 
 

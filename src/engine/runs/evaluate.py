@@ -6,6 +6,7 @@ from typing import Any
 
 from src.engine.errors import ConfigError
 from src.engine.runs import report
+from src.engine.runs.origin import environment
 
 
 def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **
         "classes": list(map(str, names or ())) if is_named else None,
         "data": describe_data(datamodule),
         "checkpoint": str(path),
-        **report.environment(),
+        **environment(),
     }
     if tester.is_global_zero:
         output_dir.mkdir(parents=True, exist_ok=True)

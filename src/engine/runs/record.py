@@ -1,5 +1,6 @@
-"""What a run leaves beside its checkpoints and curves: config.yaml at its start, metrics.json at its end."""
+"""What a run leaves beside checkpoints and curves: config.yaml, status.json as it stands, metrics.json at its end."""
 
+import logging
 import statistics
 import time
 from collections.abc import Mapping
@@ -8,16 +9,22 @@ from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
 from src.engine.runs import report
 from src.engine.runs.build import load_checkpoint
+from src.engine.runs.checkpoint_io import AtomicCheckpointIO
+from src.engine.runs.origin import compare_origins, describe_origin, environment
+from src.engine.runs.status import add_to_status, list_checkpoints, read_status, write_status
 from src.engine.settings.trust import plain_config
+
+log = logging.getLogger(__name__)
 
 PLAIN = (bool, int, float, str)
 
 
-class Record:
-    """The record of a training. Versions and commit are those of its start.
+class Record(Callback):
+    """The record of a training, kept current. Versions and commit are those of its start.
 
     Args:
         cfg: The run's config.
@@ -28,24 +35,82 @@ class Record:
         self.cfg = cfg
         self.trainer = trainer
         self.metrics: dict[str, float] = {}
-        self.best_checkpoint: str | None = None
+        self.best: dict[str, Any] = {"checkpoint": None, "score": None, "monitor": None}
         self._folder = Path(cfg.output_dir)
         self._start = time.perf_counter()
-        self._environment = report.environment()
+        self._environment = environment()
+        self._saved: list[str] = []  # the checkpoints that are there, in the order in which they were written
         if trainer.is_global_zero:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(plain_config(cfg), self._folder / "config.yaml")
+            self._begin()
 
-    def add_training(self) -> None:
-        """Note the last metrics and the best checkpoint; of a run that had trained to its end before, those of then."""
+    def _begin(self) -> None:
+        """Write what is known, and see to it that each checkpoint is noted when it is there."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(plain_config(self.cfg), self._folder / "config.yaml")
+        before = read_status(self._folder)
+        paths = sorted(list_checkpoints(self._folder), key=lambda path: path.stat().st_mtime)
+        self._saved = list(map(self._relative, paths))
+        write_status(self._folder, "running")
+        origin = describe_origin(self._folder, self.trainer.strategy.root_device)
+        changed = compare_origins(before, origin) if self._saved and self.cfg.ckpt_path else ""
+        if changed:
+            log.warning(f"perhaps not an exact continuation: {changed}")
+        facts = {
+            "train": bool(self.cfg.train),
+            "debug": bool(before.get("debug") or self.trainer.fast_dev_run),  # type: ignore[attr-defined]
+            "resumed_with": [*before.get("resumed_with", []), *([changed] if changed else [])],
+        }
+        add_to_status(self._folder, {**origin, **facts})
+        self.trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
+        if isinstance(io := self.trainer.strategy.checkpoint_io, AtomicCheckpointIO):
+            io.on_saved = self._note
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note which data they are: only now is it known."""
+        add_to_status(self._folder, {"data": describe_data(getattr(trainer, "datamodule", None))})
+
+    def _note(self, path: Path | None = None) -> None:
+        """Note which checkpoints there are, a new one among them, and which is the one to use."""
+        before = (self._saved, self.best)
+        names = [*self._saved, *([self._relative(path)] if path else [])]
+        there = [name for name in dict.fromkeys(reversed(names)) if (self._folder / name).is_file()]
+        self._saved, self.best = there[::-1], self._find_best(there)
+        if before != (self._saved, self.best):
+            add_to_status(self._folder, {"checkpoints": self._saved, "best": self.best})
+
+    def _find_best(self, newest_first: list[str]) -> dict[str, Any]:
+        """What the run's ModelCheckpoint says is best, by the run's monitor if there are several; else the last."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        judges = [each for each in callbacks if isinstance(each, ModelCheckpoint) and each.best_model_path]
+        for each in sorted(judges, key=lambda each: each.monitor != self.cfg.get("monitor")):
+            path = Path(each.best_model_path)
+            # Where the run has begun from another one's checkpoint, that one's may be remembered.
+            if path.is_file() and each.dirpath and path.is_relative_to(each.dirpath):
+                score = None if each.monitor is None or each.best_model_score is None else float(each.best_model_score)
+                return {"checkpoint": self._relative(path), "score": score, "monitor": each.monitor, "mode": each.mode}
+        return {"checkpoint": next(iter(newest_first), None), "score": None, "monitor": None, "mode": None}
+
+    def _relative(self, path: Path) -> str:
+        path, folder = path.resolve(), self._folder.resolve()
+        return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+
+    def add_training(self) -> str | None:
+        """Note the last metrics and the checkpoint to use; of a run that had trained to its end before, those of then.
+
+        Returns:
+            The checkpoint's path; None without one.
+        """
         last: Mapping[str, Any] = self.trainer.callback_metrics
         if not last and self.cfg.ckpt_path:
             last = load_checkpoint(self.cfg.ckpt_path).get("metrics", {})
         self.metrics = {name: float(value) for name, value in last.items()}
-        self.best_checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or None
+        if self.trainer.is_global_zero:
+            self._note()
+        self.best = self.trainer.strategy.broadcast(self.best)
+        return str(self._folder / self.best["checkpoint"]) if self.best["checkpoint"] else None
 
     def write(self, tested: list[Mapping[str, float]]) -> dict[str, float]:
-        """Write metrics.json.
+        """Write metrics.json, and that the run has finished.
 
         Args:
             tested: What ``trainer.test`` returned, an entry a loader; empty without a test.
@@ -56,21 +121,15 @@ class Record:
         for metrics in tested:
             self.metrics |= metrics
         monitor = self.cfg.get("monitor")
-        checkpoint = self.trainer.checkpoint_callback
         # Measured by something else than the sweep's monitor, the checkpoint has no score that could be compared.
-        is_same = monitor is not None and getattr(checkpoint, "monitor", None) == monitor
-        score = getattr(checkpoint, "best_model_score", None) if is_same else None
+        score = self.best["score"] if monitor is not None and self.best["monitor"] == monitor else None
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         rates = [rate for callback in callbacks for rate in getattr(callback, "rates", [])]
         record = {
             "metrics": self.metrics,
             # Of those of the training, the epoch and step of each: not all come with every epoch.
             "logged": {name: at for callback in callbacks for name, at in getattr(callback, "logged", {}).items()},
-            "best": {
-                "score": self.metrics.get(monitor) if score is None else float(score),
-                "checkpoint": self.best_checkpoint,
-                "monitor": getattr(checkpoint, "monitor", None),
-            },
+            "best": self.best | {"score": self.metrics.get(monitor) if score is None else score},
             "pruned": any(getattr(callback, "pruned", False) for callback in callbacks),
             "data": describe_data(getattr(self.trainer, "datamodule", None)),
             "seed": self.cfg.seed,
@@ -79,6 +138,7 @@ class Record:
         }
         if self.trainer.is_global_zero:
             report.write_json(self._folder / "metrics.json", record | self._environment)
+            write_status(self._folder, "finished")
         return self.metrics
 
 

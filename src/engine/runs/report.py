@@ -1,44 +1,16 @@
 """What a run says at its end, on the console and in files."""
 
 import json
-import platform
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-
 if TYPE_CHECKING:
     from rich.console import Console
-
-PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra-core", "tensorboard")
-
-
-def environment() -> dict[str, Any]:
-    """Versions, git commit and arguments, a sweep's job's own: what somebody needs to repeat a run."""
-    hydra = HydraConfig.get() if HydraConfig.initialized() else None
-    return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "git_commit": _git_commit(),
-        "arguments": list(hydra.overrides.task) if hydra and hydra.mode == RunMode.MULTIRUN else sys.argv[1:],
-    }
-
-
-def _git_commit() -> str | None:
-    """The commit of the code, with -dirty behind it where files differ; None without git or a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return git.stdout.strip() or None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from src.engine.errors import CheckpointError, ConfigError
 from src.engine.runs.checkpoints import find_checkpoint
 from src.engine.runs.processes import get_name, is_requeued
 from src.engine.runs.report import shown
-from src.engine.runs.status import is_held, read_status
+from src.engine.runs.status import is_held, read_status, repeat_start
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +72,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
     checkpoint = find_checkpoint(folder)
     return [
         *flags,
-        *(f"--config-dir={path}" for path in status["config_dirs"]),
-        *status["overrides"],
+        *repeat_start(status),
         *own,
         f"resume={quoted(folder)}",
         f"hydra.run.dir={quoted(folder)}",

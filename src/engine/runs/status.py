@@ -14,17 +14,26 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from src.engine.errors import ConfigError
+from src.engine.settings.check import CONF
 
 LOCK = ".lock"
 INTERRUPTED = 128  # exit statuses above it are signals
+REPRODUCES = "REPRODUCES_RUN"  # in the environment of a run that src.reproduce starts: the other run
+# Hydra's settings that say where a run is, or belong to the sweep that it was a part of.
+OF_SWEEPS = ("hydra.run.", "hydra.mode=", "hydra.sweep", "hydra/sweep", "hydra.launcher", "hydra/launcher")
 
 
 def read_status(folder: Path) -> dict[str, Any]:
     """What ``status.json`` holds; empty without one that can be read.
 
-    ``state`` is queued, running, finished, failed or interrupted; ``since`` when; ``process`` and ``host`` whose doing
-    it is; ``overrides`` and ``config_dirs`` how the run was started. A run that was killed stays "running": see
-    ``is_held``.
+    - ``state``: queued, running, finished, failed or interrupted; ``since`` when; ``process`` and ``host`` whose doing
+      it is. A run that was killed stays "running": see ``is_held``.
+    - How it was started, as ``describe_start`` returns it.
+    - What it comes from, as ``describe_origin`` returns it; ``data``, what its data module says of its data;
+      ``resumed_with``: what of these has changed at a resume.
+    - ``train``: whether it trains; ``debug``: whether it only tries something out.
+    - ``checkpoints``: the files that it has saved; ``best``: the one to use, ``checkpoint``, with its ``score`` by
+      ``monitor`` and ``mode``. Without a ``monitor`` it is the last, not the best. Paths are relative to the folder.
     """
     with suppress(FileNotFoundError, NotADirectoryError, ValueError):  # of bytes that are no text, or no JSON
         status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
@@ -32,34 +41,70 @@ def read_status(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def write_status(folder: Path, state: str, start: Mapping[str, Any] | None = None) -> None:
-    """Write a run's state, and how it was started where that is given."""
+def write_status(folder: Path, state: str, facts: Mapping[str, Any] | None = None) -> None:
+    """Write a run's state and, where they are given, further facts; what else is in the file stays."""
+    since = datetime.now(UTC).isoformat(timespec="milliseconds")
+    own = {"state": state, "since": since, "process": os.getpid(), "host": socket.gethostname()}
+    add_to_status(folder, {**(facts or {}), **own})
+
+
+def add_to_status(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write facts of a run beside those that are there."""
     from src.engine.runs.report import write_json  # here: most configs that are rejected need no tables
 
-    since = datetime.now(UTC).isoformat(timespec="seconds")
-    own = {"state": state, "since": since, "process": os.getpid(), "host": socket.gethostname()}
-    write_json(folder / "status.json", {**read_status(folder), **(start or {}), **own})
+    write_json(folder / "status.json", {**read_status(folder), **facts})
 
 
 def describe_start(hydra: Any) -> dict[str, Any]:
-    """How Hydra's node says that a run was started: what ``resume`` repeats."""
+    """How Hydra's node says that a run was started: what ``resume`` and ``src.reproduce`` repeat.
+
+    Returns:
+        ``overrides``; ``hydra``, those of Hydra's own settings that matter to one run, such as hydra.searchpath;
+        ``config_dirs``, ``config_name`` and ``config_path`` (null: the command's own); ``cwd``, where it was typed;
+        ``debug``, whether a file of conf/debug/ was chosen; ``reproduces``, the run that it repeats.
+    """
     typed: Any = OmegaConf.to_container(hydra.overrides.task)  # with its interpolations: one may lead to a secret
     overrides = [override for override in typed if not override.startswith("resume=")]
     if len(overrides) < len(typed):  # resumed: its own checkpoint is looked up anew
-        own = Path(hydra.run.dir).resolve() / "checkpoints"
-        overrides = [override for override in overrides if not _is_checkpoint_in(own, override)]
-    sources = OmegaConf.to_container(hydra.runtime.config_sources)
-    assert isinstance(sources, list)
-    dirs = [source["path"] for source in sources if source["provider"] == "command-line"]
-    return {"overrides": overrides, "config_dirs": dirs}
+        overrides = [override for override in overrides if not is_checkpoint_of(Path(hydra.run.dir), override)]
+    sources: Any = OmegaConf.to_container(hydra.runtime.config_sources)
+    places: dict[str, list[str]] = {}
+    for source in sources:
+        path = os.path.abspath(source["path"]) if source["schema"] == "file" else source["path"]  # noqa: PTH100
+        places.setdefault(source["provider"], []).append(f"{source['schema']}://{path}")
+    own: Any = OmegaConf.to_container(hydra.overrides.hydra)
+    own = [override for override in own if not override.lstrip("+~").startswith(OF_SWEEPS)]
+    searched = places.get("hydra.searchpath in command-line", [])
+    named = [f"hydra.searchpath={json.dumps(searched)}"] if searched else []
+    main = [place.removeprefix("file://") for place in places.get("main", [])]
+    return {
+        "overrides": overrides,
+        "hydra": [*(override for override in own if not override.startswith("hydra.searchpath=")), *named],
+        "config_dirs": [place.removeprefix("file://") for place in places.get("command-line", [])],
+        "config_name": hydra.job.config_name,
+        "config_path": next((path for path in main if Path(path).resolve() != CONF), None),
+        "cwd": hydra.runtime.cwd,
+        "debug": bool(hydra.runtime.choices.get("debug")),
+        "reproduces": os.environ.get(REPRODUCES),
+    }
 
 
-def _is_checkpoint_in(folder: Path, override: str) -> bool:
-    """Whether an override is a ``ckpt_path=`` of that folder; one of another run is where this one has begun."""
+def repeat_start(status: Mapping[str, Any]) -> list[str]:
+    """The arguments that start a run once more, by its ``status.json``: flags first."""
+    flags = [f"--config-dir={path}" for path in status["config_dirs"]]
+    flags += [f"--config-name={name}" for name in [status.get("config_name")] if name not in (None, "train")]
+    flags += [f"--config-path={path}" for path in [status.get("config_path")] if path]
+    return [*flags, *status["overrides"], *status.get("hydra", [])]
+
+
+def is_checkpoint_of(folder: Path, override: str) -> bool:
+    """Whether an override is a ``ckpt_path=`` of that run; one of another run is where this one has begun."""
     if not override.startswith("ckpt_path="):
         return False
-    path = OverridesParser.create().parse_override(override).value()
-    return path is not None and Path(str(path)).resolve().parent == folder
+    value = OverridesParser.create().parse_override(override).value()
+    path = Path(str(value)).resolve()
+    is_own = path.parent == folder.resolve() / "checkpoints" or path in map(Path.resolve, list_checkpoints(folder))
+    return value is not None and is_own
 
 
 @contextmanager
@@ -74,7 +119,7 @@ def tracked(folder: Path, start: Mapping[str, Any]) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _held(folder):
-        before, checkpoints = read_status(folder), _checkpoints(folder)
+        before, checkpoints = read_status(folder), _times(folder)
         write_status(folder, "running", start)
         state = "failed"
         try:
@@ -88,16 +133,22 @@ def tracked(folder: Path, start: Mapping[str, Any]) -> Iterator[None]:
             raise
         finally:
             had_run = before.get("state", "queued") != "queued"
-            if state != "finished" and had_run and _checkpoints(folder) == checkpoints:
-                start = {key: before[key] for key in start if key in before}
+            if state != "finished" and had_run and _times(folder) == checkpoints:
+                start = before
                 state = "finished" if before["state"] == "finished" else state
             with suppress(OSError):  # a full disk: the error that is under way says so
                 write_status(folder, state, start)
 
 
-def _checkpoints(folder: Path) -> dict[Path, int]:
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run that are there, by its record, which may name other folders, and in its own folder."""
+    recorded = [folder / name for name in read_status(folder).get("checkpoints", [])]
+    return sorted({*filter(Path.is_file, recorded), *folder.glob("checkpoints/*.ckpt")})
+
+
+def _times(folder: Path) -> dict[Path, int]:
     """When each checkpoint of a run was written, in nanoseconds."""
-    return {path: path.stat().st_mtime_ns for path in folder.glob("checkpoints/*.ckpt")}
+    return {path: path.stat().st_mtime_ns for path in list_checkpoints(folder)}
 
 
 def is_held(folder: Path) -> bool:

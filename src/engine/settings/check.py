@@ -42,10 +42,16 @@ OWN: dict[str, tuple[Any, str]] = {
     "output": TEXT,
     "format": (Literal["onnx", "pt2", "safetensors"], "onnx, pt2 or safetensors"),
     "port": (Annotated[int, range(2**16)], "a whole number from 0 to 65535"),
+    "run": TEXT,
     "root_dir": (str, "text"),
 }
 DECLARED = ("extras",)  # what other templates have
-MARKS = {"inputs": "predict", "format": "export", "port": "demo"}  # a key that only this command has
+MARKS = {
+    "inputs": "predict",
+    "format": "export",
+    "port": "demo",
+    "run": "reproduce",
+}  # a key that only this command has
 NEEDED = ("model", "trainer", "scheduler.scheduler")  # to train
 
 

@@ -160,7 +160,7 @@ class SweepFolder:
             # By another measure than the sweep's, "best" says nothing here.
             is_best = best.get("monitor", self.monitor) == self.monitor
             score = best.get("score") if is_best else metrics.get(self.monitor)
-            checkpoint = best.get("checkpoint")
+            checkpoint = best.get("checkpoint") and str(folder / best["checkpoint"])
             tests = _read_record(folder / "test" / "metrics.json").get("metrics", {})
             status, seconds = "pruned" if record.get("pruned") else "finished", record.get("seconds")
             checkpoint = checkpoint if checkpoint and Path(checkpoint).exists() else None

@@ -252,8 +252,8 @@ def test_a_runs_or_sweeps_folder_stands_for_its_best_checkpoint(tmp_path: Path) 
         _write_run(run, recorded)
         assert find_best(run) == best
         shutil.rmtree(run)
-    _write_run(sweep / "lr=2", "")
-    rows = "rank,job,status,checkpoint\n1,lr=1,failed,\n1,lr=2,finished,/old/sweep/lr=2/checkpoints/a.ckpt\n"
+    _write_run(sweep / "lr=2", "/old/sweep/lr=2/checkpoints/a.ckpt")
+    rows = "rank,job,status,checkpoint\n1,lr=1,failed,\n1,lr=2,finished,\n"
     (sweep / "sweep.csv").write_text(rows)
     assert find_best(sweep) == sweep / "lr=2" / "checkpoints" / "a.ckpt"
 

@@ -8,13 +8,24 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from src.engine.errors import ConfigError
-from src.engine.runs.status import describe_start, is_held, read_status, tracked, write_status
-from src.engine.settings.check import ROOT
+from src.engine.runs.status import (
+    add_to_status,
+    describe_start,
+    is_held,
+    list_checkpoints,
+    read_status,
+    repeat_start,
+    tracked,
+    write_status,
+)
+from src.engine.settings.check import CONF, ROOT
 
 START = {"overrides": ["seed=1"], "config_dirs": []}
 
@@ -124,14 +135,52 @@ def test_without_a_readable_file_there_is_no_status(content: bytes | None, tmp_p
     assert read_status(tmp_path) == {}
 
 
+def start_of(task: list[str], *own: str, **choices: str) -> dict[str, Any]:
+    """What is described of a run in the folder ``run``, as Hydra tells of it."""
+    sources = [
+        {"provider": "hydra", "schema": "pkg", "path": "hydra.conf"},
+        {"provider": "main", "schema": "file", "path": str(CONF)},
+        {"provider": "hydra.searchpath in command-line", "schema": "file", "path": "more"},
+        {"provider": "hydra.searchpath in command-line", "schema": "pkg", "path": "theirs.conf"},
+        {"provider": "command-line", "schema": "file", "path": "/mine"},
+    ]
+    runtime = {"config_sources": sources, "cwd": str(Path.cwd()), "choices": choices}
+    overrides = {"task": task, "hydra": [*own, "hydra.run.dir=run", "hydra.mode=RUN"]}
+    job = {"config_name": "other"}
+    node = {"overrides": overrides, "runtime": runtime, "run": {"dir": "run"}, "job": job}
+    return describe_start(OmegaConf.create(node))
+
+
 def test_a_resumed_run_was_started_as_the_first_time_with_what_was_added() -> None:
-    sources = [{"provider": "main", "path": "conf"}, {"provider": "command-line", "path": "mine"}]
     task = ["seed=1", "ckpt_path=first.ckpt", "trainer.max_epochs=5"]
-    hydra = OmegaConf.create(
-        {"overrides": {"task": task}, "runtime": {"config_sources": sources}, "run": {"dir": "run"}}
-    )
-    assert describe_start(hydra) == {"overrides": task, "config_dirs": ["mine"]}
-    hydra.overrides.task = [*task, "resume=run", "ckpt_path='run/checkpoints/last.ckpt'"]
-    assert describe_start(hydra)["overrides"] == task  # the first checkpoint is where the run has begun
-    hydra.overrides.task = [*task, "ckpt_path=null", "resume=run"]
-    assert describe_start(hydra)["overrides"] == [*task, "ckpt_path=null"]
+    assert start_of(task)["overrides"] == task
+    resumed = [*task, "resume=run", "ckpt_path='run/checkpoints/last.ckpt'"]
+    assert start_of(resumed)["overrides"] == task  # the first checkpoint is where the run has begun
+    assert start_of([*task, "ckpt_path=null", "resume=run"])["overrides"] == [*task, "ckpt_path=null"]
+
+
+def test_hydras_own_settings_are_repeated_but_for_those_of_a_sweep() -> None:
+    of_sweep = ("hydra.sweep.dir=all", "hydra.sweep.subdir='a'", "hydra/launcher=process", "hydra.launcher.n_jobs=2",
+                "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2")  # fmt: skip
+    own = ("hydra.searchpath=[file://more,pkg://theirs.conf]", "hydra.job.name=x", "hydra/job_logging=stdout")
+    start = start_of(["seed=1"], *own, *of_sweep, debug="fast")
+    assert start["debug"]
+    flag, name, *overrides = repeat_start(start)
+    assert (flag, name) == ("--config-dir=/mine", "--config-name=other")
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    assert {override.key_or_group: override.value() for override in parsed} == {
+        "seed": 1, "hydra.job.name": "x", "hydra/job_logging": "stdout",
+        "hydra.searchpath": [f"file://{Path.cwd()}/more", "pkg://theirs.conf"],
+    }  # fmt: skip
+    assert not start_of([])["debug"]
+
+
+def test_checkpoints_are_found_where_the_record_says(tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere" / "last.ckpt"
+    files = [run / "checkpoints" / "a.ckpt", run / "own" / "b.ckpt", elsewhere]
+    for path in files:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    assert list_checkpoints(run) == files[:1]
+    add_to_status(run, {"checkpoints": ["own/b.ckpt", str(elsewhere), "own/gone.ckpt"]})
+    assert set(list_checkpoints(run)) == set(files)
