@@ -136,6 +136,12 @@ def test_each_command_does_what_it_says(command: str, project: Path, request: py
         result = _run(project, command, "data.root=null")
         assert result.returncode == 0, result.stderr
         assert list(project.glob("logs/**/model.onnx"))
+    elif "src.reproduce" in command:
+        request.getfixturevalue("trained")
+        runs = (project / "logs" / "train").glob("*/metrics.json")
+        newest = max(runs, key=lambda path: path.stat().st_mtime).parent.name
+        result = _run(project, command.replace("<date_time>", newest))
+        assert "its record has no commit" in result.stderr  # this project is in no repository
     elif "src.demo" in command:
         request.getfixturevalue("trained")
         _assert_demo_serves(command, project)

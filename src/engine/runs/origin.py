@@ -75,7 +75,7 @@ def compare_origins(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return ", ".join(found[:MAX_SHOWN]) + more
 
 
-def git(*arguments: str, cwd: Path = ROOT, given: bytes = b"", env: Mapping[str, str] | None = None) -> bytes:
+def git(*arguments: str, cwd: Path | None = None, given: bytes = b"", env: Mapping[str, str] | None = None) -> bytes:
     """What git prints.
 
     Raises:
@@ -84,7 +84,7 @@ def git(*arguments: str, cwd: Path = ROOT, given: bytes = b"", env: Mapping[str,
     """
     command = ["git", "--no-optional-locks", "--literal-pathspecs", *arguments]
     return subprocess.run(
-        command, cwd=cwd, input=given, capture_output=True, check=True, env={**os.environ, **(env or {})}
+        command, cwd=cwd or ROOT, input=given, capture_output=True, check=True, env={**os.environ, **(env or {})}
     ).stdout
 
 

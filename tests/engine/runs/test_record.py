@@ -165,7 +165,7 @@ def test_a_run_that_begins_from_anothers_checkpoint_does_not_call_that_ones_best
     run(tmp_path / "first")
     last = tmp_path / "first" / "checkpoints" / "last.ckpt"
     second = tmp_path / "second"
-    status, _ = run(second, f"ckpt_path={last}", "trainer.max_epochs=6", "trainer.limit_val_batches=0")
+    status, _ = run(second, f"ckpt_path={last}", "trainer.max_epochs=6", "trainer.check_val_every_n_epoch=9")
     assert status["best"]["checkpoint"] == "checkpoints/last.ckpt"
     assert load_checkpoint(find_best(second))["global_step"] == 6 * STEPS
 
