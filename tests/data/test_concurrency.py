@@ -70,8 +70,8 @@ def test_ten_runs_at_once_download_once_and_each_gives_the_right_result(
         assert read_result(folder) == truth
         assert sorted(path.relative_to(folder) for path in folder.rglob("*") if "tfevents" not in path.name) == names
         assert yaml.safe_load((folder / "config.yaml").read_text())["output_dir"] == str(folder)
-        best = json.loads((folder / "metrics.json").read_text())["best"]["checkpoint"]
-        assert Path(best).parent == folder / "checkpoints"
+        best = folder / json.loads((folder / "metrics.json").read_text())["best"]["checkpoint"]
+        assert best.parent == folder / "checkpoints"
         load_checkpoint(best)  # whole
     sources = [json.loads((folder / "metrics.json").read_text())["data"]["source"] for folder in folders]
     assert Counter(sources) == {"download": 1, "files": NUM_RUNS - 1}

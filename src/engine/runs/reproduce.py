@@ -1,6 +1,7 @@
 """Train a run again from its record, in a worktree of its commit, and compare the two to the bit."""
 
 import csv
+import json
 import logging
 import os
 import shutil
@@ -196,7 +197,7 @@ def read_curves(folder: Path) -> Curves:
 
 
 def _read_metrics(folder: Path) -> dict[str, float]:
-    metrics: Any = OmegaConf.to_container(OmegaConf.load(folder / "metrics.json"))
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     return {name: value for name, value in metrics["metrics"].items() if not any(word in name for word in OF_CLOCKS)}
 
 
@@ -207,11 +208,9 @@ def _describe(name: str, one: float | None, other: float | None) -> str:
 
 def _measure(one: Path, other: Path) -> float:
     """How far the weights of two checkpoints are apart: the largest difference, infinite for other shapes."""
-    import torch
+    import torch  # here: a bad setting is answered without
 
-    from src.engine.runs.build import load_checkpoint
-
-    weights, others = (load_checkpoint(path)["state_dict"] for path in (one, other))
+    weights, others = (torch.load(path, "cpu", weights_only=True)["state_dict"] for path in (one, other))
     if weights.keys() != others.keys() or any(weights[name].shape != others[name].shape for name in weights):
         return float("inf")
     apart = [name for name in weights if not torch.equal(weights[name], others[name])]
