@@ -12,6 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
 from src.engine.runs.report import write_bytes
 from src.engine.settings.check import ROOT
 
@@ -23,12 +26,13 @@ MAX_SHOWN = 10
 
 
 def environment() -> dict[str, Any]:
-    """The main versions, git commit and arguments, for whoever reads a result; -dirty where files differ from it."""
+    """The main versions, git commit and arguments, a sweep's job's own; -dirty where files differ from the commit."""
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
     commit, _, untracked, is_changed = _read_changes()
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "git_commit": f"{commit}-dirty" if commit and (untracked or is_changed) else commit,
-        "arguments": sys.argv[1:],
+        "arguments": list(hydra.overrides.task) if hydra and hydra.mode == RunMode.MULTIRUN else sys.argv[1:],
     }
 
 
