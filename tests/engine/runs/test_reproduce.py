@@ -102,10 +102,4 @@ def test_a_run_of_changed_code_is_trained_again_to_the_bit(tmp_path: Path) -> No
     assert "weights of best.ckpt, last.ckpt" in said
     worktrees = subprocess.run(["git", "worktree", "list"], cwd=project, capture_output=True, text=True, check=True)
     assert len(worktrees.stdout.splitlines()) == 1
-    assert "first" in run("test", "accelerator=cpu")  # not the repetition, which is newer
-
-    patch = project / "logs" / "train" / "first" / "changes.patch"
-    patch.write_text(patch.read_text().replace("nn.Softplus", "nn.Tanh"))
-    assert "the curves part at step 0: train/loss" in run("reproduce", "run=logs/train/first", status=1)
-    patch.write_text("diff --git a/gone b/gone\n--- a/gone\n+++ b/gone\n@@ -1 +1 @@\n-a\n+b\n")
-    assert "changes.patch: does not apply to" in run("reproduce", "run=logs/train/first", status=1)
+    assert "first" in run("test", own, "accelerator=cpu")  # not the repetition, which is newer
