@@ -165,7 +165,7 @@ class MNISTDataModule(pl.LightningDataModule):
         self.num_classes = num_classes
         self.label_offset = label_offset
         self.transpose = transpose
-        self.mean, self.std = (list(np.atleast_1d([] if value is None else value)) for value in (mean, std))
+        self.mean, self.std = (np.atleast_1d([] if value is None else value).tolist() for value in (mean, std))
         self.is_measured = mean is None
         self.channels, *self.size = input_size or (1, *SIZE)
         self.handwriting = handwriting
