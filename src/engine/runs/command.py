@@ -148,7 +148,7 @@ def run_function(function: Callable[[DictConfig], Any], config_name: str, **sett
 
 
 def arrange(arguments: Sequence[str], config_name: str, positional: str = "") -> list[str]:
-    """Arguments as Hydra wants them: flags first, then overrides.
+    """Arguments as Hydra wants them: flags first, then overrides; ``--key=value`` is ``key=value``.
 
     Args:
         arguments: Those of the command line, in any order.
@@ -161,12 +161,13 @@ def arrange(arguments: Sequence[str], config_name: str, positional: str = "") ->
     flags, overrides, files = [], [], []
     words = iter(arguments)
     for word in words:
-        name, _, value = word.partition("=")
+        name, equals, value = word.partition("=")
+        is_flag = any(flag == name or (name[:2] == "--" and flag.startswith(name)) for flag in FLAGS + FLAGS_OF_TWO)
+        if name.startswith("--") and equals and not is_flag:  # as agents of sweeps elsewhere write settings
+            word, name = word[2:], name[2:]
         if word.startswith("-"):
-            if not any(
-                flag == name or (name.startswith("--") and flag.startswith(name)) for flag in FLAGS + FLAGS_OF_TWO
-            ):
-                value = value or next(words, "<value>")
+            if not is_flag:
+                value = next(words, "<value>")
                 key = nearest_key(name.lstrip("-").replace("-", "_"), config_name) or "key"
                 raise ConfigError(f"{name}: settings are written key=value, as in {key}={value}")
             flags.append(word)

@@ -2,17 +2,57 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from hydra.core.hydra_config import HydraConfig
 from lightning_fabric.loggers.logger import rank_zero_experiment
 from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning import loggers
+from torch.utils.tensorboard.summary import hparams
 
 from src.engine.errors import ConfigError
+from src.engine.runs.command import in_sweep
 from src.engine.settings.check import require
+
+HPARAMS = ("data", "model", "optimizer", "scheduler", "trainer")  # groups whose plain values are a run's row
+
+
+class TensorBoardLogger(loggers.TensorBoardLogger):
+    """Lightning's logger, without a chart of the epochs' numbers, and with a row in the HPARAMS tab.
+
+    The row has the plain settings of the run; TensorBoard puts first those in which runs differ. A job of a sweep gets
+    its row from the sweep, by what that varies. No summary of the experiment is written: TensorBoard reads only one.
+    """
+
+    _end: Any = None  # the summary that says that all went well
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log, but for the number of the epoch."""
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, metrics: Any = None, step: int | None = None) -> None:
+        """Begin the row."""
+        super().log_hyperparams(params, metrics, step)
+        if HydraConfig.initialized() and in_sweep():
+            return
+        own = {f"{group}.{key}": v for group in HPARAMS for key, v in (params.get(group) or {}).items()}
+        plain = {key: v for key, v in {"seed": params.get("seed"), **own}.items() if isinstance(v, int | float | str)}
+        _, start, self._end = hparams(plain, {})
+        if self.experiment.file_writer:  # None once it was closed: a second training has no row of its own
+            self.experiment.file_writer.add_summary(start)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """End the row; Lightning calls this after the training, after the test and on errors."""
+        if status == "success" and self._end is not None and self.experiment.file_writer:
+            self.experiment.file_writer.add_summary(self._end)
+            self._end = None
+        super().finalize(status)
 
 
 class WandbLogger(loggers.WandbLogger):
@@ -23,7 +63,8 @@ class WandbLogger(loggers.WandbLogger):
     Args:
         save_dir: The run's folder; W&B writes below ``wandb`` in it.
         has_test: Whether a test follows the training, behind which the run then ends.
-        kwargs: Arguments of Lightning's logger and of ``wandb.init``.
+        kwargs: Arguments of Lightning's logger and of ``wandb.init``, as ``name``, ``group``, ``tags`` and ``notes``;
+            those that are None are left out.
     """
 
     def __init__(self, save_dir: str, has_test: bool = False, **kwargs: Any) -> None:
@@ -33,7 +74,8 @@ class WandbLogger(loggers.WandbLogger):
         version = before[-1].name.split("run-", 1)[1].split("-", 1)[1] if before else None
         super().__init__(
             save_dir=save_dir,
-            **{"version": version, "name": folder.name, "group": folder.parent.name, "reinit": "create_new"} | kwargs,
+            **{"version": version, "name": folder.name, "group": folder.parent.name, "reinit": "create_new"}
+            | {key: value for key, value in kwargs.items() if value is not None},
         )
         del self._wandb_init["anonymous"]  # W&B warns of it
         self._has_test = has_test
@@ -76,16 +118,27 @@ class MLFlowLogger(loggers.MLFlowLogger):
     Args:
         save_dir: The run's folder, in which ``mlflow_run_id`` is kept.
         tracking_uri: A database or server; the folder of an SQLite file is made.
-        kwargs: Arguments of Lightning's logger.
+        tags: Names and values, or words, which become the tag ``tags``.
+        notes: The run's description.
+        kwargs: Arguments of Lightning's logger, as ``run_name``; those that are None are left out.
     """
 
-    def __init__(self, save_dir: str, tracking_uri: str, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        save_dir: str,
+        tracking_uri: str,
+        tags: Mapping[str, Any] | Sequence[str] | None = None,
+        notes: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         require("MLFlowLogger", "mlflow", extra="trackers")  # ahead of the lock below, which would be left behind
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         self._folder = Path(save_dir)
         self._id_path = self._folder / "mlflow_run_id"
         self._last_steps: dict[str, int] = {}  # of the metrics that the run had when it went on
-        tags = {"group": self._folder.parent.name, "output_dir": str(self._folder.resolve())}
+        own = dict(tags) if isinstance(tags, Mapping) else {"tags": ", ".join(tags)} if tags else {}
+        described = {"mlflow.note.content": notes} if notes else {}  # the name that MLflow's page reads
+        given = {"group": self._folder.parent.name, "output_dir": str(self._folder.resolve()), **own, **described}
         self._lock = FileLock(self._folder / ".mlflow.lock")
         if tracking_uri.startswith("sqlite:///"):  # several jobs may be about to make its tables
             path = Path(tracking_uri.removeprefix("sqlite:///"))
@@ -95,7 +148,8 @@ class MLFlowLogger(loggers.MLFlowLogger):
             super().__init__(
                 tracking_uri=tracking_uri,
                 run_id=self._id_path.read_text() if self._id_path.exists() else None,
-                **{"run_name": self._folder.name, "tags": tags} | kwargs,
+                tags=given,
+                **{"run_name": self._folder.name} | {key: value for key, value in kwargs.items() if value is not None},
             )
 
     @property
@@ -126,6 +180,13 @@ class MLFlowLogger(loggers.MLFlowLogger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log what the run does not have yet."""
         super().log_metrics({k: v for k, v in metrics.items() if (step or 0) > self._last_steps.get(k, -1)}, step)
+
+    @rank_zero_only
+    def log_image(self, key: str, images: Sequence[Any], step: int | None = None) -> None:
+        """Log pictures, (H, W, 3) of bytes each, beside the metrics of that name and step; as of W&B's logger."""
+        client = self.experiment
+        for image in images if (step or 0) > max(self._last_steps.values(), default=-1) else ():
+            client.log_image(self.run_id, image, key=key, step=step)
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:

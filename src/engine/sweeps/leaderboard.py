@@ -148,6 +148,12 @@ class Leaderboard:
         job = self.best_job
         if job and self.winner:
             lines.append(f"best: {job.name}, {self.monitor} {job.score:.4f}")
+            top = min((each for each in self.settings if each.scores), key=lambda each: self._sign * each.mean)
+            if self._sign * top.mean < self._sign * self.winner.mean:
+                lines.append(
+                    f"{top.name} has a better mean, {top.mean:.4f}, of fewer seeds, {len(top.scores)} beside "
+                    f"{len(self.winner.scores)}: settings with more finished seeds win"
+                )
             lines.append(f"checkpoint: {report.shown(job.checkpoint) if job.checkpoint else 'none'}")
             for name, tests in self.winner.tests.items():
                 lines.append(f"{_test_name(name)}: {shown_mean(tests)}" + (f" (n={len(tests)})" if tests[1:] else ""))

@@ -179,6 +179,7 @@ def test_a_commands_steps_find_the_memory_of_the_step_before() -> None:
         (["--config-dir=x", "~callbacks.lr", "+note=1"], ["--config-dir=x", "~callbacks.lr", "+note=1"]),
         (["callbacks=null", "optimizer=null", "monitor=null"], ["callbacks=[]", "optimizer=[]", "monitor=null"]),
         (["a=1", "--cfg", "job"], ["--cfg", "job", "a=1"]),
+        (["--optimizer.lr=0.1", "--cfg=job", "-m"], ["--cfg=job", "-m", "optimizer.lr=0.1"]),  # as W&B's agent has it
     ],
 )
 def test_flags_and_settings_may_come_in_any_order(arguments: list[str], arranged: list[str]) -> None:
@@ -197,7 +198,7 @@ def test_words_without_a_key_are_files_where_a_command_takes_them(tmp_path: Path
     ("command", "said"),
     [
         ("train --lr 0.1", "error: --lr: settings are written key=value, as in optimizer.lr=0.1"),
-        ("train --optimizer.lr=0.1", "error: --optimizer.lr: settings are written key=value, as in optimizer.lr=0.1"),
+        ("train --lr=0.1", "error: lr: no such key; did you mean optimizer.lr"),
         ("train lr=0.1", "error: lr: no such key; did you mean optimizer.lr"),
         ("train optimizer.lr=0.1,0.2", "error: optimizer.lr=0.1,0.2: several values need -m: python -m src.train -m"),
         (

@@ -13,14 +13,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from src.engine.runs.build import load_checkpoint
+from src.engine.runs.build import build_datamodule, build_module, build_trainer, load_checkpoint
 from src.engine.settings.check import ROOT
 from tests import forks
 from tests.compose import run_command
 from tests.engine.equality import assert_equal
+from tests.engine.tiny import compose_tiny
 from tests.processes import wait_until
 
 Curves = dict[str, list[tuple[int, float]]]
@@ -118,7 +122,7 @@ def wandb_curves(path: Path) -> Curves:
             step = row.pop("trainer/global_step")
             assert record.history.step.num == step
             for key, value in row.items():
-                if not key.startswith("_"):
+                if not key.startswith("_") and not isinstance(value, dict):  # a picture
                     curves.setdefault(key, []).append((step, value))
     return curves
 
@@ -152,10 +156,10 @@ def test_every_tracker_has_the_same_curves(root: Path, whole: Path) -> None:
     assert {"train/loss", "train/acc", "val/loss", "val/acc", "test/acc", "train/lr"} <= expected.keys()
     (wandb_file,) = wandb_files(whole)
     for curves in (expected, shown, mlflow_curves(root, "whole"), wandb_curves(wandb_file)):
-        assert curves.keys() == expected.keys()
+        assert curves.keys() == expected.keys() - ({"epoch"} if curves is shown else set())
         assert [step for step, _ in curves["train/lr"]] == list(range(2 * STEPS))
-        for name, points in expected.items():
-            assert dict(curves[name]) == pytest.approx(dict(points)), name  # W&B has a row a step: "epoch" comes twice
+        for name, points in curves.items():  # compared as dicts: W&B, which has a row a step, has "epoch" twice
+            assert dict(points) == pytest.approx(dict(expected[name])), name
 
 
 @trackers
@@ -178,8 +182,44 @@ def test_trackers_know_the_settings_the_name_and_the_end(root: Path, whole: Path
 @trackers
 def test_all_that_trackers_write_lies_in_the_runs_folder_or_the_common_database(root: Path, whole: Path) -> None:
     files = {path.relative_to(root) for path in root.rglob("*") if path.is_file()}
-    strange = {path for path in files if path.parts[0] != "matplotlib" and path.parts[:2] != ("logs", "train")}
+    places = {("logs", "train"), ("logs", "mlflow")}
+    strange = {path for path in files if path.parts[0] != "matplotlib" and path.parts[:2] not in places}
     assert strange == {Path("logs/mlflow.db"), Path("logs/mlflow.db.lock")}
+
+
+@trackers
+def test_trackers_have_the_pictures_at_the_steps_of_tensorboard(root: Path, whole: Path) -> None:
+    events = EventAccumulator(str(whole), size_guidance={"images": 0})
+    events.Reload()
+    steps = {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
+    assert {"val/confusion", "val/hardest_images", "net/feature_maps", "net/filters"} == steps.keys()
+    assert steps["val/confusion"] == [STEPS - 1, 2 * STEPS - 1]
+    runs = mlflow_runs(root)
+    listed = [item.path for item in runs["client"].list_artifacts(runs["whole"].info.run_id, "images")]
+    for tag, expected in steps.items():
+        for step in expected:
+            group, name = tag.split("/")
+            media = list(whole.glob(f"wandb/offline-run-*/files/media/images/{group}/{name}_{step}_*.png"))
+            assert [np.asarray(Image.open(path)).shape[2] for path in media] == [3]
+            name = re.escape(tag).replace("/", ".")
+            assert any(re.search(rf"{name}%step%{step}%.*\.png$", path) for path in listed), (tag, step, listed)
+
+
+@trackers
+def test_name_tags_notes_and_group_are_ones_own(root: Path) -> None:
+    own = {"notes": "with a small net", "tags": "[small,first]"}
+    settings = [f"logger.{name}.{key}={value}" for name in ("wandb", "mlflow") for key, value in own.items()]
+    names = ("logger.wandb.name=mine", "logger.wandb.group=ours", "logger.mlflow.run_name=mine")
+    folder = root / "logs" / "train" / "named"
+    short = ("trainer.max_epochs=1", "scheduler=[]", "callbacks=minimal")
+    result = train(root, *SHORT[:2], SHORT[3], *short, *BOTH, *settings, *names, f"hydra.run.dir={folder}")
+    assert result.returncode == 0, result.stderr
+    tags = mlflow_runs(root)["mine"].data.tags
+    assert (tags["tags"], tags["mlflow.note.content"], tags["group"]) == ("small, first", own["notes"], "train")
+    (file,) = wandb_files(folder)
+    (described,) = (record.run for record in wandb_records(file) if record.WhichOneof("record_type") == "run")
+    assert (described.display_name, described.run_group) == ("mine", "ours")
+    assert (list(described.tags), described.notes) == (["small", "first"], own["notes"])
 
 
 @trackers
@@ -310,3 +350,19 @@ def test_a_tracker_that_is_not_installed_is_said_in_a_line(name: str, tmp_path: 
     assert line.startswith(f"error: logger.{name}: ")
     assert "pip install" in line
     assert not (tmp_path / "logs").exists()
+
+
+def test_a_run_of_its_own_has_a_row_in_tensorboards_hparams_and_no_chart_of_epochs(tmp_path: Path) -> None:
+    cfg = compose_tiny(tmp_path, "logger=tensorboard", "trainer.max_epochs=2", "optimizer.lr=0.02", "seed=7")
+    build_trainer(cfg).fit(build_module(cfg), build_datamodule(cfg))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert "train/loss" in events.Tags()["scalars"]
+    assert "epoch" not in events.Tags()["scalars"]
+    metadata = events.PluginTagToContent("hparams")
+    assert metadata.keys() == {"_hparams_/session_start_info", "_hparams_/session_end_info"}
+    start = HParamsPluginData.FromString(metadata["_hparams_/session_start_info"]).session_start_info
+    assert start.hparams["optimizer.lr"].number_value == 0.02
+    assert start.hparams["seed"].number_value == 7
+    assert start.hparams["model._target_"].string_value.endswith("TinyTask")
+    end = HParamsPluginData.FromString(metadata["_hparams_/session_end_info"]).session_end_info
+    assert end.status == 1  # of success

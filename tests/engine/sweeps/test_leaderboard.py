@@ -177,3 +177,17 @@ def test_the_markdown_table_has_a_row_a_setting() -> None:
     ]
     assert lines[4] == r"| 1 | a\|b | 2 | 0.6000 ± 0.1414 | 2 finished |"
     assert lines[5] == "| 2 | c | 1 | 0.4000 | 1 finished, 1 failed |"
+
+
+def test_a_winner_by_more_seeds_is_told_of_the_better_mean() -> None:
+    scores = {("a", 0): 0.80, ("a", 1): 0.82, ("b", 0): 0.90, ("b", 1): None}
+    jobs = [
+        Job(f"net={net},seed={seed}", {"net": net, "seed": seed}, "failed" if score is None else "finished", score)
+        for (net, seed), score in scores.items()
+    ]
+    board = Leaderboard(jobs, "val/acc", "max")
+    assert board.summary()[:2] == [
+        "best: net=a,seed=1, val/acc 0.8200",
+        "net=b has a better mean, 0.9000, of fewer seeds, 1 beside 2: settings with more finished seeds win",
+    ]
+    assert not [line for line in Leaderboard(jobs[2:], "val/acc", "max").summary() if "better mean" in line]
