@@ -186,7 +186,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
         """Log pictures, (H, W, 3) of bytes each, beside the metrics of that name and step; as of W&B's logger."""
         client = self.experiment
         for image in images if (step or 0) > max(self._last_steps.values(), default=-1) else ():
-            client.log_image(self.run_id, image, key=key, step=step)
+            client.log_image(self.run_id, image, key=key, step=step, synchronous=True)
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:

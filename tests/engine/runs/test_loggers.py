@@ -97,7 +97,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
 
     content, place, data = path.read_bytes(), 7, b""
     while place < len(content):
-        if (left := -place % 32768) < 7:
+        if 0 < (left := -place % 32768) < 7:
             place += left
             continue
         _, length, kind = struct.unpack("<IHB", content[place : place + 7])
