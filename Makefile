@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n auto --maxprocesses 4 --dist loadfi
 # MARK stands for a blank within one.
 COMMANDS := train eval predict export demo
 MARK := $(shell printf '\001')
-GIVEN := $(filter-out ARGS=% PYTHON=%,$(subst \\,\,$(subst \ ,$(MARK),$(MAKEOVERRIDES))))
+GIVEN := $(filter-out ARGS=% PYTHON=% $(if $(filter new,$(MAKECMDGOALS)),NAME=% DIR=% KEEP=%),$(subst \\,\,$(subst \ ,$(MARK),$(MAKEOVERRIDES))))
 SETTINGS := $(subst $(MARK), ,$(patsubst %,'%',$(subst ','\'',$(GIVEN))))
 ifneq ($(GIVEN),)
 ifneq ($(filter-out $(COMMANDS),$(or $(MAKECMDGOALS),help)),)
@@ -21,7 +21,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help $(COMMANDS) tensorboard test test-all lint bench install lock clean
+.PHONY: help $(COMMANDS) tensorboard test test-all lint bench new install lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -57,6 +57,9 @@ lint: $(DEV) ## ruff's linter and formatter, mypy
 
 bench: $(DEV) ## time everything beside hand-written peers, twenty minutes (ARGS="--parts epoch start --turns 5")
 	@$(RUN) tests.benchmarks $(ARGS)
+
+new: $(DEV) ## a project of your own: NAME=myproject DIR=../myproject, with LeNet-5 and MNIST: KEEP=mnist
+	@.venv/bin/python src/engine/new $(NAME) "$(DIR)" $(if $(KEEP),--keep $(KEEP))
 
 install: $(DEV) ## only install: what running needs, and what the tests need
 

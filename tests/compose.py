@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from src.engine.settings.check import CONF, ROOT
+
+needs_mnist = pytest.mark.skipif(not (CONF / "data" / "mnist.yaml").exists(), reason="MNIST has been deleted")
 
 
 def compose_cfg(output_dir: Path, *overrides: str, config_name: str = "train") -> DictConfig:

@@ -48,7 +48,9 @@ def test_records_metrics_versions_and_commit(run_dir: Path) -> None:
     assert {"train/loss", "val/loss", "val/acc", "test/loss", "test/acc"} <= record["metrics"].keys()
     assert record["versions"]["torch"] == torch.__version__.split("+")[0]
     assert record["seconds"] > 0
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert (record["git_commit"] or "").removesuffix("-dirty") == commit.stdout.strip()
 
 

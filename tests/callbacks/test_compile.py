@@ -18,7 +18,7 @@ def test_a_compiled_net_trains_as_a_plain_one_and_leaves_the_same_checkpoint(tmp
         folder = tmp_path / str(len(checkpoints))
         train(
             compose_cfg(
-                folder, "data=mnist5k", "trainer=cpu", f"callbacks={callbacks}", "trainer.limit_train_batches=5",
+                folder, "trainer=cpu", f"callbacks={callbacks}", "trainer.limit_train_batches=5",
                 "trainer.max_epochs=1", "logger=[]", "callbacks.progress=null",
             )
         )  # fmt: skip

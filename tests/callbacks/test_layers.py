@@ -7,27 +7,6 @@ from numpy.testing import assert_array_equal
 from torch import Tensor, nn
 
 from src.callbacks.layers import BETWEEN, PAPER, TILE, Layer, draw_layers, draw_values, find_filters, to_pixels, trace
-from src.models.lenet5 import LeNet5
-
-
-def test_lenet5_has_the_papers_layers() -> None:
-    net, images = LeNet5(activation="tanh"), torch.randn(2, 1, 32, 32)
-    state = torch.get_rng_state()
-    layers, logits = trace(net, images)
-    assert torch.equal(state, torch.get_rng_state())  # a run goes on in the same way
-    with torch.no_grad():
-        c1 = net.c1(images).tanh()
-        s2 = nn.functional.avg_pool2d(c1, 2)
-        c3 = net.c3(s2).tanh()
-        s4 = nn.functional.avg_pool2d(c3, 2)
-        c5 = net.c5(s4.flatten(1)).tanh()
-        f6 = net.f6(c5).tanh()
-        output = net.output(f6)
-    expected = {"c1": c1, "s2": s2, "c3": c3, "s4": s4, "c5": c5, "f6": f6, "output": output}
-    assert [layer.name for layer in layers] == list(expected)
-    for layer in layers:
-        torch.testing.assert_close(layer.values, expected[layer.name])
-    torch.testing.assert_close(logits, output)
 
 
 class Ours(nn.Module):
@@ -80,7 +59,7 @@ def test_a_net_that_fails_is_left_as_it_was() -> None:
 
 
 def test_a_compiled_net_is_traced_without_compiling_it() -> None:
-    net = LeNet5()
+    net = Ours()
     calls = 0
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
@@ -88,8 +67,8 @@ def test_a_compiled_net_is_traced_without_compiling_it() -> None:
         calls += 1
         return graph.forward
 
-    layers, _ = trace(torch.compile(net, backend=backend), torch.zeros(1, 1, 32, 32))  # type: ignore[arg-type]
-    assert len(layers) == 7
+    layers, _ = trace(torch.compile(net, backend=backend), torch.zeros(1, 3, 8, 12))  # type: ignore[arg-type]
+    assert len(layers) == 5
     assert calls == 0
 
 

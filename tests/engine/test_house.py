@@ -22,7 +22,8 @@ def _name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-MODULES = {_name(path): path for room in ("src", "hydra_plugins") for path in sorted((ROOT / room).rglob("*.py"))}
+PATHS = [path for room in ("src", "hydra_plugins") for path in sorted((ROOT / room).rglob("*.py"))]
+MODULES = {_name(path): path for path in PATHS if "skeleton" not in path.parts}  # which is another project's
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 ENGINE = [name for name in MODULES if name.startswith(("src.engine", "hydra_plugins"))]
 DOORS = [name for name in MODULES if name not in ENGINE and '__name__ == "__main__"' in MODULES[name].read_text()]

@@ -33,7 +33,7 @@ from src.engine.runs.resume import find_first_step
 from src.engine.runs.session import Session
 from src.engine.settings.arguments import check_arguments
 from src.engine.settings.explain import explain
-from src.engine.settings.trust import instantiate, plain_config, tame
+from src.engine.settings.trust import instantiate, plain_config, renamed, tame
 
 log = logging.getLogger(__name__)
 
@@ -273,7 +273,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         is_named = isinstance(node, dict) and (name == "scheduler" or isinstance(node.get("_target_"), str))
         if (node or name == "model") and not is_named:
             raise CheckpointError(f"ckpt_path={path}: its {name} is no node with a _target_; choose another file")
-    return {**checkpoint, "config": config}
+    return {**checkpoint, "config": renamed(config)}
 
 
 @contextmanager

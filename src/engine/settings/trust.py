@@ -34,6 +34,9 @@ NEVER = ("src.engine", "src.callbacks", "hydra_plugins", "hydra", "pytorch_light
 # A path that may lead out of the project, an address, an interpolation.
 PLACE = re.compile(r"^[/~\\]|^\w:[\\/]|://|(^|[\\/])\.\.([\\/]|$)|\$\{")
 
+# Where the classes are that checkpoints name, by the beginning of their name: {"src.models.net": "src.models.nets.net"}
+RENAMED: dict[str, str] = {}
+
 # Of an environment variable that holds a secret, perhaps within an address.
 SECRET = re.compile("KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|UR[IL]|DSN", re.IGNORECASE)
 
@@ -145,6 +148,19 @@ def tame(path: str | Path, key: str, node: Any, unread: str | None = None, /, **
                 )
     except ConfigError as error:
         raise CheckpointError(f"ckpt_path={path}: {error}") from error
+    return node
+
+
+def renamed(node: Any) -> Any:
+    """A checkpoint's config with the names that its classes have now, as ``RENAMED`` says."""
+    if isinstance(node, list):
+        return [renamed(child) for child in node]
+    if not isinstance(node, dict):
+        return node
+    node = {key: renamed(child) for key, child in node.items()}
+    if isinstance(target := node.get("_target_"), str):
+        old = next((old for old in RENAMED if target.startswith(old)), "")
+        node["_target_"] = RENAMED.get(old, "") + target.removeprefix(old)
     return node
 
 

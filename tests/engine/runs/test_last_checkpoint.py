@@ -1,4 +1,4 @@
-"""src/callbacks/last_checkpoint.py with a user's own module and loader; tests/test_resume.py has the command."""
+"""src/engine/runs/last_checkpoint.py with a user's own module and loader; tests/test_resume.py has the command."""
 
 import random
 from collections.abc import Iterator
@@ -18,15 +18,14 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from src.data.loader import BatchLoader
 from src.engine.runs.build import load_checkpoint
 from src.engine.runs.last_checkpoint import LastCheckpoint
 from src.train import train
 from tests.engine.equality import assert_equal, assert_same_run
-from tests.engine.tiny import compose_tiny
+from tests.engine.tiny import TinyLoader, compose_tiny
 
 NUM_IMAGES, BATCH_SIZE = 40, 4
-Loader = DataLoader | BatchLoader
+Loader = DataLoader | TinyLoader
 
 
 class UsersModule(pl.LightningModule):
@@ -70,8 +69,8 @@ def make_loader(kind: str) -> Loader:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(NUM_IMAGES, 8, generator=generator)
     labels = torch.randint(3, (NUM_IMAGES,), generator=generator)
-    if kind == "BatchLoader":
-        return BatchLoader(images, labels, BATCH_SIZE, shuffle=True)
+    if kind == "TinyLoader":
+        return TinyLoader(images - 0.5, BATCH_SIZE, 0, (0, 1))
     return DataLoader(TensorDataset(images, labels), BATCH_SIZE, shuffle=True)
 
 
@@ -95,7 +94,7 @@ def fit(folder: Path, kind: str, *callbacks: Callback, ckpt_path: Path | None = 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty")
 @pytest.mark.parametrize(
     ("kind", "kill_at", "every_n_steps"),
-    [("DataLoader", 17, None), ("BatchLoader", 17, 3), ("BatchLoader", 20, 2), ("BatchLoader", 27, 5)],
+    [("DataLoader", 17, None), ("TinyLoader", 17, 3), ("TinyLoader", 20, 2), ("TinyLoader", 27, 5)],
 )
 def test_a_users_module_goes_on_exactly(kind: str, kill_at: int, every_n_steps: int | None, tmp_path: Path) -> None:
     whole = fit(tmp_path / "whole", kind, LastCheckpoint(str(tmp_path / "whole"), every_n_steps))
@@ -135,8 +134,8 @@ def test_from_lightnings_own_checkpoint_it_would_not(tmp_path: Path) -> None:
 
 
 def test_without_a_stop_training_is_as_without_it(tmp_path: Path) -> None:
-    with_it = fit(tmp_path / "with", "BatchLoader", LastCheckpoint(str(tmp_path / "with"), every_n_steps=1))
-    without = fit(tmp_path / "without", "BatchLoader")
+    with_it = fit(tmp_path / "with", "TinyLoader", LastCheckpoint(str(tmp_path / "with"), every_n_steps=1))
+    without = fit(tmp_path / "without", "TinyLoader")
     assert with_it.pop("random") == without.pop("random")
     assert all(torch.equal(with_it["weights"][name], weights) for name, weights in without["weights"].items())
 
@@ -146,7 +145,7 @@ def test_a_checkpoint_of_another_machine_goes_on_and_what_differs_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "last.ckpt"
-    fit(tmp_path, "BatchLoader", LastCheckpoint(str(tmp_path)), KillAfter(12))
+    fit(tmp_path, "TinyLoader", LastCheckpoint(str(tmp_path)), KillAfter(12))
     checkpoint = torch.load(path, weights_only=True)
     (own,) = checkpoint["processes"]
     now = torch.cuda.device_count()
@@ -159,7 +158,7 @@ def test_a_checkpoint_of_another_machine_goes_on_and_what_differs_is_said(
     ):
         torch.save({**checkpoint, "processes": processes}, path)
         caplog.clear()
-        assert fit(tmp_path, "BatchLoader", LastCheckpoint(str(tmp_path)), ckpt_path=path)
+        assert fit(tmp_path, "TinyLoader", LastCheckpoint(str(tmp_path)), ckpt_path=path)
         warned = [record.getMessage() for record in caplog.records if record.name.startswith("src.")]
         assert len(warned) == bool(said)
         assert all(message.startswith(f"not an exact continuation: {said}") for message in warned), warned
@@ -168,13 +167,13 @@ def test_a_checkpoint_of_another_machine_goes_on_and_what_differs_is_said(
 @pytest.mark.filterwarnings("ignore:(Experiment logs|Checkpoint) directory .* exists and is not empty")
 def test_a_mean_that_is_not_logged_again_in_its_epoch_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "last.ckpt"
-    fit(tmp_path, "BatchLoader", LastCheckpoint(str(tmp_path), every_n_steps=3), KillAfter(19))
+    fit(tmp_path, "TinyLoader", LastCheckpoint(str(tmp_path), every_n_steps=3), KillAfter(19))
     assert torch.load(path, weights_only=True)["global_step"] == 18
     checkpoint = torch.load(path, weights_only=True)
     (own,) = checkpoint["processes"]
     own["means"]["training_step.gone"] = own["means"]["training_step.train/rare"]
     torch.save(checkpoint, path)
-    fit(tmp_path, "BatchLoader", LastCheckpoint(str(tmp_path)), ckpt_path=path)
+    fit(tmp_path, "TinyLoader", LastCheckpoint(str(tmp_path)), ckpt_path=path)
     assert "training_step.gone: not logged since: the epoch's figure is missing" in caplog.text
     assert "train/rare" not in caplog.text
     assert "training_step.gone" not in torch.load(path, weights_only=True)["processes"][0]["means"]

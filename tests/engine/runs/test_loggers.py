@@ -24,7 +24,7 @@ from src.engine.settings.check import ROOT
 from tests import forks
 from tests.compose import run_command
 from tests.engine.equality import assert_equal
-from tests.engine.tiny import compose_tiny
+from tests.engine.tiny import TINY, compose_tiny
 from tests.processes import wait_until
 
 Curves = dict[str, list[tuple[int, float]]]
@@ -345,7 +345,7 @@ PathFinder.find_spec = find_others
 def test_a_tracker_that_is_not_installed_is_said_in_a_line(name: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(WITHOUT)
     environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PROJECT_ROOT": str(tmp_path)}
-    result = run_command("train", "data=mnist5k", "trainer=cpu", f"logger=[tensorboard,{name}]", **environment)
+    result = run_command("train", *TINY, f"logger=[tensorboard,{name}]", **environment)
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"error: logger.{name}: ")

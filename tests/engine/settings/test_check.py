@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from src.engine.errors import ConfigError
 from src.engine.settings.check import check, check_values
-from tests.compose import compose_cfg
+from tests.compose import compose_cfg, needs_mnist
 from tests.engine.tiny import compose_tiny
 
 
@@ -98,19 +98,10 @@ def test_an_unknown_key_in_a_file_is_refused_but_for_declared_ones(tmp_path: Pat
         ("data.batch_size=many", "data.batch_size=many: expected int"),
         ("data.batch_size=true", "data.batch_size=True: expected int"),
         ("data.batch_size=null", "data.batch_size=None: expected int"),
-        ("data.mirrors=http://x", "data.mirrors=http://x: expected Sequence[str]"),
-        ("data.mirrors=[5]", "data.mirrors=[5]: expected Sequence[str]"),
-        ("~data.root", "data.root: is missing; src.data.mnist.MNISTDataModule needs it (str)"),
-        ("+data.num_wrkers=2", "data.num_wrkers: src.data.mnist.MNISTDataModule takes no such argument"),
-        (
-            "+data.batchsize=2",
-            "data.batchsize: src.data.mnist.MNISTDataModule takes no such argument; did you mean data.ba",
-        ),
         ("model.net=5", "model.net=5: expected torch.nn.modules.module.Module"),
         ("~model.net", "model.net: is missing; src.classifier.ImageClassifier needs it (torch.nn"),
         ("model.input_size=[1,32]", "model.input_size=[1, 32]: expected"),
         ("+model.loss=mse", "model.loss=mse: expected Callable"),
-        ("+model.net.foo=1", "model.net.foo: src.models.lenet5.LeNet5 takes no such argument"),
         ("optimizer.lr=fast", "optimizer.lr=fast: expected float | torch.Tensor"),
         ("optimizer.lr='1e-3'", "optimizer.lr=1e-3: expected float"),
         ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]: expected tuple[float"),
@@ -146,6 +137,25 @@ def test_what_only_the_targets_signature_knows_is_told(override: str, said: str,
     assert _said(tmp_path, "trainer=cpu", override).startswith(said)
 
 
+@needs_mnist
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.mirrors=http://x", "data.mirrors=http://x: expected Sequence[str]"),
+        ("data.mirrors=[5]", "data.mirrors=[5]: expected Sequence[str]"),
+        ("~data.root", "data.root: is missing; src.data.mnist.MNISTDataModule needs it (str)"),
+        ("+data.num_wrkers=2", "data.num_wrkers: src.data.mnist.MNISTDataModule takes no such argument"),
+        (
+            "+data.batchsize=2",
+            "data.batchsize: src.data.mnist.MNISTDataModule takes no such argument; did you mean data.ba",
+        ),
+        ("+model.net.foo=1", "model.net.foo: src.models.lenet5.LeNet5 takes no such argument"),
+    ],
+)
+def test_the_templates_own_classes_are_asked_likewise(override: str, said: str, tmp_path: Path) -> None:
+    assert _said(tmp_path, "trainer=cpu", override).startswith(said)
+
+
 def test_a_module_that_cannot_be_imported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_module.py").write_text("class Net: pass\nimport no_such_package\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -157,7 +167,7 @@ def test_a_module_that_cannot_be_imported_is_told(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["data.timeout=5", "data.md5=null", "data.mirrors=[]"],
+        pytest.param(["data.timeout=5", "data.md5=null", "data.mirrors=[]"], marks=needs_mnist),
         ["model.input_size=null", "optimizer.lr=1", "optimizer.fused=null"],
         ["trainer.devices=[0]", "trainer.limit_train_batches=0.5", "trainer.limit_val_batches=3"],
         ["+trainer.strategy=auto", "trainer.profiler=simple", "trainer.max_epochs=1e1"],

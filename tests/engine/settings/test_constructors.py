@@ -12,8 +12,8 @@ from src.engine.runs.build import build_datamodule
 from src.engine.settings.check import check, check_values
 from src.engine.settings.explain import explain, is_refusal
 from src.train import train
-from tests.compose import compose_cfg
-from tests.engine.tiny import compose_tiny
+from tests.compose import compose_cfg, needs_mnist
+from tests.engine.tiny import TINY, compose_tiny
 from tests.forks import run_command
 
 EARLY = "callbacks=[minimal,early_stopping]"
@@ -102,6 +102,7 @@ def test_a_fault_in_the_users_own_class_is_told_with_its_place(tmp_path: Path) -
     assert said.startswith("error: callbacks.x: 'missing' (tests/engine/settings/test_constructors.py, line ")
 
 
+@needs_mnist
 @pytest.mark.parametrize("override", ["data.source=web", "data.augment=blur", "data.batch_size=0"])
 def test_the_templates_own_data_are_told_likewise(override: str, tmp_path: Path) -> None:
     said = _explained(compose_cfg(tmp_path, "trainer=cpu", override), build_datamodule)
@@ -112,9 +113,7 @@ def test_the_templates_own_data_are_told_likewise(override: str, tmp_path: Path)
     "override", ["data.batch_size=0", "optimizer.lr=-1", "monitor=val/accc", "trainer.max_epochs=-2"]
 )
 def test_no_folder_is_left(override: str, tmp_path: Path) -> None:
-    result = run_command(
-        "train", "data=mnist5k", "trainer=cpu", "callbacks.summary=null", override, PROJECT_ROOT=str(tmp_path)
-    )
+    result = run_command("train", *TINY, "callbacks.summary=null", override, PROJECT_ROOT=str(tmp_path))
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"error: {override.partition('=')[0].partition('.')[0]}")

@@ -15,6 +15,7 @@ from src.engine.settings.check import CONF
 from tests.compose import compose_cfg
 from tests.forks import run_command
 
+DATA = ["data=mnist5k"] if (CONF / "data" / "mnist5k.yaml").exists() else []  # which need no download
 NUM = {"train": 250, "test": 50}  # overrides in all
 NUM_BY_DEFAULT = {"train": 12, "test": 3}
 
@@ -168,7 +169,7 @@ def _quoted(text: str) -> str:
 
 def _run(verb: str, override: str, root: Path) -> None:
     """A bad override ends in a line or two, and leaves nothing; one that the libraries take trains for a second."""
-    short = ["data=mnist5k", "debug=fast", "trainer=cpu", "logger=[]"] if verb == "train" else ["accelerator=cpu"]
+    short = [*DATA, "debug=fast", "trainer=cpu", "logger=[]"] if verb == "train" else ["accelerator=cpu"]
     result = run_command(verb, *short, override, PROJECT_ROOT=str(root))
     assert "Traceback" not in result.stderr, override
     if result.returncode == 0 and verb == "train":
@@ -205,7 +206,7 @@ def _assert_unknown_arguments_are_said(num: int, folder: Path) -> None:
     rng = random.Random(1)
     for node in rng.sample(TAKE_NO_OTHERS, min(num, len(TAKE_NO_OTHERS))):
         name = _misspelt("argument", rng)
-        result = run_command("train", "data=mnist5k", "trainer=cpu", f"+{node}.{name}=1", PROJECT_ROOT=str(folder))
+        result = run_command("train", *DATA, "trainer=cpu", f"+{node}.{name}=1", PROJECT_ROOT=str(folder))
         assert result.returncode == 1
         (line,) = result.stderr.splitlines()
         assert line.startswith(f"error: {node}.{name}: "), line

@@ -17,8 +17,9 @@ from torch import nn
 
 from src.engine.errors import CheckpointError
 from src.engine.settings.check import ROOT
-from src.engine.settings.trust import admit, instantiate, plain_config, recall, remember, tame
+from src.engine.settings.trust import RENAMED, admit, instantiate, plain_config, recall, remember, renamed, tame
 from tests import forks
+from tests.compose import needs_mnist
 from tests.engine.tiny import TINY, TINY_CONF, TinyData
 
 
@@ -75,10 +76,23 @@ def test_an_argument_that_its_class_does_not_take_is_told_with_the_file() -> Non
         instantiate_stranger("best.ckpt", "model", {"_target_": "torch.nn.NoSuchLayer"})
 
 
-def test_conf_and_the_libraries_layers_are_built() -> None:
+@needs_mnist
+def test_what_conf_names_is_built() -> None:
     lenet = {"_target_": "src.models.lenet5.LeNet5", "activation": "tanh"}
     model = {"_target_": "src.classifier.ImageClassifier", "net": lenet, "num_classes": 10}
     assert type(instantiate_stranger("x", "model", model)).__name__ == "ImageClassifier"
+
+
+def test_a_checkpoint_of_a_class_that_has_moved_is_built_from_where_it_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RENAMED, "gone.", "tests.")
+    net = {"_target_": "gone.engine.tiny.TinyNet", "num_hidden": 3}
+    node = {"_target_": "torch.nn.Sequential", "_args_": [net, {"_target_": "torch.nn.ReLU"}]}
+    admit(TINY_CONF)
+    assert type(instantiate_stranger("x", "model", renamed(node))[0]).__name__ == "TinyNet"
+    assert renamed({"model": node, "note": "gone.", "seed": 1})["note"] == "gone."
+
+
+def test_the_libraries_layers_are_built() -> None:
     layers = [{"_target_": "torch.nn.Linear", "in_features": 3, "out_features": 2}, {"_target_": "torch.nn.ReLU"}]
     assert len(instantiate_stranger("x", "model", {"_target_": "torch.nn.Sequential", "_args_": layers})) == 2
     assert isinstance(
@@ -95,6 +109,7 @@ def test_a_users_own_folder_of_configs_is_trusted() -> None:
 DATA = {"_target_": "src.data.mnist.MNISTDataModule", "name": "MNIST"}
 
 
+@needs_mnist
 def test_a_checkpoint_reads_no_environment_and_sends_nothing_to_its_own_address(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -105,6 +120,7 @@ def test_a_checkpoint_reads_no_environment_and_sends_nothing_to_its_own_address(
         instantiate_stranger("x", "data", {**DATA, "root": "${oc.env:SECRET}"})
 
 
+@needs_mnist
 def test_a_checkpoint_chooses_no_folder_outside_of_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROJECT_ROOT", str(ROOT))
     for root in (str(tmp_path / "victim"), "../../victim", "~/victim", "${oc.env:HOME}", f"{ROOT}/../victim"):
@@ -114,6 +130,7 @@ def test_a_checkpoint_chooses_no_folder_outside_of_the_project(tmp_path: Path, m
     assert instantiate_stranger("x", "data", {**DATA, "root": f"{ROOT}/mine"}).folder.is_relative_to(ROOT / "mine")
 
 
+@needs_mnist
 def test_what_a_run_has_named_is_remembered_for_later_commands(tmp_path: Path) -> None:
     memory = tmp_path / "logs" / ".places"
     cfg = {"data": {"root": str(tmp_path / "a"), "mirrors": ["http://x"]}, "logger": {"x": {"dir": "/l"}}, "out": "/o"}
@@ -127,6 +144,7 @@ def test_what_a_run_has_named_is_remembered_for_later_commands(tmp_path: Path) -
     assert recall(memory) == set()
 
 
+@needs_mnist
 def test_data_outside_of_the_project_are_used_again_and_a_strangers_folder_is_not(
     tmp_path: Path, mnist_root: Path
 ) -> None:
@@ -207,6 +225,7 @@ def test_a_checkpoint_of_a_gpu_is_tested_without_one(tmp_path: Path) -> None:
     assert tested.returncode == 0, tested.stderr
 
 
+@needs_mnist
 def test_a_folder_that_the_users_config_names_is_used(tmp_path: Path) -> None:
     admit({"data": {"root": str(tmp_path / "mine")}})
     assert instantiate_stranger("x", "data", {**DATA, "root": str(tmp_path / "mine")}).folder.is_relative_to(tmp_path)
