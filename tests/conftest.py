@@ -1,5 +1,6 @@
 """What the tests of several rooms share."""
 
+import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -10,6 +11,12 @@ import pytest
 
 # The fixtures of MNIST, as long as it is here.
 pytest_plugins = ["tests.mnist.files"] if Path(__file__).with_name("mnist").exists() else []
+
+
+# A script that runs the tests in the background has them ignore these, and the commands under test would, too.
+for ignored in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 
 
 def free_port() -> int:

@@ -233,13 +233,6 @@ def test_the_projector_shows_the_digits(pages: Pages, tensorboard: str) -> None:
     pages.driver.switch_to.default_content()
 
 
-def test_precision_recall_curves_are_drawn(pages: Pages, tensorboard: str) -> None:
-    pages.open(f"{tensorboard}/#pr_curves")
-    pages.wait(lambda: len(pages.find("tf-pr-curve-card")) == 10)
-    pages.wait(lambda: is_drawn(pages.find("vz-line-chart2")[0]))
-    pages.keep("pr_curves")
-
-
 def test_histograms_are_drawn(pages: Pages, tensorboard: str) -> None:
     pages.open(f"{tensorboard}/#histograms")
     pages.wait(lambda: len(pages.find("vz-histogram-timeseries")) >= 2)

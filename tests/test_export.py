@@ -70,7 +70,12 @@ def check_metadata(metadata: dict[str, Any], checkpoint: Path) -> None:
 @pytest.mark.slow
 def test_the_command_writes_where_it_is_told_and_says_what(trained: Path, tmp_path: Path) -> None:
     result = forks.run_command(
-        "export", f"ckpt_path={trained}", "output=out/digits.onnx", "hydra.run.dir=run", cwd=tmp_path
+        "export",
+        f"ckpt_path={trained}",
+        "output=out/digits.onnx",
+        "hydra.run.dir=run",
+        cwd=tmp_path,
+        PROJECT_ROOT=str(trained.parents[1]),
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""

@@ -107,6 +107,7 @@ def test_a_killed_workers_trial_is_left_to_its_own_next_start(url: str, tmp_path
         assert found == states
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage is supposed to be used")  # as the search does
 def test_a_connection_that_the_server_has_cut_is_made_anew(url: str) -> None:
     storage = open_storage(url)
     assert isinstance(storage, optuna.storages.RDBStorage)

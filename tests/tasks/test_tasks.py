@@ -222,7 +222,7 @@ def test_predictions_are_those_of_the_module_or_it_is_told_what_they_need(
 ) -> None:
     project = trained(task)
     output = project.root / "predictions.json"
-    result = project.run("predict", f"output={output}", "accelerator=cpu")
+    result = project.run("predict", f"ckpt_path={project.path('whole')}", f"output={output}", "accelerator=cpu")
     if task not in ("regression", "vae"):
         assert result.returncode == 1
         assert "has no predict_dataloader" in result.stderr
@@ -247,7 +247,7 @@ def test_an_export_computes_what_the_module_does(task: str, trained: Callable[[s
     onnxruntime = pytest.importorskip("onnxruntime")
     project = trained(task)
     output = project.root / "model.onnx"
-    result = project.run("export", "format=onnx", f"output={output}")
+    result = project.run("export", f"ckpt_path={project.path('whole')}", "format=onnx", f"output={output}")
     assert result.returncode == 0, result.stderr
     assert not {"logits", "accuracy", "test/acc"} & set(result.stdout.split())  # what only our classifier has
     session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
