@@ -33,6 +33,7 @@ def test_records_and_shows_the_data(run_dir: Path) -> None:
     assert json.loads((run_dir / "metrics.json").read_text())["data"] == {
         "source": "package",
         "num_images": {"train": 4000, "val": 500, "test": 500},
+        "image_size": [28, 28],
         "fingerprint": "crc32:5d9c45cd",  # the package never changes, nor do its splits
     }
     assert "package: 4,000 train, 500 val, 500 test" in (run_dir / "stdout").read_text()
