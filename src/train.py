@@ -74,9 +74,10 @@ def _show(cfg: DictConfig) -> None:
         | {"best" if record["best"]["monitor"] else "last": report.shown(folder / best) if best else "no checkpoint"},
     )
     logs = shlex.quote(report.shown(f"{cfg.root_dir}/logs"))
+    is_testable = cfg.test and best and not read_status(folder)["debug"]
     sweep = {"python -m src.train -m optimizer.lr=0.001,0.003,0.01": "try three learning rates"}
     report.print_next(
-        ({"python -m src.test": "test it once more, in detail"} if best and not read_status(folder)["debug"] else {})
+        ({"python -m src.test": "test it once more, in detail"} if is_testable else {})
         | {f"python -m tensorboard.main --logdir {logs}": "the curves of all runs"}
         | (sweep if OmegaConf.select(cfg, "optimizer.lr") else {})
     )

@@ -229,5 +229,6 @@ class Summary(callbacks.ModelSummary):
         table = Table(*columns, title=title, title_justify="left")
         for name, *cells in zip(*columns.values(), strict=True):
             if name not in self._metrics:
-                table.add_row(name, *(cell.replace("[", r"\[") for cell in cells))
+                known = ["" if cell == "?" else cell.replace("[", r"\[") for cell in cells]  # what forward leaves out
+                table.add_row(name, *known)
         Console().print(table)

@@ -10,7 +10,11 @@ import pytest
 
 from src.engine.settings.check import ROOT
 
-ENV = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PYTHONPATH")}
+ENV = {
+    name: value
+    for name, value in os.environ.items()
+    if name not in ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PYTHONPATH")
+}
 
 
 def make(*words: str) -> subprocess.CompletedProcess[str]:

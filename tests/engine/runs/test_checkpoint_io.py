@@ -82,7 +82,11 @@ def test_a_kill_during_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / "last.ckpt"
-    content = {"state_dict": {"weight": torch.arange(500.0)}, "hyper_parameters": {"model": {"_target_": "Net"}}, "epoch": 7}
+    content = {
+        "state_dict": {"weight": torch.arange(500.0)},
+        "hyper_parameters": {"model": {"_target_": "Net"}},
+        "epoch": 7,
+    }
     AtomicCheckpointIO().save_checkpoint(content, path)
     return path
 

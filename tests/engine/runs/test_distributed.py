@@ -127,7 +127,13 @@ def test_one_process_speaks_for_both(together: Run) -> None:
 @pytest.mark.slow
 def test_one_process_writes_for_both(together: Run) -> None:
     names = {path.name for path in together.path.iterdir() if not path.name.startswith("events.out")}
-    assert names - {"hparams.yaml"} == {"config.yaml", "metrics.json", "status.json", "train.log", "checkpoints"}
+    assert names - {"hparams.yaml", ".lock", "changes.patch"} == {
+        "config.yaml",
+        "metrics.json",
+        "status.json",
+        "train.log",
+        "checkpoints",
+    }
     assert {path.name for path in (together.path / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     steps = {tag: [step for step, _ in events] for tag, events in scalars(together.path).items()}
     for tag in ("train/loss", "val/loss", "val/acc"):
@@ -165,7 +171,11 @@ def end(root: Path, signum: signal.Signals, rank: int, *arguments: str) -> tuple
         status = first.wait(120)
         wait_until(lambda: not living(str(root)), seconds=60)
         seconds = time.monotonic() - start
-    return status, seconds, "\n".join(line for line in said(root).splitlines() if not line.startswith("epoch"))
+    return (
+        status,
+        seconds,
+        "\n".join(line for line in said(root).splitlines() if not line.startswith(("run ", "epoch"))),
+    )
 
 
 @pytest.mark.slow

@@ -75,7 +75,6 @@ CASES = [
     (f"+{NODE}.save_last=link", f"+{NODE}.save_top_k=2"),
     (f"+{NODE}.save_weights_only=true", f"+{NODE}.save_on_exception=true"),
     (f"+{NODE}.every_n_epochs=2",),
-    (f"+{NODE}.every_n_train_steps={STEPS}", f"+{NODE}.save_top_k=2"),
     (f"+{NODE}.save_on_train_epoch_end=true", f"+{NODE}.save_top_k=2"),
     (f"+{NODE}.save_top_k=3", "+trainer.val_check_interval=2"),
 ]

@@ -326,8 +326,7 @@ def assert_refused(runs: Runs, name: str, resumed: str | None, reason: str) -> N
     said = len(runs.said())
     process = runs.start(f"resume='{runs.path(name)}'", *([resumed] if resumed else []))
     runs.end(process, status=1)
-    start, line = runs.said()[said:].splitlines()
-    assert start.startswith("run ")
+    (line,) = [line for line in runs.said()[said:].splitlines() if not line.startswith("run ")]
     assert line.startswith("error: ")
     assert re.search(reason, line), line
     assert runs.last(name).read_bytes() == before
