@@ -269,17 +269,26 @@ def test_the_pictures_that_a_module_logs_are_in_tensorboard(trained: Callable[[s
 
 
 @pytest.mark.slow
-def test_the_rows_of_a_file_train_two_processes_with_two_workers_each(tmp_path: Path) -> None:
+def test_the_rows_of_a_file_train_two_processes_with_two_workers_each_which_resume_to_the_bit(tmp_path: Path) -> None:
     project = Project("memmap", tmp_path)
-    result = run_alone(  # a forked command may not have workers
-        "train", f"--config-dir={TASKS / 'memmap' / 'conf'}", "model=memmap", "data=memmap", "trainer=ddp_cpu",
-        "trainer.max_epochs=1", "logger=[]", f"hydra.run.dir={project.path('whole')}",
-        PROJECT_ROOT=str(tmp_path), OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    checkpoint = load_checkpoint(project.last("whole"))
-    assert result.stderr.count("optimizer: not used") == 1
-    assert checkpoint["global_step"] == 180  # 180,000 rows, 500 for each of two processes
+    conf = f"--config-dir={TASKS / 'memmap' / 'conf'}"
+
+    def run(*arguments: str) -> "CompletedProcess[str]":
+        # Alone: a forked command may not have workers.
+        return run_alone("train", *arguments, PROJECT_ROOT=str(tmp_path), OMP_NUM_THREADS="1")
+
+    chosen = (conf, "model=memmap", "data=memmap", "trainer=ddp_cpu", "trainer.max_epochs=2", "logger=[]")
+    whole = run(*chosen, f"hydra.run.dir={project.path('whole')}")
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stderr.count("optimizer: not used") == 1
+    assert load_checkpoint(project.last("whole"))["global_step"] == 360  # 180,000 rows, 500 for each of two processes
     metrics = project.record("train")["metrics"]
     assert metrics["val/acc"] > 0.95
     assert metrics["test/acc"] > 0.95
+
+    killed = run(*chosen, f"hydra.run.dir={project.path('killed')}", KILL % 200)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert load_checkpoint(project.last("killed"))["global_step"] == 180
+    resumed = run(f"resume={project.path('killed')}", "callbacks.kill=null")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_equal(content(project.last("whole")), content(project.last("killed")))
