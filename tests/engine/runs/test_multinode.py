@@ -119,9 +119,9 @@ def started(
 
 
 def said(root: Path, rank: int) -> list[str]:
-    """What a host has printed, without torch's remark that the network has no names."""
+    """What a host has printed, without torch's remark that the network has no names and the first process's line."""
     lines = (root / f"log{rank}").read_text().splitlines()
-    return [line for line in lines if "[c10d] The hostname" not in line]
+    return [line for line in lines if "[c10d] The hostname" not in line and (rank or not line.startswith("run "))]
 
 
 def wait_until_they_train(commands: list[subprocess.Popen[bytes]], root: Path) -> None:
@@ -152,7 +152,7 @@ def test_two_hosts_train_one_model(how: str, num: int, hosts: Hosts, tmp_path: P
     assert [line.split()[1] for line in lines] == ["1/2", "2/2"]
     # When all is done, one torchrun may find that the other has left already, which it tells at length and forgives.
     assert list(takewhile(lambda line: how != "torchrun" or "TCPStore" not in line, said(tmp_path, 1))) == []
-    names = {path.name for path in folder.glob("[!e]*")} - {"hparams.yaml"}
+    names = {path.name for path in folder.glob("[!e]*")} - {"hparams.yaml", ".lock", "changes.patch"}
     assert names == {"config.yaml", "metrics.json", "status.json", "train.log", "checkpoints"}
     events = EventAccumulator(str(folder))
     events.Reload()
