@@ -243,7 +243,7 @@ def test_histograms_are_drawn(pages: Pages, tensorboard: str) -> None:
 
 def test_config_and_data_stand_as_text_and_the_net_as_a_graph(pages: Pages, tensorboard: str) -> None:
     pages.open(f"{tensorboard}/#text")
-    pages.wait(lambda: all(word in pages.text() for word in ("weight_decay: ", "source: package", "fingerprint: ")))
+    pages.wait(lambda: all(word in pages.text() for word in ("weight_decay: ", "source: package", '"fingerprint": ')))
     pages.keep("text")
     pages.open(f"{tensorboard}/#graphs")
     pages.wait(lambda: bool({"LeNet5", "ImageClassifier"} & set(pages.text().split("\n"))))
