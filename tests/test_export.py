@@ -78,7 +78,7 @@ def test_the_command_writes_where_it_is_told_and_says_what(trained: Path, tmp_pa
         PROJECT_ROOT=str(trained.parents[1]),
     )
     assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+    assert [line for line in result.stderr.splitlines() if "No CUDA runtime" not in line] == []  # of torch, by nvcc
     path = tmp_path / "out" / "digits.onnx"
     assert list(path.parent.iterdir()) == [path]
     for said in ("uint8 (batch, 28, 28)", "500 samples, outputs within ", f"{path.stat().st_size:,} bytes", " ms,"):
