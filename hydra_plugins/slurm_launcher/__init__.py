@@ -115,7 +115,9 @@ class SlurmLauncher(JobLauncher):
             arrays = dict.fromkeys(job_id.partition("_")[0] for job_id in ids.values())
             log.info(f"{len(ids)} jobs in Slurm: {', '.join(arrays)}")
             tasks = range(self.params["nodes"] * self.params["tasks_per_node"])
-            jobs = {name: submitit.SlurmJob(executor.folder, job_id, tasks).task(0) for name, job_id in ids.items()}
+            jobs: dict[str, Any] = {
+                name: submitit.SlurmJob(executor.folder, job_id, tasks).task(0) for name, job_id in ids.items()
+            }
             while True:
                 queued, now = _queued(ids.values()), time.monotonic()
                 for name in [name for name in jobs if ids[name] not in queued]:

@@ -43,7 +43,13 @@ NULLABLE = {
     "model.input_size", "trainer.enable_model_summary", "trainer.limit_train_batches", "trainer.gradient_clip_val",
     "callbacks.last.every_n_steps",
 }  # fmt: skip
-ALLOWED = (("timeout", "1.5"), ("timeout", "99999999999999999999.5"), ("devices", "[1,2]"), ("version", "5"))
+ALLOWED = (
+    ("timeout", "1.5"),
+    ("timeout", "99999999999999999999.5"),
+    ("devices", "[1,2]"),
+    ("version", "5"),
+    *(("max_lr", number) for number in ("-1e999", "-inf", "-0.1")),
+)  # torch takes them
 BROKEN = ["=1", "={key}", "{key}", "{key}=[", "{key}=]", "{key}={{a: 1", "{key}='", '{key}="a', "{key}=(1", "{key}=a,b",
           "{key}=[1,", "{key}=range(", "{key}=choice(1,2)", "{key}=range(3)", "++=1", "~", "{key} 1",
           "{key}=${{", "{key}=${{}}", "{key}=${{a", "{key}..x=1", ".{key}=1", "{key}=f(1)", "{key}@:x=1"]  # fmt: skip
