@@ -1,6 +1,7 @@
 """src/engine/runs/last_checkpoint.py with a user's own module and loader; tests/test_resume.py has the command."""
 
 import random
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -295,6 +296,7 @@ def last(folder: Path) -> Path:
 def interrupt(folder: Path, steps: int, *overrides: str) -> Path:
     """A run that is killed when some steps are done, and resumed."""
     run(folder, *overrides, KILL % steps)
+    time.sleep(1)  # TensorBoard reads files of one process and second in the order of 10 before 9
     return run(folder, *overrides, f"ckpt_path={last(folder)}")
 
 
