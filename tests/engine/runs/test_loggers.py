@@ -347,7 +347,7 @@ def test_a_tracker_that_is_not_installed_is_said_in_a_line(name: str, tmp_path: 
     environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PROJECT_ROOT": str(tmp_path)}
     result = run_command("train", *TINY, f"logger=[tensorboard,{name}]", **environment)
     assert result.returncode == 1
-    line = result.stderr.splitlines()[-1]
+    (line,) = result.stderr.splitlines()
     assert line.startswith(f"error: logger.{name}: ")
     assert "pip install" in line
     assert not (tmp_path / "logs").exists()
