@@ -13,7 +13,7 @@ from pytorch_lightning import callbacks
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from src.callbacks.speed import RATE
 
@@ -216,7 +216,8 @@ class Summary(callbacks.ModelSummary):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print it."""
-        self._metrics = {name for name, part in pl_module.named_modules() if isinstance(part, Metric)}
+        kinds = Metric | MetricCollection
+        self._metrics = {name for name, part in pl_module.named_modules() if isinstance(part, kinds)}
         super().on_fit_start(trainer, pl_module)
 
     def summarize(  # type: ignore[override]
