@@ -275,6 +275,7 @@ def test_settings_that_contradict_each_other_are_told(settings: dict[str, Any], 
         MNISTDataModule("data", **settings)
 
 
+@pytest.mark.slow  # CI installs the package with what else the slower tests need
 def test_debians_fashion_mnist_has_the_presets_checksums_mean_and_deviation() -> None:
     root = Path("/usr/share/datasets")
     if not (root / "fashion-mnist").is_dir():

@@ -274,7 +274,7 @@ def test_the_rows_of_a_file_train_two_processes_with_two_workers_each_which_resu
     conf = f"--config-dir={TASKS / 'memmap' / 'conf'}"
 
     def run(*arguments: str) -> "CompletedProcess[str]":
-        # Alone: a forked command may not have workers.
+        # Not forked: a forked command may not have workers.
         return run_alone("train", *arguments, PROJECT_ROOT=str(tmp_path), OMP_NUM_THREADS="1")
 
     chosen = (conf, "model=memmap", "data=memmap", "trainer=ddp_cpu", "trainer.max_epochs=2", "logger=[]")

@@ -148,8 +148,8 @@ class _Schedule(partial):
         optimizer = args[0] if args else own["optimizer"]
         rate, rates = optimizer.defaults["lr"], [group["lr"] for group in optimizer.param_groups]
         for name in ("base_lr", "max_lr"):  # a number: that of the optimizer's own rate
-            if isinstance(own.get(name), float) and any(other != rate for other in rates):
-                kwargs[name] = [own[name] * other / rate for other in rates]
+            if isinstance(own.get(name), int | float) and any(other != rate for other in rates):
+                kwargs[name] = [own[name] * other / rate if rate else other for other in rates]
         return super().__call__(*args, **kwargs)
 
 

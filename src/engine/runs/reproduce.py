@@ -168,9 +168,10 @@ def compare_runs(run: Path, again: Path) -> Comparison:
         said = [_describe(name, metrics.get(name), theirs.get(name)) for name in names[:MAX_SHOWN]]
         found.append(f"the last metrics differ: {', '.join(said)}")
     files = [path for path in list_checkpoints(run) if path.is_relative_to(run)]
-    files = [path for path in files if (again / path.relative_to(run)).is_file()]
     for path in files:
-        if distance := _measure(path, again / path.relative_to(run)):
+        if not (again / path.relative_to(run)).is_file():
+            found.append(f"{path.relative_to(run)} is only there")
+        elif distance := _measure(path, again / path.relative_to(run)):
             found.append(f"the weights of {path.name} differ by up to {distance:.2g}")
     num_points = sum(len(curves[name]) for name in common)
     weights = f", weights of {', '.join(path.name for path in files)}" if files else ""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.engine.errors import ConfigError
-from src.engine.runs.build import build_module, load_checkpoint
+from src.engine.runs.build import build_module, load_checkpoint, seed_everything
 from src.engine.runs.groups import divide
 from src.train import train
 from tests.engine.runs.test_build import OWN, UPSTREAM, UpstreamTask
@@ -106,6 +106,16 @@ def test_a_one_cycle_schedule_keeps_the_groups_apart(tmp_path: Path) -> None:
         optimizer.step()
         if schedule.last_epoch < 23:
             schedule.step()
+
+
+def test_one_cycle_trains_a_group_whose_rate_is_the_only_one(tmp_path: Path) -> None:
+    settings = ("optimizer_groups=[{match: net.3, lr: 0.5}]", "optimizer.lr=0", "scheduler=onecycle")
+    cfg = compose_tiny(tmp_path, *SGD, *SHORT, *settings)
+    seed_everything(cfg)
+    before = {name: value.clone() for name, value in build_module(cfg).state_dict().items()}
+    train(compose_tiny(tmp_path, *SGD, *SHORT, *settings))
+    after = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
+    assert {name for name in after if not torch.equal(before[name], after[name])} == {"net.3.weight", "net.3.bias"}
 
 
 def test_options_of_the_modules_own_groups_stay() -> None:

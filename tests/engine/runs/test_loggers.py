@@ -329,6 +329,7 @@ def test_wandb_without_a_key_is_said_in_a_line(tmp_path: Path) -> None:
 # What an environment without a package is like: no finder finds it.
 WITHOUT = """
 from importlib.machinery import PathFinder
+from importlib.metadata import Distribution, PackageNotFoundError
 
 find_spec = PathFinder.find_spec
 
@@ -338,6 +339,16 @@ def find_others(name, path=None, target=None):
 
 
 PathFinder.find_spec = find_others
+from_name = Distribution.from_name
+
+
+def name_others(name):
+    if name in ("wandb", "mlflow"):
+        raise PackageNotFoundError(name)
+    return from_name(name)
+
+
+Distribution.from_name = name_others
 """
 
 

@@ -80,7 +80,7 @@ CASES = [
 ]
 
 
-# Each argument of ModelCheckpoint, alone and with others.
+# Each argument of ModelCheckpoint, by itself and with others.
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -160,7 +160,7 @@ def test_the_same_with_other_settings(runs: Runs, variant: str) -> None:
         assert_same_run(whole, runs.path(name))
 
 
-# Beside the settings of VARIANTS, those in which Lightning alone would be inexact.
+# Beside the settings of VARIANTS, those in which Lightning by itself would be inexact.
 HARDER = {
     "every second epoch validated": (
         "trainer.check_val_every_n_epoch=2", "scheduler=plateau", "scheduler.scheduler.patience=0",
