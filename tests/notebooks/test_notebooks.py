@@ -1,4 +1,4 @@
-"""The notebooks run from their own folder, on what a sweep has left, and are kept without outputs."""
+"""The notebooks run from their own folder, on what runs have left, and are kept with their outputs."""
 
 import json
 import re
@@ -55,39 +55,42 @@ def test_runs_and_draws(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def check_accuracy(root: Path, outputs: list[NotebookNode]) -> None:
     """What is printed is the best score of the newest run, which the training has counted batch by batch."""
-    (path, said) = next(output.text for output in outputs if output.get("name") == "stdout").splitlines()
-    record = json.loads((Path(path).parents[1] / "metrics.json").read_text())
-    assert Path(path) == max(root.glob("logs/**/best.ckpt"), key=lambda path: path.stat().st_mtime)
-    assert said == f"val/acc {record['best']['score']:.4f} of 500 images"
+    newest = max(root.glob("logs/**/best.ckpt"), key=lambda path: path.stat().st_mtime).parents[1]
+    score = json.loads((newest / "metrics.json").read_text())["best"]["score"]
+    said = next(output.text for output in outputs if output.get("name") == "stdout")
+    assert said == f"{newest.name}: val/acc {score:.4f} of 500 images\n"
 
 
 def check_rows(root: Path, outputs: list[NotebookNode]) -> None:
-    """The table has a row a job, with its score."""
+    """The table has a row a run: its name, the rate in which they differ, the score; the best comes first."""
     (html,) = (output.data["text/html"] for output in outputs if "text/html" in output.get("data", {}))
-    rows = [re.findall(r"<td>(.*?)</td>", row) for row in html.split("<tr>")]
     expected = []
-    for folder in root.glob("logs/multirun/*/optimizer.lr=*"):
-        record = json.loads((folder / "metrics.json").read_text())
-        expected.append((folder.name, "finished", record["best"]["score"], record["seconds"]))
-    found = [(name, status, float(score), float(seconds)) for name, status, score, seconds in filter(None, rows)]
-    assert len(found) == 2
-    for row, wanted in zip(sorted(found), sorted(expected), strict=True):
-        assert row[:2] == wanted[:2]
-        assert row[2:] == pytest.approx(wanted[2:], rel=1e-3)
+    for path in root.glob("logs/multirun/*/optimizer.lr=*/metrics.json"):
+        rate = float(path.parent.name.removeprefix("optimizer.lr="))
+        score = json.loads(path.read_text())["best"]["score"]
+        expected.append((str(path.parent.relative_to(root / "logs")), rate, "val/acc", score))
+    assert len(expected) == 2
+    rows = [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in html.partition("<tbody>")[2].split("<tr>")[1:]]
+    found = [(run, float(rate), monitor, float(score)) for run, rate, monitor, score in rows]
+    assert found == [(*row[:3], pytest.approx(row[3], abs=1e-4)) for row in sorted(expected, key=lambda row: -row[3])]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keys", ["", "seed,", "optimizer.lr,seed,"])
-def test_sweeps_over_nothing_and_over_seeds_are_drawn(
-    keys: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("scores", [[0.9], [0.9, 0.8], [None, None]])
+def test_runs_that_differ_in_nothing_or_have_no_monitor_are_drawn(
+    scores: list[float | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "logs" / "multirun" / "sweep"
-    folder.mkdir(parents=True)
-    values = "0," * keys.count(",")
-    (folder / "sweep.csv").write_text(f"rank,job,{keys}status,best val/acc,seconds\n1,job,{values}finished,0.9,1.5\n")
-    (folder / "job").mkdir()
+    for index, score in enumerate(scores):
+        folder = tmp_path / "logs" / "train" / f"run{index}"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("seed: 0\n")
+        (folder / "status.json").write_text(json.dumps({"overrides": []}))
+        best = {"monitor": score and "val/loss", "score": score, "mode": score and "min"}
+        (folder / "metrics.json").write_text(json.dumps({"best": best}))
     cells = execute("03_compare_runs.ipynb", tmp_path, monkeypatch).cells
-    assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", [])) == 2
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
 
 
 NUMBERS: dict[str, Callable[[Path, list[NotebookNode]], None]] = {
@@ -99,18 +102,22 @@ NUMBERS: dict[str, Callable[[Path, list[NotebookNode]], None]] = {
 
 @pytest.mark.slow
 def test_a_notebook_without_a_run_says_which_command_makes_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, command in (("02_inspect_run", "python -m src.train"), ("03_compare_runs", "python -m src.train -m")):
+    for name, command in (("02_inspect_run", "python -m src.train"), ("03_compare_runs", "python -m src.train")):
         with pytest.raises(CellExecutionError, match=f"no .* below .*{command}"):
             execute(f"{name}.ipynb", tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_is_kept_without_outputs(name: str) -> None:
+def test_is_kept_with_its_outputs(name: str) -> None:
+    """Something to see where code is hosted: run from the top, without an error or a path of one's own."""
     notebook = nbformat.read(FOLDER / name, as_version=4)
     nbformat.validate(notebook)
     assert notebook.metadata.keys() == {"kernelspec", "language_info"}
-    for cell in notebook.cells:
-        assert cell.metadata == {}
-        if cell.cell_type == "code":
-            assert cell.outputs == []
-            assert cell.execution_count is None
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == PICTURES[name]
+    assert {output.output_type for output in outputs} <= {"display_data", "execute_result", "stream"}
+    words = [text for output in outputs for key, text in output.get("data", output).items() if key.startswith("text")]
+    assert not re.search(r"(^|[\s'\"(])/\w", "".join(words))
+    assert (FOLDER / name).stat().st_size < 500_000
