@@ -13,10 +13,6 @@ class SweepError(Exception):
     """A sweep that cannot start, or whose jobs have failed; the message says which and why, a line a job."""
 
 
-class TargetError(ValueError):
-    """A ``_target_`` that is refused; the message names the key and the remedy."""
-
-
 class DataError(ValueError):
     """Data that are missing, damaged or not what they should be; the message names the file and the remedy."""
 

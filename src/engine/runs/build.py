@@ -200,7 +200,7 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
     extra: dict[str, Any] = {}
     if not any(isinstance(callback, Checkpoint) for callback in callbacks):
         extra["enable_checkpointing"] = cfg.trainer.get("enable_checkpointing") or False  # else Lightning adds its own
-    trainer: pl.Trainer = instantiate(cfg.trainer)(
+    trainer: pl.Trainer = instantiate(cfg.trainer, _partial_=True)(
         callbacks=[*callbacks, Session(config), Rehearsal(config)],
         logger=False if is_bare else loggers,
         default_root_dir=cfg.output_dir,

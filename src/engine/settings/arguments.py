@@ -30,10 +30,10 @@ ADDED = {
     "scheduler": ("optimizer",),
     "scheduler.scheduler": ("optimizer",),
 }
-SCALARS: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
 # Their classes take an object of themselves; others may make one of a text or a list, as torch.device does.
 NODES = ("torch.nn.", "torch.optim.", "torch.utils.data.", "torchmetrics.", "pytorch_lightning.", "lightning_fabric.")
 UNIONS = (typing.Union, types.UnionType)
+TENSOR = "torch.Tensor"
 
 
 def check_arguments(config: Mapping[str, Any]) -> None:
@@ -47,25 +47,35 @@ def check_arguments(config: Mapping[str, Any]) -> None:
     """
     for name in BUILT:
         group = config.get(name)
+        if group and name in TARGETS:
+            group = {"_target_": TARGETS[name], **group}
         for key, node in find_nodes(group, name):
             _check_node(key, node, locate(key, node["_target_"]))
-        if group and name in TARGETS and "_target_" not in group:
-            _check_node(name, {**group, "_partial_": True}, locate(name, TARGETS[name]))
+
+
+def walk(node: Any, path: str = "", is_built: bool = False) -> Iterator[tuple[str, Any]]:
+    """A tree of dicts and lists and all that is in it, each with its full key; parents first.
+
+    Args:
+        node: The tree, plain.
+        path: Its own key.
+        is_built: Whether to leave out what is in nodes that Hydra does not build, by their ``_recursive_: false``.
+    """
+    yield path, node
+    children: Iterable[tuple[str, Any]] = ()
+    if isinstance(node, dict) and not (is_built and node.get("_recursive_") is False):
+        children = ((f"{path}.{key}".lstrip("."), child) for key, child in node.items())
+    elif isinstance(node, list | tuple):  # which OmegaConf makes a list
+        children = ((f"{path}[{index}]", child) for index, child in enumerate(node))
+    for key, child in children:
+        yield from walk(child, key, is_built)
 
 
 def find_nodes(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each mapping that has a ``_target_``, at any depth, with its full key; not what a node keeps unbuilt."""
-    if isinstance(node, dict) and "_target_" in node:
-        yield path, node
-    if isinstance(node, dict) and node.get("_recursive_", True):
-        for key, child in node.items():
-            yield from find_nodes(child, f"{path}.{key}".lstrip("."))
-    elif isinstance(node, list):
-        for index, child in enumerate(node):
-            yield from find_nodes(child, f"{path}[{index}]")
+    """Each mapping that is built of a ``_target_``, at any depth, with its full key."""
+    return ((key, child) for key, child in walk(node, path, True) if isinstance(child, dict) and "_target_" in child)
 
 
-@cache
 def locate(key: str, target: str) -> Any:
     """Import what a ``_target_`` names.
 
@@ -77,21 +87,21 @@ def locate(key: str, target: str) -> Any:
         found = pydoc.locate(target)
     except pydoc.ErrorDuringImport as error:
         found, cause = None, error.value
-    if found is None:
-        place, _, name = target.rpartition(".")
-        close = difflib.get_close_matches(name, dir(sys.modules.get(place)), n=1)
-        said = f"{place} has no {name}" + (f"; did you mean {close[0]}?" if close else "")
-        if getattr(cause, "name", None) in ("lightning", "lightning.pytorch"):
-            said = (
-                "it imports the package lightning, which is not installed; import from pytorch_lightning, which is "
-                "the same code (conf/README.md, Coming from lightning-hydra-template)"
-            )
-        elif cause:
-            said = f"its import fails: {cause!r}"
-        raise ConfigError(f"{key}._target_={target}: {said}") from cause
-    if not callable(found):
-        raise ConfigError(f"{key}._target_={target}: a {type(found).__name__}; expected a class or function")
-    return found
+    if callable(found):
+        return found
+    place, _, name = target.rpartition(".")
+    close = difflib.get_close_matches(name, dir(sys.modules.get(place)), n=1)
+    said = f"{place} has no {name}" + (f"; did you mean {close[0]}?" if close else "")
+    if found is not None:
+        said = f"a {type(found).__name__}; expected a class or function"
+    elif getattr(cause, "name", None) in ("lightning", "lightning.pytorch"):
+        said = (
+            "it imports the package lightning, which is not installed; import from pytorch_lightning, which is "
+            "the same code (conf/README.md, Coming from lightning-hydra-template)"
+        )
+    elif cause:
+        said = f"its import fails: {cause!r}"
+    raise ConfigError(f"{key}._target_={target}: {said}") from cause
 
 
 def _check_node(key: str, node: Mapping[str, Any], target: Any) -> None:
@@ -127,11 +137,6 @@ def parameters_of(target: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(lambda **_: None).parameters  # written in C: it checks itself
 
 
-def find_function(target: Any) -> Any:
-    """The function that runs when a class or function is called, without its decorators."""
-    return inspect.unwrap(target.__init__ if isinstance(target, type) else target)  # type: ignore[misc]
-
-
 def takes(annotation: Any, value: Any) -> bool:
     """Whether a plain value may be of a type. In doubt it may: the constructor has the last word.
 
@@ -151,14 +156,16 @@ def takes(annotation: Any, value: Any) -> bool:
         return True
     if origin in (None, type(None)):
         return value is None
-    if origin in SCALARS:
-        is_whole = origin is int and isinstance(value, float) and value.is_integer()  # 1e3
-        return is_whole or type(value) in SCALARS[origin] or (origin is bool and value in (0, 1))
-    if origin is Callable:
-        return False
+    if origin is bool:
+        return value in (0, 1)
+    if origin in (int, float):  # 1e3 is a whole number
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and (origin is float or value == value // 1)
+    if origin is str or origin is Callable:
+        return origin is str and isinstance(value, str)
     if not isinstance(origin, type) or origin in (object, inspect.Parameter.empty):
         return True
-    if origin is _tensor():
+    if describe(origin) == TENSOR:
         return isinstance(value, list)
     if issubclass(origin, Mapping):
         return isinstance(value, dict) and all(takes(arguments[1], each) for each in value.values() if arguments)
@@ -167,11 +174,6 @@ def takes(annotation: Any, value: Any) -> bool:
             return isinstance(value, list) and len(value) == len(arguments) and all(map(takes, arguments, value))
         return isinstance(value, list) and all(takes(arguments[0], each) for each in value if arguments)
     return not any(f"{each.__module__}.".startswith(NODES) for each in origin.__mro__)
-
-
-def _tensor() -> Any:
-    """torch.Tensor, once torch is imported: an annotation of it means that it is."""
-    return getattr(sys.modules.get("torch"), "Tensor", None)
 
 
 def describe(annotation: Any) -> str:
@@ -204,14 +206,13 @@ def build(config: Any, **kwargs: Any) -> Any:
         for name, parameter in parameters_of(locate(key, node["_target_"])).items():
             if name in node and (fitted := _fit(parameter.annotation, node[name])) is not node[name]:
                 OmegaConf.update(config, f"{key}.{name}".lstrip("."), fitted, merge=False)
-    kwargs["_convert_"] = config.get("_convert_", "object") if OmegaConf.is_dict(config) else "object"
-    return hydra.utils.instantiate(config, **kwargs)
+    return hydra.utils.instantiate(config, **{**kwargs, "_convert_": config.get("_convert_", "object")})
 
 
 def _fit(annotation: Any, value: Any) -> Any:
     options = typing.get_args(annotation) if typing.get_origin(annotation) in UNIONS else (annotation,)
     if isinstance(value, float) and value.is_integer() and int in options and float not in options:
         return int(value)
-    if isinstance(value, list) and [option for option in options if takes(option, value)] == [_tensor()]:
-        return {"_target_": "torch.Tensor", "_args_": [value]}
+    if isinstance(value, list) and [describe(option) for option in options if takes(option, value)] == [TENSOR]:
+        return {"_target_": TENSOR, "_args_": [value]}
     return value

@@ -19,39 +19,30 @@ ROOT = Path(__file__).resolve().parents[3]
 CONF = ROOT / "conf"
 
 POSITIVE = Annotated[int, range(1, sys.maxsize)]
-TEXT = (str | None, "text or null")
+TEXTS = ("monitor", "resume", "ckpt_path", "data.root", "init.weights", "output", "run")
 # The template's own keys, those that no class takes: what is expected, for Python and in words.
 OWN: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(TEXTS, (str | None, "text or null")),
     "seed": (Annotated[int, range(2**32)] | None, "a whole number from 0 to 4294967295 or null"),
-    "monitor": TEXT,
     "mode": (Literal["min", "max"], "min or max"),
     "unit": (Literal["epoch", "step"], "epoch or step"),
     "test": (bool | Literal["all"], "true or false or all"),
-    "init.weights": TEXT,
     "init.map": (dict[str, str] | None, "a mapping of names' beginnings or null"),
     "init.skip": (list[str] | None, "a list of names or null"),
     "init.strict": (bool, "true or false"),
     "optimizer_groups": (list[dict] | None, "a list of {match: <names>, lr: ...} or null"),
     "float32_matmul_precision": (Literal["highest", "high", "medium"] | None, "highest, high, medium or null"),
-    "resume": TEXT,
-    "ckpt_path": TEXT,
-    "data.root": TEXT,
     "data.batch_size": (POSITIVE | None, "a whole number of 1 or more or null"),
     "inputs": (str | list[str] | None, "text, a list of text or null"),
     "batch_size": (POSITIVE, "a whole number of 1 or more"),
-    "output": TEXT,
     "format": (Literal["onnx", "pt2", "safetensors"], "onnx, pt2 or safetensors"),
     "port": (Annotated[int, range(2**16)], "a whole number from 0 to 65535"),
-    "run": TEXT,
     "root_dir": (str, "text"),
 }
 DECLARED = ("extras",)  # what other templates have
-MARKS = {
-    "inputs": "predict",
-    "format": "export",
-    "port": "demo",
-    "run": "reproduce",
-}  # a key that only this command has
+# Keys that only one command has.
+MARKS = dict.fromkeys(("seed", "model", "trainer"), "train")
+MARKS |= {"inputs": "predict", "format": "export", "port": "demo", "run": "reproduce"}
 NEEDED = ("model", "trainer", "scheduler.scheduler")  # to train
 
 
@@ -66,7 +57,7 @@ def check(cfg: DictConfig, declared: Iterable[str] = ()) -> None:
         ConfigError: At the first that cannot be.
     """
     config = _resolve(cfg)
-    command = _command(config)
+    command = next((name for key, name in MARKS.items() if key in config), "test")
     _check_keys(config, command, declared)
     for key, (annotation, words) in OWN.items():
         group, _, name = key.rpartition(".")
@@ -85,8 +76,8 @@ def check_values(cfg: DictConfig) -> None:
     Raises:
         ConfigError: At the first that cannot be.
     """
-    config = _resolve(OmegaConf.merge(cfg, {"seed": 0}) if "seed" in cfg and cfg.seed is None else cfg)  # to be drawn
-    check_arguments(config)
+    is_drawn = "seed" in cfg and cfg.seed is None  # later
+    check_arguments(_resolve(OmegaConf.merge(cfg, {"seed": 0}) if is_drawn else cfg))
 
 
 def _resolve(cfg: Any) -> dict[str, Any]:
@@ -97,18 +88,11 @@ def _resolve(cfg: Any) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()}  # type: ignore[union-attr]
 
 
-def _command(config: Mapping[str, Any]) -> str:
-    if not config.keys().isdisjoint(("seed", "model", "trainer")):
-        return "train"
-    return next((name for key, name in MARKS.items() if key in config), "test")
-
-
 def _check_keys(config: Mapping[str, Any], command: str, declared: Iterable[str]) -> None:
     """A key in a file that nobody reads is as wrong as one on the command line."""
-    root: Any = OmegaConf.to_container(OmegaConf.load(CONF / f"{command}.yaml"))
-    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
-    own = {key: node for key, node in root.items() if key not in ("defaults", "hydra")}
-    known = {*own, *groups, *DECLARED, *(name for name in declared if "/" not in name)}
+    root: Any = OmegaConf.load(CONF / f"{command}.yaml")
+    own = [key for key in root if key not in ("defaults", "hydra")]
+    known = {*own, *find_groups(), *DECLARED, *(name for name in declared if "/" not in name)}
     for key in config:
         if key not in known:
             close = nearest(key, sorted(known))
@@ -118,14 +102,24 @@ def _check_keys(config: Mapping[str, Any], command: str, declared: Iterable[str]
             raise ConfigError(f"{key}: is missing" + (f"; expected {OWN[key][1]}" if key in OWN else ""))
 
 
-def nearest(name: str, options: Iterable[str], limit: int = 20) -> str:
-    """Which of some names is meant: one by its last part, or a similar one; else all of them, if there are few."""
+def find_groups() -> list[str]:
+    """The names of the groups in ``conf/``."""
+    return [path.name for path in CONF.iterdir() if path.is_dir()]
+
+
+def find_close(name: str, options: Iterable[str]) -> list[str]:
+    """Which of some names is meant: those whose last part it is, or the one that is similar."""
     options = list(options)
-    close = [option for option in options if option.rpartition(".")[2] == name]
-    close = close or difflib.get_close_matches(name, options, n=1, cutoff=0.7)
-    if close:
+    same = [option for option in options if option.rpartition(".")[2] == name]
+    return same or difflib.get_close_matches(name, options, n=1, cutoff=0.7)
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """Which of some names is meant, in words; else all of them, if there are few."""
+    options = list(options)
+    if close := find_close(name, options):
         return f"did you mean {' or '.join(close)}?"
-    if len(options) > limit:
+    if len(options) > 20:
         return "--cfg job shows what there is, --cfg hydra Hydra's own keys"
     return f"there are: {', '.join(options) or 'none'}"
 
@@ -147,8 +141,6 @@ def _check_training(config: Mapping[str, Any]) -> None:
     weights = (config["init"] or {}).get("weights")
     if weights and not config["ckpt_path"] and not Path(weights).is_file():  # a checkpoint has its own
         raise ConfigError(f"init.weights={weights}: no such file; expected one with weights to start from")
-    if not config["trainer"].get("_partial_"):
-        raise ConfigError(f"trainer._partial_={config['trainer'].get('_partial_')}: expected true")
     resume, folder = config["resume"], config["output_dir"]
     if resume is not None and Path(resume).resolve() != Path(folder).resolve():
         # From a file, it would come too late to be replaced by how its run was started.

@@ -1,21 +1,27 @@
 """Errors in a line or two: the setting or file, the value, what was expected, the remedy."""
 
+import inspect
 import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType
-from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.engine.settings.arguments import TARGETS, find_function, find_nodes
-from src.engine.settings.check import CONF, ROOT, nearest
+from src.engine.errors import CheckpointError, ConfigError, DataError, SweepError
+from src.engine.settings.arguments import TARGETS, find_nodes, walk
+from src.engine.settings.check import CONF, ROOT, find_close, find_groups, nearest
 
 EXTRAS = {"hydra/launcher/submitit_slurm": "slurm", "hydra/launcher/ray": "ray"}
 IN_LOG = "The stack trace is in the run's log; HYDRA_FULL_ERROR=1 prints it."
@@ -27,10 +33,12 @@ LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", 
 
 def is_refusal(error: BaseException, cfg: DictConfig) -> bool:
     """Whether the settings are at fault, or what they lead to: nothing that a run which is on its way comes to."""
-    names = ("ConfigError", "CheckpointError", "TargetError", "DataError", "InstantiationException",
-             "MisconfigurationException")  # fmt: skip
-    is_ours = any(kind.__name__ in names for kind in type(error).__mro__)
-    return is_ours or _is_restoring(error, cfg) or bool(_find_key(error, cfg))
+    is_ours = isinstance(error, ConfigError | CheckpointError | DataError | InstantiationException)
+    return is_ours or _is_lightnings(error) or _is_restoring(error, cfg) or bool(_find_key(error, cfg))
+
+
+def _is_lightnings(error: BaseException) -> bool:
+    return type(error).__name__ == "MisconfigurationException"  # by name: it takes seconds to import
 
 
 def explain(error: BaseException, config_name: str = "", cfg: DictConfig | None = None) -> str:
@@ -46,17 +54,16 @@ def explain(error: BaseException, config_name: str = "", cfg: DictConfig | None 
 
 
 def _explain(error: BaseException, config_name: str, cfg: DictConfig | None) -> str:
-    if type(error).__name__ == "InstantiationException":  # "Error in call to target 'x.Y':\n...\nfull_key: optimizer"
+    if isinstance(error, InstantiationException):  # "Error in call to target 'x.Y':\n...\nfull_key: optimizer"
         found = re.search(r"full_key: (\S+)", str(error))
         return _explain_constructor(error.__cause__ or error, found[1] if found else "config", cfg)
-    if _is_restoring(error, cfg):
-        assert cfg is not None
+    if cfg is not None and _is_restoring(error, cfg):
         said = f"{' '.join(str(error).split())[:400] or type(error).__name__}{_where(error)}"
         return f"ckpt_path={cfg.ckpt_path}: does not fit this run: {said}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return " ".join(_explain_config(error, config_name).split())  # a value may have line breaks
     if any(kind.__module__ == "src.engine.errors" for kind in type(error).__mro__):
-        return str(error) if type(error).__name__ == "SweepError" else " ".join(str(error).split())
+        return str(error) if isinstance(error, SweepError) else " ".join(str(error).split())
     if key := _find_key(error, cfg):
         return _explain_constructor(error, key, cfg)
     if isinstance(error, IndexError) and (label := re.fullmatch(r"Target (\d+) is out of bounds\.", str(error))):
@@ -72,7 +79,7 @@ def _explain(error: BaseException, config_name: str, cfg: DictConfig | None) -> 
             f"another process of this run has ended or does not answer: {reason}; "
             "see what it says itself, then continue with resume=<the run's folder>"
         )
-    if isinstance(error, OSError) or type(error).__name__ == "MisconfigurationException":  # Lightning's
+    if isinstance(error, OSError) or _is_lightnings(error):
         where = "scheduler: " if "lr scheduler dict" in str(error) else ""
         return where + " ".join(str(error).split())
     trace = "HYDRA_FULL_ERROR=1 prints the stack trace." if config_name else IN_LOG
@@ -95,25 +102,28 @@ def _find_key(error: BaseException, cfg: DictConfig | None) -> str:
     """The key of the node whose constructor has raised an error: optimizers, say, are built in the module."""
     if cfg is None or error.__traceback__ is None:
         return ""
-    nodes = [(key, node["_target_"]) for key, node in find_nodes(OmegaConf.to_container(cfg, resolve=True))]
-    keys = {}
-    for key, target in [*((key, target) for key, target in TARGETS.items() if key in cfg), *nodes]:
-        module, _, name = str(target).rpartition(".")
-        found = getattr(sys.modules.get(module), name, None)
-        if code := getattr(find_function(found), "__code__", None) if callable(found) else None:
-            keys[code] = key
-    codes: list[CodeType] = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    nodes = find_nodes(OmegaConf.to_container(cfg, resolve=True))
+    targets = [(TARGETS[key], key) for key in TARGETS if key in cfg] + [(node["_target_"], key) for key, node in nodes]
+    keys = {_code(str(target)): key for target, key in targets}
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
     return next((keys[code] for code in reversed(codes) if code in keys), "")
+
+
+def _code(target: str) -> CodeType | None:
+    """What runs when a target is called that is imported: without the decorators of a class's or function's own."""
+    module, _, name = target.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    runs = found.__init__ if isinstance(found, type) else found  # type: ignore[misc]
+    return getattr(inspect.unwrap(runs), "__code__", None) if callable(runs) else None
 
 
 def _is_restoring(error: BaseException, cfg: DictConfig | None) -> bool:
     """Whether it was raised while the states of a run's checkpoint were given back, by Lightning or in your code."""
     frames = traceback.extract_tb(error.__traceback__)
-    is_within = any(
+    return bool(cfg and cfg.get("ckpt_path")) and any(
         frame.name == "load_state_dict" or ("restore" in frame.name and frame.filename.endswith(CONNECTOR))
         for frame in frames
     )
-    return is_within and cfg is not None and bool(cfg.get("ckpt_path"))
 
 
 def _where(error: BaseException, is_own: bool = True) -> str:
@@ -164,22 +174,15 @@ def _explain_composition(error: ConfigCompositionException, config_name: str) ->
         return f"{key}: {chosen[-1]} has no such key; is it the sweep's? conf/sweep/ may have one without it"
     if config_name != "train" and (CONF / key).is_dir():
         return f"{key}: python -m src.{config_name} reads this from the checkpoint; there are: {', '.join(keys)}"
-    groups = [path.name for path in CONF.iterdir() if path.is_dir()]  # those that are off have no key
-    return f"{key}: no such key; {nearest(key, [*keys, *groups])} (+{key}=... adds a new one)"
+    known = [*keys, *find_groups()]  # those that are off have no key
+    return f"{key}: no such key; {nearest(key, known)} (+{key}=... adds a new one)"
 
 
 def nearest_key(name: str, config_name: str) -> str:
     """The key of a command's config that is called so, or nearly so; empty without one."""
-    return nearest(name, _all_keys(config_name), 0).removeprefix("did you mean ").split()[0].rstrip("?")
+    return next(iter(find_close(name, _all_keys(config_name))), "")
 
 
 def _all_keys(config_name: str) -> list[str]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return list(_walk(OmegaConf.to_container(compose(config_name)), ""))
-
-
-def _walk(node: Any, path: str) -> Iterator[str]:
-    for key, child in node.items():
-        yield f"{path}.{key}".lstrip(".")
-        if isinstance(child, dict):
-            yield from _walk(child, f"{path}.{key}".lstrip("."))
+        return [key for key, _ in walk(OmegaConf.to_container(compose(config_name))) if key]

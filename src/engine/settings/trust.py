@@ -4,13 +4,10 @@ conf/ and the command line are the user's own; a checkpoint may come from anybod
 """
 
 import copy
-import inspect
-import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers import oc
 
 from src.engine.errors import CheckpointError, ConfigError
-from src.engine.settings.arguments import build, find_nodes, locate, parameters_of
+from src.engine.settings.arguments import build, locate, parameters_of, walk
 from src.engine.settings.check import CONF, ROOT
 
 log = logging.getLogger(__name__)
@@ -70,24 +67,19 @@ def remember(cfg: DictConfig, memory: Path) -> None:
 
     Args:
         cfg: The run's config.
-        memory: The file that keeps them, as ``recall`` reads it.
+        memory: The file that keeps them, one a line.
     """
-    known = recall(memory)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     groups = {name: node for name, node in plain.items() if isinstance(node, dict)}
-    named = {text for text in _find_places(groups) if "://" not in text}
-    if not named <= known:
+    if named := {text for text in _find_places(groups) if "://" not in text} - recall(memory):
         memory.parent.mkdir(parents=True, exist_ok=True)
-        aside = memory.with_name(f"{memory.name}.{os.getpid()}")
-        aside.write_text(json.dumps(sorted(known | named), indent=2))
-        aside.replace(memory)
+        with memory.open("a", encoding="utf-8") as file:
+            file.write("".join(f"{text}\n" for text in sorted(named)))
 
 
 def recall(memory: Path) -> set[str]:
     """Let checkpoints use the folders that the user's runs have named before, and return these."""
-    known = set()
-    with suppress(OSError, ValueError):  # not there yet, or not as remember writes it
-        known = set(json.loads(memory.read_text()))
+    known = set(memory.read_text(encoding="utf-8").splitlines()) if memory.is_file() else set()
     _places.update(known)
     return known
 
@@ -123,23 +115,14 @@ def tame(path: str | Path, key: str, node: Any, unread: str | None = None, /, **
     admit(unread)
     if not isinstance(node, dict) or ("_target_" not in node and key != "scheduler"):
         raise CheckpointError(f"ckpt_path={path}: its {key} is no node with a _target_; choose another file")
-    node = {**copy.deepcopy(node), **own}
+    node = {name: child for name, child in copy.deepcopy(node).items() if name not in own}
     try:
-        for full_key, child in find_nodes({**node, "_recursive_": True} if "_target_" not in node else node, key):
-            child.pop("_recursive_", None)  # what is built later would not be looked at
-            _check_target(full_key, child["_target_"])
-            parameters = parameters_of(locate(full_key, child["_target_"]))
-            for name in [name for name in child if name in parameters and not (child is node and name in own)]:
-                places = [] if isinstance(child[name], dict) else _find_places(child[name])
-                if _places.issuperset(places):
-                    continue
-                if parameters[name].default is not inspect.Parameter.empty:
-                    log.warning(f"{full_key}.{name}={places[0]!r}: the checkpoint's; the default is used instead")
-                    del child[name]
-                elif unread:
-                    child[name] = unread
-        for full_key, text in _texts({name: value for name, value in node.items() if name not in own}, key):
-            if not _places.issuperset(_find_places(text)):
+        for full_key, child in walk(node, key):
+            if isinstance(child, dict) and "_target_" in child:
+                _check_target(full_key, child["_target_"])
+                _replace_places(full_key, child, unread)
+        for full_key, text in _texts(node, key):
+            if _find_unknown(text):
                 is_own_key = re.fullmatch(r"data\.\w+", full_key)
                 remedy = f"set ++{full_key}=<yours>, or" if is_own_key else "if it is yours,"
                 raise ConfigError(
@@ -148,19 +131,27 @@ def tame(path: str | Path, key: str, node: Any, unread: str | None = None, /, **
                 )
     except ConfigError as error:
         raise CheckpointError(f"ckpt_path={path}: {error}") from error
-    return node
+    return {**node, **own}
+
+
+def _replace_places(key: str, node: dict[str, Any], unread: str | None) -> None:
+    """Replace a node's own arguments that are places which the user has not named."""
+    for name, parameter in parameters_of(locate(key, node["_target_"])).items():
+        places = _find_unknown(node[name]) if name in node and not isinstance(node[name], dict) else []
+        if places and parameter.default is not parameter.empty:
+            log.warning(f"{key}.{name}={places[0]!r}: the checkpoint's; the default is used instead")
+            del node[name]
+        elif places and unread:
+            node[name] = unread
 
 
 def renamed(node: Any) -> Any:
     """A checkpoint's config with the names that its classes have now, as ``RENAMED`` says."""
-    if isinstance(node, list):
-        return [renamed(child) for child in node]
-    if not isinstance(node, dict):
-        return node
-    node = {key: renamed(child) for key, child in node.items()}
-    if isinstance(target := node.get("_target_"), str):
-        old = next((old for old in RENAMED if target.startswith(old)), "")
-        node["_target_"] = RENAMED.get(old, "") + target.removeprefix(old)
+    node = copy.deepcopy(node)
+    for _, child in walk(node):
+        if isinstance(child, dict) and isinstance(target := child.get("_target_"), str):
+            found = (new + target.removeprefix(old) for old, new in RENAMED.items() if target.startswith(old))
+            child["_target_"] = next(found, target)
     return node
 
 
@@ -187,12 +178,8 @@ def _resolve(cfg: DictConfig, is_hidden: Callable[[str], bool]) -> dict[str, Any
         OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
 
 
-def _texts(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, child in children:
-        yield from _texts(child, f"{path}.{key}".lstrip("."))
-    if isinstance(node, str):
-        yield path, node
+def _texts(node: Any, path: str = "") -> list[tuple[str, str]]:
+    return [(key, child) for key, child in walk(node, path) if isinstance(child, str)]
 
 
 def _check_target(key: str, target: Any) -> None:
@@ -222,3 +209,7 @@ def _find_places(node: Any) -> list[str]:
         for text in found
         if "${" in text or not any(Path(text).expanduser().resolve().is_relative_to(root) for root in roots)
     ]
+
+
+def _find_unknown(node: Any) -> list[str]:
+    return [place for place in _find_places(node) if place not in _places]

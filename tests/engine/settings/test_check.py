@@ -40,7 +40,6 @@ def _said(folder: Path, *overrides: str, config_name: str = "train") -> str:
         ("~model", "model: expected a node with a _target_, the class to build; found None"),
         ("+callbacks.mine.targt=x", "callbacks.mine: expected a node with a _target_, the class to build; found targt"),
         ("scheduler.scheduler=null", "scheduler.scheduler: expected a node with a _target_"),
-        ("trainer._partial_=false", "trainer._partial_=False: expected true"),
         ("+callbacks/extra=minimal", "callbacks/extra: no such key; did you mean callbacks?"),
         ("+monitr=val/acc", "monitr: no such key; did you mean monitor?"),
         ("optimizer._target_=Adam", "optimizer._target_=Adam: expected the dotted name of a class"),

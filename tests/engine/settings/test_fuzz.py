@@ -67,7 +67,7 @@ NEEDED = [
     "model", "model._target_", "model.net", "model.net._target_", "optimizer", "optimizer._target_",
     "optimizer._partial_", "optimizer.lr", "scheduler.scheduler", "scheduler.scheduler._target_",
     "scheduler.scheduler._partial_", "accelerator", "accelerator.accelerator", "accelerator.devices",
-    "accelerator.precision", "trainer", "trainer._target_", "trainer._partial_", "trainer.max_epochs",
+    "accelerator.precision", "trainer", "trainer._target_", "trainer.max_epochs",
     "callbacks.checkpoint._target_", "callbacks.progress._target_", "logger.tensorboard._target_",
 ]  # fmt: skip
 TARGETS = [

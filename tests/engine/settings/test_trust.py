@@ -46,7 +46,8 @@ WALKS = [
 
 @pytest.mark.parametrize("target", [*FOREIGN, *WALKS, 5, None, ""])
 def test_what_conf_does_not_name_is_not_built(target: Any) -> None:
-    for node in ({"_target_": target}, {"_target_": "torch.nn.Sequential", "_args_": [{"a": {"_target_": target}}]}):
+    within: list[Any] = [[{"a": {"_target_": target}}], [({"_target_": target},)]]  # a tuple is built like a list
+    for node in ({"_target_": target}, *({"_target_": "torch.nn.Sequential", "_args_": each} for each in within)):
         with pytest.raises(CheckpointError, match=r"^ckpt_path=best\.ckpt: model.*_target_"):
             instantiate_stranger("best.ckpt", "model", node)
 
@@ -140,7 +141,7 @@ def test_what_a_run_has_named_is_remembered_for_later_commands(tmp_path: Path) -
     remember(OmegaConf.create({"data": {"root": "/b"}}), memory)
     assert recall(memory) == {str(tmp_path / "a"), "/b"}
     assert tame("x", "data", {**DATA, "root": "/b"})["root"] == "/b"
-    memory.write_text("no JSON")
+    memory.unlink()
     assert recall(memory) == set()
 
 
