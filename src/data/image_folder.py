@@ -110,8 +110,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, minimum in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-            check_minimum(name, value, minimum)
+        check_minimum("batch_size", batch_size, 1)
         self.root = Path(root)
         self.transforms = {"train": train_transform, "val": eval_transform, "test": eval_transform}
         self.mean, self.std = list(mean), list(std)
@@ -119,8 +118,6 @@ class ImageFolderDataModule(pl.LightningDataModule):
         self.batch_transform, self.seed = batch_transform, seed
         self.splits: dict[str, ImageFolder] = {}
         self.classes: list[str] = []
-        self._loader: ViewLoader | None = None
-        self._state: dict[str, Any] | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """List the files of the splits that are there.
@@ -143,11 +140,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> ViewLoader:
         """Batches of the training split, in a new order each epoch (in none under ``trainer.overfit_batches``)."""
         shuffle = not (self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
-        self._loader = self._make_loader("train", self.batch_size, shuffle)
-        if self._state:
-            self._loader.load_state_dict(self._state)
-            self._state = None
-        return self._loader
+        return self._make_loader("train", self.batch_size, shuffle)
 
     def val_dataloader(self) -> ViewLoader:
         """Batches of the validation split."""
@@ -178,20 +171,15 @@ class ImageFolderDataModule(pl.LightningDataModule):
 
     def read_images(self, path: Path) -> NDArray[np.uint8]:
         """Read an image file as the loaders would yield it: uint8 (1, 3, H, W)."""
-        images: NDArray[np.uint8] = self.transforms["test"](functional.pil_to_tensor(default_loader(str(path))))[
-            None
-        ].numpy()
+        image = self.transforms["test"](functional.pil_to_tensor(default_loader(str(path))))
+        images: NDArray[np.uint8] = image.unsqueeze(0).numpy()
         return images
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: what the images were, and which of them this epoch has seen."""
-        return {
-            "source": self.root.name,
-            "num_images": {split: len(folder) for split, folder in self.splits.items()},
-            "classes": self.classes,
-            "loader": self._loader.state_dict() if self._loader else None,
-        }
+        """What a checkpoint keeps of the images."""
+        num_images = {split: len(folder) for split, folder in self.splits.items()}
+        return {"source": self.root.name, "num_images": num_images, "classes": self.classes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue after the images that the checkpoint's epoch has seen; a module that is restored has its classes."""
-        self._state, self.classes = state_dict["loader"], self.classes or state_dict["classes"]
+        """A module that is restored has its classes."""
+        self.classes = self.classes or state_dict["classes"]

@@ -52,44 +52,41 @@ class BatchLoader:
             raise ValueError(f"{len(images)} images: expected {world_size} or more, one a process")
         if len(images) != len(labels):
             raise ValueError(f"{len(images)} images but {len(labels)} labels: expected one label an image")
-        self.images = images
-        self.labels = labels
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
+        self.images, self.labels, self.batch_size = images, labels, batch_size
+        self.shuffle, self.seed, self.rank, self.world_size = shuffle, seed, rank, world_size
         self.batch_sampler = SimpleNamespace(sampler=self)  # where Lightning looks for set_epoch
         self.epoch = 0
-        self._begin()
-
-    def _begin(self) -> None:
-        self.batches_done = 0  # of this epoch, those before a resume included: the index of the next one
-        self._first, self._seen = 0, 0  # the batch at which an epoch resumes, and the images seen before
         self._is_resumed = False
+        self._begin(0)
+
+    def _begin(self, num_seen: int) -> None:
+        """Divide what is left of an epoch into batches; what would leave a process without an image joins the last."""
+        starts = list(range(num_seen, len(self.images), self.batch_size))
+        if starts and len(self.images) - starts[-1] < self.world_size:
+            starts.pop()
+        self._bounds = [*starts, len(self.images)]  # where the batches that are left begin and end
+        self.batches_done = self._first = len(self) - len(starts)  # counted from the whole epoch's end, as ever
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the permutation of the next iteration."""
         if epoch != self.epoch:
-            self.epoch = epoch
-            self._begin()
+            self.epoch, self._is_resumed = epoch, False
+            self._begin(0)
 
     def __len__(self) -> int:
-        """Batches in an epoch, the same for each process; what would leave one without an image joins the last."""
-        return self._count_batches(len(self.images))
-
-    def _count_batches(self, num_images: int) -> int:
-        whole, left = divmod(num_images, self.batch_size)
+        """Batches in an epoch, the same for each process."""
+        whole, left = divmod(len(self.images), self.batch_size)
         return whole + (left >= self.world_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images (B, ...), labels (B,)), from the start unless this very epoch is being resumed."""
         if not self._is_resumed:  # here, not where Lightning asks for the iterator: it sets the epoch after that
-            self._begin()
+            self._begin(0)
         self._is_resumed = False
         order = None
         if self.shuffle:
-            order = torch.randperm(len(self.images), generator=_generator(self.seed, self.epoch))
+            state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)  # seed + epoch repeats
+            order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(int(state[0])))
             order = order.to(self.images.device)  # drawn on the CPU: the same on all devices
         for index in range(self._first, len(self)):
             mine = self._slice(index)
@@ -98,6 +95,11 @@ class BatchLoader:
                 yield self.images[mine], self.labels[mine]
             else:  # index_select copies whole images: several times as fast as images[order[mine]]
                 yield self.images.index_select(0, order[mine]), self.labels.index_select(0, order[mine])
+
+    def _slice(self, index: int) -> slice:
+        """Where this process's images of a batch lie in the epoch's order."""
+        start, stop = self._bounds[index - self._first : index - self._first + 2]
+        return slice(*(start + (stop - start) * rank // self.world_size for rank in (self.rank, self.rank + 1)))
 
     def share(self, batch_idx: int) -> float:
         """This process's images of a batch times the number of processes, by the batch's images.
@@ -108,22 +110,14 @@ class BatchLoader:
         Args:
             batch_idx: Index of the batch in its epoch, as ``training_step`` is given it.
         """
+        start, stop = self._bounds[batch_idx - self._first : batch_idx - self._first + 2]
         mine = self._slice(batch_idx)
         size: int = mine.stop - mine.start
-        return size * self.world_size / (self._start(batch_idx + 1) - self._start(batch_idx))
-
-    def _slice(self, index: int) -> slice:
-        """Where this process's images of a batch lie in the epoch's order."""
-        start, stop = self._start(index), self._start(index + 1)
-        return slice(*(start + (stop - start) * rank // self.world_size for rank in (self.rank, self.rank + 1)))
-
-    def _start(self, index: int) -> int:
-        """How many of the epoch's images come before a batch."""
-        return len(self.images) if index >= len(self) else self._seen + (index - self._first) * self.batch_size
+        return size * self.world_size / (stop - start)
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and number of its images that have been handed out, to all processes together."""
-        return {"epoch": self.epoch, "images": self._start(self.batches_done)}
+        return {"epoch": self.epoch, "images": self._bounds[self.batches_done - self._first]}
 
     def rewind(self, num_batches: int) -> None:
         """Count only so many batches of this epoch as handed out; the others come again after ``load_state_dict``."""
@@ -137,10 +131,8 @@ class BatchLoader:
                 are taken for batches of today's size.
         """
         images = state["images"] if "images" in state else state["position"] * self.batch_size
-        self.epoch, self._seen = state["epoch"], min(images, len(self.images))
-        # Indices are counted from the epoch's end, so that its last batch has the same one as ever.
-        self._first = self.batches_done = len(self) - self._count_batches(len(self.images) - self._seen)
-        self._is_resumed = True
+        self.epoch, self._is_resumed = state["epoch"], True
+        self._begin(min(images, len(self.images)))
 
 
 def check_minimum(name: str, value: float, minimum: int) -> None:
@@ -151,9 +143,3 @@ def check_minimum(name: str, value: float, minimum: int) -> None:
     """
     if value < minimum:
         raise ValueError(f"{name}={value}: expected a whole number of {minimum} or more")
-
-
-def _generator(seed: int, epoch: int) -> torch.Generator:
-    """An independent stream for each pair: with seed + epoch, neighbouring seeds would share most of their orders."""
-    state = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))

@@ -149,10 +149,6 @@ BAD_SETTINGS: list[tuple[str, Any, str]] = [
     ("source", "web", "expected one of auto, files, download, package"),
     ("augment", "mixup", "expected one of none, affine, elastic"),
     *((name, 0, WHOLE.format(1)) for name in ("batch_size", "eval_batch_size", "val_size", "train_size")),
-    *((name, -1, WHOLE.format(0)) for name in ("split_seed", "seed")),
-    *(("timeout", value, "expected a number of seconds above 0") for value in (0, -1.0, float("inf"))),
-    ("root", "", "expected a folder"),
-    ("name", "", "expected a folder"),
 ]
 
 
@@ -246,7 +242,7 @@ def test_images_are_resized_where_padding_is_not_enough(
     expected = [round(side * 32 / max(size)) for side in size]
     truth = v2.functional.resize(torch.from_numpy(images).unsqueeze(1), expected, antialias=True).squeeze(1)
 
-    assert (datamodule.splits["test"].images.int() - truth.int()).abs().max() <= 1
+    assert torch.equal(datamodule.splits["test"].images, truth)
     (record,) = [record for record in caplog.records if record.name.startswith("src.")]
     assert record.getMessage() == "images of {}x{} pixels are resized to {}x{}".format(*size, *expected)
     found, _ = datamodule.on_after_batch_transfer(next(iter(datamodule.test_dataloader())), 0)
@@ -258,7 +254,7 @@ def test_images_are_resized_where_padding_is_not_enough(
 def test_colours_for_a_grey_net_are_told(tmp_path: Path) -> None:
     write_others(tmp_path / "Colours", *others(28, 28, 3))
 
-    with pytest.raises(DataError, match=r"28x28 pixels in 3 channels, .*input_size=\[1, 32, 32\]; its first .* 3"):
+    with pytest.raises(DataError, match=r"28x28 pixels in 3 channels .*input_size=\[1, 32, 32\]; its first .* 3"):
         ready(tmp_path, name="Colours", val_size=8)
 
 
@@ -267,7 +263,6 @@ def test_colours_for_a_grey_net_are_told(tmp_path: Path) -> None:
     [
         ({"classes": ["a", "b"], "num_classes": 3}, "2 names; expected model.num_classes=3"),
         ({"mean": None}, "mean=None, std=0.3081: expected both"),
-        ({"mirrors": None, "name": "Mine"}, "torchvision has no Mine"),
     ],
 )
 def test_settings_that_contradict_each_other_are_told(settings: dict[str, Any], said: str) -> None:
@@ -326,23 +321,6 @@ def test_auto_warns_once_and_takes_the_package(
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert str(tmp_path / "MNIST" / "raw") in record.getMessage()
-
-
-def test_auto_names_the_damaged_download_that_it_does_without(
-    serve: Callable[..., Mirror],
-    mnist_files: dict[str, bytes],
-    mnist_md5: dict[str, str],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    ready(tmp_path, source="download", mirrors=[serve(mnist_files).url], md5=mnist_md5)
-    damaged = tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte.gz"
-    damaged.write_bytes(damaged.read_bytes()[:-10])
-    before = snapshot(tmp_path)
-
-    assert ready(tmp_path, source="auto", md5=mnist_md5).used_source == "package"
-    assert f"{damaged} is damaged" in caplog.text
-    assert snapshot(tmp_path) == before
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -612,19 +590,6 @@ def test_overfitting_resumes_with_the_same_batches(mnist_root: Path, tmp_path: P
     assert rest.seen() == first.seen()
 
 
-def test_state_restored_continues_after_the_batches_seen(mnist_root: Path) -> None:
-    datamodule, restored = ready(mnist_root), ready(mnist_root)
-    batches = iter(datamodule.train_dataloader())
-    next(batches)
-    restored.load_state_dict(datamodule.state_dict())
-
-    left = list(restored.train_dataloader())
-    assert len(left) == 7
-    for (images, labels), (true_images, true_labels) in zip(left, batches, strict=True):
-        assert torch.equal(images, true_images)
-        assert torch.equal(labels, true_labels)
-
-
 @pytest.mark.parametrize(
     ("source", "md5", "restored"),
     [("package", True, "package"), ("files", False, "files"), ("download", True, "download")],
@@ -646,7 +611,6 @@ def test_state_says_what_the_images_were(mnist_root: Path) -> None:
         "num_images": {"train": 240, "val": 60, "test": 60},
         "fingerprint": datamodule.fingerprint,
         "image_size": [28, 28],
-        "loader": None,
     }
 
 
@@ -774,17 +738,8 @@ def test_test_of_other_data_does_not_warn(middle: Path, raw: Path, caplog: pytes
     assert [record for record in caplog.records if record.name.startswith("src.")] == []
 
 
-@pytest.mark.parametrize(
-    "state",
-    [
-        pytest.param({}, id="nothing"),
-        pytest.param({"source": "files", "num_images": {"train": 1}, "loader": None}, id="an older one"),
-        pytest.param({"loader": {"epoch": 0}, "fingerprint": None}, id="half a loader"),
-        pytest.param({"loader": None, "fingerprint": "04f88af3"}, id="release 0.1.0's fingerprint"),
-        pytest.param({"loader": [3], "num_images": 7}, id="other types"),
-    ],
-)
-def test_state_of_another_shape_starts_the_epoch(
+@pytest.mark.parametrize("state", [{}, {"fingerprint": None, "loader": [3], "num_images": 7}, {"fingerprint": "04f8"}])
+def test_state_of_an_older_release_continues_without_a_word(
     state: dict[str, Any], mnist_root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     datamodule = ready(mnist_root)

@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import inspect
 import io
-import json
 import multiprocessing
 import os
 import re
@@ -24,11 +23,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+import yaml
 from numpy.typing import NDArray
 from torchvision.datasets import MNIST
 
-from src.data.sources import IDX_FILES, NOTE, download, find_published, parse_idx, read_files, read_package
+from src.data.sources import IDX_FILES, download, parse_idx, read_files, read_package
 from src.engine.errors import DataError
+from src.engine.settings.check import CONF
 from tests.mnist.files import NUM_TEST, NUM_TRAIN, Mirror, make_digits, write_digits, write_idx
 
 TRAIN_IMAGES, TRAIN_LABELS = IDX_FILES[:2]
@@ -177,13 +178,6 @@ def test_exchanged_files_are_found_without_checksums(names: tuple[str, str], rea
         read_files(plain, {})
 
 
-def test_checksum_tells_which_file_lies_in_the_place(gzipped: Path, mnist_md5: dict[str, str]) -> None:
-    shutil.copy(gzipped / f"{IDX_FILES[2]}.gz", gzipped / f"{TRAIN_IMAGES}.gz")
-
-    with pytest.raises(DataError, match=rf"{TRAIN_IMAGES}\.gz .*\(that of {IDX_FILES[2]}\.gz\).*data\.md5=null"):
-        read_files(gzipped, mnist_md5)
-
-
 def test_file_that_cannot_be_read_is_named(gzipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = gzipped / f"{TRAIN_LABELS}.gz"
     path.chmod(0)
@@ -252,12 +246,8 @@ BAD_MIRRORS = ["down", "silent", "lacks a file", "corrupts", "cuts short", "not 
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
-    """Content of every file by name, whatever its folder, but for the lock and the note."""
-    return {
-        path.name: path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.suffix != ".lock" and path.name != NOTE
-    }
+    """Content of every file by name, whatever its folder, but for the lock."""
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
 
 
 def test_download_puts_the_files_in_place_and_nothing_aside(
@@ -266,9 +256,7 @@ def test_download_puts_the_files_in_place_and_nothing_aside(
     mirror = serve(mnist_files)
 
     assert download(target, [mirror.url + "/"], mnist_md5, timeout=5)
-    content = {path.name: path.read_bytes() for path in target.iterdir()}
-    assert json.loads(content.pop(NOTE)) == mnist_md5
-    assert content == mnist_files
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == mnist_files
     assert {path.name for path in target.parent.iterdir()} <= {"raw", ".raw.lock"}
     assert socket.getdefaulttimeout() is None
     assert mirror.fetched == [f"{name}.gz" for name in IDX_FILES]
@@ -283,35 +271,9 @@ def test_files_that_are_there_are_not_downloaded_again(
     assert mirror.fetched == []
 
 
-@pytest.mark.parametrize("kept", [0, 1])
-def test_damaged_download_is_moved_aside_and_fetched_anew(
-    kept: int,
-    serve: Callable[..., Mirror],
-    mnist_files: dict[str, bytes],
-    mnist_md5: dict[str, str],
-    target: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    mirror, name = serve(mnist_files), f"{TRAIN_IMAGES}.gz"
-    aside = {f"{name}.damaged": b"of an earlier time"} if kept else {}
-    assert download(target, [mirror.url], mnist_md5, timeout=5)
-    (target / name).write_bytes(b"damaged")
-    for path, content in aside.items():
-        (target / path).write_bytes(content)
-
-    assert download(target, [mirror.url], mnist_md5, timeout=5)
-    moved = f"{name}.damaged{kept or ''}"
-    assert files_below(target) == mnist_files | aside | {moved: b"damaged"}
-    (record,) = caplog.records
-    assert re.search(rf"{target / name} .*{moved} and downloaded anew", record.getMessage())
-    assert not download(target, [mirror.url], mnist_md5, timeout=5)
-
-
-@pytest.mark.parametrize("note", [None, b"{}", b"no note", b"[]"])
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("others", [False, True])
 def test_files_of_the_users_own_are_never_touched(
-    note: bytes | None,
     suffix: str,
     others: bool,
     serve: Callable[..., Mirror],
@@ -321,7 +283,7 @@ def test_files_of_the_users_own_are_never_touched(
 ) -> None:
     """Whether the other three are missing or not, and before anything is downloaded."""
     mirror = serve(mnist_files)
-    own = {f"{IDX_FILES[3]}{suffix}": b"letters"} | ({} if note is None else {NOTE: note})
+    own = {f"{IDX_FILES[3]}{suffix}": b"letters"}
     if others:
         own |= {name: content for name, content in mnist_files.items() if IDX_FILES[3] not in name}
     target.mkdir(parents=True)
@@ -343,7 +305,6 @@ def test_a_missing_file_is_fetched_and_the_others_kept(
     assert download(plain, [serve(mnist_files).url], mnist_md5, timeout=5)
     name = f"{TRAIN_LABELS}.gz"
     assert files_below(plain) == before | {name: mnist_files[name]}
-    assert json.loads((plain / NOTE).read_text()) == {name: mnist_md5[name]}
 
 
 def test_without_checksums_files_are_the_users_own(
@@ -540,7 +501,7 @@ def test_an_archive_of_several_data_sets_is_downloaded(
     md5 = {"gzip.zip": hashlib.md5(archive.getvalue(), usedforsecurity=False).hexdigest()}
     target, mirror = tmp_path / "EMNIST" / "raw", serve({"gzip.zip": archive.getvalue()})
 
-    with pytest.raises(DataError, match=r"gzip\.zip is damaged: its MD5 checksum is"):
+    with pytest.raises(DataError, match=r"gzip\.zip is damaged: expected the MD5 checksum 0{32}"):
         download(target, [mirror.url], {"gzip.zip": "0" * 32}, 5, "emnist-letters-")
     assert files_below(tmp_path) == {}
     assert download(target, [mirror.url], md5, 5, "emnist-letters-")
@@ -549,22 +510,16 @@ def test_an_archive_of_several_data_sets_is_downloaded(
     assert not download(target, [mirror.url], md5, 5, "emnist-letters-")
 
 
-@pytest.mark.parametrize("name", ["FashionMNIST", "KMNIST", "QMNIST", "EMNIST"])
-def test_mirrors_and_checksums_are_torchvisions(name: str) -> None:
-    mirrors, md5 = find_published(name)
-    truth: Any = getattr(torchvision.datasets, name)
-    source = inspect.getsource(truth)
+@pytest.mark.parametrize("preset", ["mnist", "fashion_mnist", "kmnist", "qmnist", "emnist_letters"])
+def test_the_presets_mirrors_and_checksums_are_torchvisions(preset: str) -> None:
+    settings = yaml.safe_load((CONF / "data" / f"{preset}.yaml").read_text())
+    source = inspect.getsource(getattr(torchvision.datasets, settings["name"]))
+    fetched = {file: checksum for file, checksum in settings["md5"].items() if file.endswith((".gz", ".zip"))}
 
-    for mirror in mirrors:
-        assert mirror.startswith("http")
+    for mirror in settings["mirrors"]:
         assert mirror in source
-    assert len(md5) == (1 if name == "EMNIST" else 4)
-    for file, checksum in md5.items():
+    assert len(fetched) == (1 if preset == "emnist_letters" else 4)
+    for file, checksum in fetched.items():
         assert file in source
         assert re.fullmatch("[0-9a-f]{32}", checksum)
         assert checksum in source
-
-
-def test_what_torchvision_does_not_have_is_said() -> None:
-    with pytest.raises(ValueError, match="mirrors=null: torchvision has no Mine in MNIST's format"):
-        find_published("Mine")
