@@ -206,6 +206,7 @@ def test_other_machines_cannot_reach_it(server: DemoServer) -> None:
     assert server.server_address[0] == "127.0.0.1"
 
 
+@pytest.mark.slow
 def test_the_command_says_where_it_is_and_ends_as_its_signal_says(trained: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "src.demo", f"ckpt_path={trained}", "port=0", "hydra.run.dir=run"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

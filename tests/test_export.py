@@ -31,6 +31,7 @@ from tests import forks
 from tests.compose import compose_cfg, run_command
 
 DIGITS = read_package().images[::50]  # (100, 28, 28)
+SLOW_FORMATS = [pytest.param(file_format, marks=pytest.mark.slow) for file_format in ("onnx", "pt2")]
 
 
 def run_alone(script: str, folder: Path) -> str:
@@ -178,7 +179,7 @@ def sequential(*layers: dict[str, Any]) -> dict[str, Any]:
 FLATTEN = {"_target_": "torch.nn.Flatten"}
 
 
-@pytest.mark.parametrize("file_format", ["onnx", "pt2", "safetensors"])
+@pytest.mark.parametrize("file_format", [*SLOW_FORMATS, "safetensors"])
 def test_a_net_and_data_of_the_users_own_are_exported(file_format: str, trained: Path, tmp_path: Path) -> None:
     admit({"_target_": "tests.test_export.FloatDigits"})
     norm = {"_target_": "torch.nn.BatchNorm1d", "num_features": 64}
@@ -215,7 +216,7 @@ class Sentences(pl.LightningDataModule):
         return DataLoader(rows, batch_size=1)
 
 
-@pytest.mark.parametrize("file_format", ["onnx", "pt2", "safetensors"])
+@pytest.mark.parametrize("file_format", ["onnx", SLOW_FORMATS[1], "safetensors"])
 @pytest.mark.parametrize("datamodule", [Sentences(), None], ids=["dicts", "none"])
 def test_a_module_that_is_no_classifier_is_exported_with_its_example(
     file_format: str, datamodule: pl.LightningDataModule | None, tmp_path: Path
@@ -268,7 +269,7 @@ def test_without_pairs_and_an_example_it_is_said_what_is_missing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("file_format", ["onnx", "pt2", "safetensors"])
+@pytest.mark.parametrize("file_format", [*SLOW_FORMATS, "safetensors"])
 def test_files_have_the_mode_that_the_user_gives_files(file_format: str, tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:

@@ -160,6 +160,7 @@ def check_run(root: Path, folder: Path, net: str, state: dict[str, Tensor], *ove
 pytestmark = pytest.mark.filterwarnings("ignore:(Experiment logs|Checkpoint) directory .* exists and is not empty")
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_that_is_killed_ends_as_the_uninterrupted_one(root: Path, tmp_path: Path) -> None:
     torch.manual_seed(7)
     check_run(root, tmp_path, f"{__name__}.SmallResNet", SmallResNet(5).state_dict(), "data.num_workers=0")

@@ -166,6 +166,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     return sweep
 
 
+@pytest.mark.slow
 def test_each_job_is_a_command_of_its_own_that_ran_beside_another(killed: Sweep) -> None:
     jobs = [killed.spied(QUICK), killed.spied(HELD)]
     assert len({killed.process.pid, *(job["pid"] for job in jobs)}) == 3
@@ -177,18 +178,21 @@ def test_each_job_is_a_command_of_its_own_that_ran_beside_another(killed: Sweep)
     assert killed.table()[HELD]["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_a_job_prints_into_its_folder(killed: Sweep) -> None:
     lines = (killed.path / QUICK / "console.log").read_text().splitlines()
     assert [line.split()[1] for line in lines if line.startswith("epoch")] == ["1/2", "2/2"]
     assert "epoch" not in killed.stderr
 
 
+@pytest.mark.slow
 def test_slots_share_the_cores_and_have_a_gpu_each(killed: Sweep) -> None:
     environments = [killed.spied(job)["environ"] for job in (QUICK, HELD)]
     assert {env["OMP_NUM_THREADS"] for env in environments} == {str(max(1, CORES // 2))}
     assert {env["CUDA_VISIBLE_DEVICES"] for env in environments} == {"3", "5"}
 
 
+@pytest.mark.slow
 def test_a_killed_job_has_failed_and_the_others_have_not(killed: Sweep) -> None:
     reason = "killed by SIGKILL; out of memory?"
     assert (killed.path / HELD / "error.txt").read_text() == f"error: {reason}\n"
@@ -199,6 +203,7 @@ def test_a_killed_job_has_failed_and_the_others_have_not(killed: Sweep) -> None:
     assert "2 of 3 jobs failed" in killed.stderr
 
 
+@pytest.mark.slow
 def test_what_a_job_has_started_ends_with_it(killed: Sweep) -> None:
     assert are_gone({killed.spied(job)["child"] for job in (QUICK, HELD)})
 

@@ -26,11 +26,9 @@ COMMANDS = read_commands()
 SHORT = ["data.source=package", "trainer.max_epochs=1", "trainer.limit_train_batches=3", "trainer.log_every_n_steps=1"]
 # Those of the default tests: a start of each kind. The others are slow tests.
 QUICK = (
-    "python -m src.train trainer=cpu",
     "python -m src.train trainer=gpu",
     "python -m src.train model=digits data=digits",
     "python -m src.test",
-    "tensorboard --logdir logs",
 )
 # The table "From laptop to cluster": who runs the rows that are not among the commands above.
 HERE = {

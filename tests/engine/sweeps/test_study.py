@@ -190,6 +190,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_journal_is_whole_after_any_kill_and_the_trial_is_run_again(tmp_path: Path) -> None:
     space: dict[str, BaseDistribution] = {"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)}
     orphans = []
@@ -270,6 +271,7 @@ open_storage(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_workers_may_make_the_tables_of_a_database_at_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", OPENER, f"sqlite:///{tmp_path}/study.db"]
     pipe = subprocess.PIPE

@@ -334,6 +334,7 @@ def test_the_table_is_written_at_every_end_and_the_figure_every_few_seconds(
     assert lines[2].startswith("3 of 4 jobs: 3 finished; best: seed=2, acc 0.2000; about ")
 
 
+@pytest.mark.slow
 def test_jobs_elsewhere_leave_the_leaderboard_to_the_process_that_started_the_sweep(tmp_path: Path) -> None:
     callback, folder = make_sweep(tmp_path, 2)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
