@@ -24,8 +24,9 @@ from src.data.mnist import preprocess
 from src.data.sources import read_package
 from src.engine.errors import ConfigError
 from src.engine.runs.build import load_checkpoint, restore, restore_datamodule
+from src.engine.runs.export import export_module
 from src.engine.settings.trust import admit, instantiate
-from src.export import check_format, export, export_module
+from src.export import check_format, export
 from src.models.lenet5 import LeNet5
 from tests import forks
 from tests.compose import compose_cfg, run_command
@@ -110,7 +111,7 @@ print(json.dumps(session.get_modelmeta().custom_metadata_map))
     for number in (100, 7, 1):
         np.testing.assert_allclose(np.load(tmp_path / f"logits{number}.npy"), expected[:number], rtol=0, atol=1e-4)
     check_metadata(json.loads(printed), trained)
-    assert b"src/export.py" not in path.read_bytes()  # where the source lies on this machine
+    assert b"runs/export.py" not in path.read_bytes()  # where the source lies on this machine
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 from src.callbacks.pictures import find_loggers, find_writers
 
 log = logging.getLogger(__name__)
+
+CODE = "    "  # what makes a line one of code in Markdown
 
 
 class Description(Callback):
@@ -31,15 +34,13 @@ class Description(Callback):
         """Write the texts and the graph. A resumed run adds its config, which may have changed."""
         record = Path(trainer.default_root_dir) / "config.yaml"
         datamodule = getattr(trainer, "datamodule", None)
-        data = {
-            name: value for name, value in (datamodule.state_dict() if datamodule else {}).items() if name != "loader"
-        }
+        data = {key: value for key, value in datamodule.state_dict().items() if key != "loader"} if datamodule else {}
         for writer in find_writers(find_loggers(trainer)):
             if record.is_file():
-                writer.add_text("config", _as_code(record.read_text()), trainer.global_step)
+                writer.add_text("config", textwrap.indent(record.read_text(), CODE), trainer.global_step)
             if data:
                 text = json.dumps(data, indent=2, skipkeys=True, default=lambda value: f"({type(value).__name__})")
-                writer.add_text("data", _as_code(text))
+                writer.add_text("data", textwrap.indent(text, CODE))
             if pl_module.example_input_array is not None and trainer.global_step == 0:
                 _add_graph(writer, pl_module)
 
@@ -70,8 +71,3 @@ def _add_graph(writer: SummaryWriter, module: pl.LightningModule) -> None:
             writer.add_graph(module, example)
     except Exception as error:  # whatever your net raises
         log.warning("no graph in TensorBoard: %s", str(error).strip().split("\n")[0])
-
-
-def _as_code(text: str) -> str:
-    """A Markdown code block."""
-    return "".join(f"    {line}\n" for line in text.splitlines())

@@ -95,8 +95,9 @@ class FeatureMaps(Pictures):
     def draw(self, pl_module: pl.LightningModule, step: int) -> None:
         """Draw."""
         net = getattr(pl_module, "net", None)
-        is_convolutional = isinstance(net, nn.Module) and any(isinstance(part, nn.Conv2d) for part in net.modules())
-        if self.image is None or not isinstance(net, nn.Module) or not is_convolutional:
+        if self.image is None or not isinstance(net, nn.Module):
+            return
+        if not any(isinstance(part, nn.Conv2d) for part in net.modules()):
             return
         if layers := self.trace(pl_module, self.image):
             show(self.loggers, "net/feature_maps", draw_layers([Layer("input", self.image), *layers]), step)
@@ -199,18 +200,15 @@ def draw_confusion(confusion: Tensor, names: Sequence[str] | None = None) -> NDA
         (H, W, 3).
     """
     counts = confusion.cpu()
-    num_classes = len(counts)
+    names = [name[:MAX_NAME] for name in names or map(str, range(len(counts)))]
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    strength = shares.sqrt().unsqueeze(2)  # the root: a few errors must be visible, too
-    is_right = torch.eye(num_classes, dtype=torch.bool).unsqueeze(2)
+    is_right = torch.eye(len(counts), dtype=torch.bool).unsqueeze(2)
     full = torch.where(is_right, torch.tensor(RIGHT), torch.tensor(WRONG))
-    inks = strength * (255 - full)
-    if num_classes > MAX_NUMBERED:  # as large a file as that of ten; the strongest of those that share a pixel
-        inks, cell = F.adaptive_max_pool2d(inks.permute(2, 0, 1), 5 * CELL).permute(1, 2, 0), 1
-    else:
-        cell = CELL
+    inks = shares.sqrt().unsqueeze(2) * (255 - full)  # the root: a few errors must be visible, too
+    cell = CELL if len(counts) <= MAX_NUMBERED else 1
+    if cell == 1:  # as large a file as that of ten; the strongest of those that share a pixel
+        inks = F.adaptive_max_pool2d(inks.permute(2, 0, 1), 5 * CELL).permute(1, 2, 0)
     cells = (255 - inks).byte().numpy().repeat(cell, axis=0).repeat(cell, axis=1)
-    names = [str(label) for label in range(num_classes)] if names is None else [name[:MAX_NAME] for name in names]
     font, small = ImageFont.load_default(13), ImageFont.load_default(10)
     left, top = MARGIN + max(MARGIN, *(round(font.getlength(name)) + 12 for name in names)), MARGIN
     page = Image.new("RGB", (left + cells.shape[1], top + cells.shape[0] + MARGIN), "white")
@@ -218,18 +216,14 @@ def draw_confusion(confusion: Tensor, names: Sequence[str] | None = None) -> NDA
     draw = ImageDraw.Draw(page)
     draw.text((left + cells.shape[1] // 2, page.height - 8), "taken for", "black", anchor="ms", font=font)
     draw.text((MARGIN // 2, top + cells.shape[0] // 2), "is", "black", anchor="mm", font=font)
-    if num_classes > MAX_NUMBERED:
-        return np.asarray(page)
-    for row in range(num_classes):
-        x, y = (start + row * cell + cell // 2 for start in (left, top))
-        draw.text((left - 8, y), names[row], "black", anchor="rm", font=font)
-        fits = len(names[row]) <= 2
-        draw.text((x, top - 8), names[row][:4], "black", anchor="ms", font=font if fits else small)
-        for column, count in enumerate(counts[row].tolist()):
-            if count:
-                place = left + column * cell + cell // 2, y
-                color = "white" if shares[row, column] > 0.3 else "black"
-                draw.text(place, str(count), color, anchor="mm", font=font if count < 1000 else small)
+    for row, name in enumerate(names if cell == CELL else ()):
+        x, y = (start + row * CELL + CELL // 2 for start in (left, top))
+        draw.text((left - 8, y), name, "black", anchor="rm", font=font)
+        draw.text((x, top - 8), name[:4], "black", anchor="ms", font=font if len(name) <= 2 else small)
+        for column in counts[row].nonzero().flatten().tolist():
+            count, color = int(counts[row, column]), "white" if shares[row, column] > 0.3 else "black"
+            place = left + column * CELL + CELL // 2, y
+            draw.text(place, str(count), color, anchor="mm", font=font if count < 1000 else small)
     return np.asarray(page)
 
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.utils import make_grid
 
 MAX_MAPS = 32  # of a layer that are drawn
 COLUMNS = 8  # maps side by side
@@ -102,19 +103,15 @@ def draw_values(values: Tensor, tile: int = TILE) -> NDArray[np.uint8]:
     values = values.detach().float().cpu().nan_to_num()
     low, high = values.min(), values.max()
     values = ((values - low) / (high - low).clamp(min=1e-12) * (BETWEEN - 1)).byte()
-    if values.dim() == 1:
-        values = values[:MAX_UNITS]
-        columns = min(UNITS_A_ROW, len(values))
-        units = F.pad(values, (0, -len(values) % columns), value=BETWEEN).view(-1, columns)
-        return np.kron(units.numpy(), np.ones((tile // 5, tile // 5), np.uint8))
-    maps = values.reshape(-1, *values.shape[-2:])[:MAX_MAPS]
-    scale = tile // max(maps.shape[1:]) or tile / max(maps.shape[1:])
-    height, width = (max(1, int(scale * side)) for side in maps.shape[1:])
-    maps = F.interpolate(maps.unsqueeze(0), (height, width), mode="nearest")[0]
-    columns = min(COLUMNS, len(maps))
-    maps = F.pad(maps, (0, GAP, 0, GAP, 0, -len(maps) % columns), value=BETWEEN)
-    rows = maps.unflatten(0, (-1, columns)).transpose(1, 2).flatten(0, 1).flatten(1)
-    picture: NDArray[np.uint8] = rows[:-GAP, :-GAP].numpy()
+    is_units = values.dim() == 1
+    maps = values[:MAX_UNITS].view(-1, 1, 1) if is_units else values.reshape(-1, *values.shape[-2:])[:MAX_MAPS]
+    longest = max(maps.shape[1:])
+    scale = tile // 5 if is_units else tile // longest or tile / longest
+    size = [max(1, int(scale * side)) for side in maps.shape[1:]]
+    maps = F.interpolate(maps.unsqueeze(1), size, mode="nearest")  # (N, 1, H, W)
+    columns, gap = (UNITS_A_ROW, 0) if is_units else (COLUMNS, GAP)
+    grid = make_grid(F.pad(maps, (0, gap, 0, gap), value=BETWEEN), columns, padding=0, pad_value=BETWEEN)
+    picture: NDArray[np.uint8] = grid[0, : grid.shape[1] - gap, : grid.shape[2] - gap].numpy()
     return picture
 
 

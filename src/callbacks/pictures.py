@@ -85,14 +85,9 @@ class Pictures(Callback):
         self.classes = classes if isinstance(classes, list | tuple) else ()
 
     def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
         dataloader_idx: int = 0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Look at a batch of images."""
         images = batch[0] if isinstance(batch, tuple | list) and batch else None
         if not self.loggers or dataloader_idx or not isinstance(images, Tensor) or images.dim() != 4:

@@ -42,18 +42,10 @@ class Speed(Callback):
     """
 
     def __init__(self) -> None:
-        self.rates: list[float] = []  # of the epochs so far
+        self.rates: list[float] = []  # of the epochs since the start or a resume
         self._read = 0.0  # when the clock was last read
         self._seconds = 0.0
         self._samples = 0
-
-    def state_dict(self) -> dict[str, list[float]]:
-        """The rates, for a run that is resumed."""
-        return {"rates": self.rates}
-
-    def load_state_dict(self, state_dict: dict[str, list[float]]) -> None:
-        """Continue with the rates of a checkpoint."""
-        self.rates = list(state_dict["rates"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock; a resumed run may start in the middle of an epoch."""

@@ -126,16 +126,17 @@ class ImageFolderDataModule(pl.LightningDataModule):
             DataError: If there are no images to train on, or a split has other classes.
         """
         for split in self.transforms:
-            if split == "train" or (self.root / split).is_dir():
-                try:
-                    self.splits[split] = ImageFolder(str(self.root / split))
-                except FileNotFoundError as error:
-                    reason = str(error).split(". Supported")[0]
-                    raise DataError(f"data.root={self.root}: expected {split}/<class>/<image>; {reason}") from error
-                self.classes = self.classes or self.splits[split].classes
-                if self.splits[split].classes != self.classes:
-                    there = ", ".join(self.splits[split].classes)
-                    raise DataError(f"data.root={self.root}: {split} has other classes than train: {there}")
+            if split != "train" and not (self.root / split).is_dir():
+                continue
+            try:
+                folder = self.splits[split] = ImageFolder(str(self.root / split))
+            except FileNotFoundError as error:
+                reason = str(error).split(". Supported")[0]
+                raise DataError(f"data.root={self.root}: expected {split}/<class>/<image>; {reason}") from error
+            self.classes = self.classes or folder.classes
+            if folder.classes != self.classes:
+                there = ", ".join(folder.classes)
+                raise DataError(f"data.root={self.root}: {split} has other classes than train: {there}")
 
     def train_dataloader(self) -> ViewLoader:
         """Batches of the training split, in a new order each epoch (in none under ``trainer.overfit_batches``)."""

@@ -85,7 +85,8 @@ class BatchLoader:
         self._is_resumed = False
         order = None
         if self.shuffle:
-            state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)  # seed + epoch repeats
+            # A stream for each pair: by seed + epoch, neighbouring seeds would share most of their orders.
+            state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
             order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(int(state[0])))
             order = order.to(self.images.device)  # drawn on the CPU: the same on all devices
         for index in range(self._first, len(self)):

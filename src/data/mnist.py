@@ -136,7 +136,7 @@ class MNISTDataModule(pl.LightningDataModule):
             raise ValueError(f"mean={mean}, std={std}: expected both, or null for both to measure them")
         folder = Path(root) / name
         self.folder = folder if sources.find_files(folder, prefix) else folder / "raw"
-        self.source, self.prefix, self.mirrors, self.timeout = source, prefix, mirrors, timeout
+        self.source, self.prefix, self.mirrors, self.timeout = source, prefix, mirrors or (), timeout
         self.takes_package = source == "auto" and name == "MNIST"  # where files are missing
         self.md5 = {file: checksum for file, checksum in (md5 or {}).items() if checksum}
         self.batch_size, self.eval_batch_size, self.augment = batch_size, eval_batch_size, augment

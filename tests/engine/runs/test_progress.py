@@ -12,17 +12,55 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from torch.utils.data import DataLoader, IterableDataset
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import Accuracy
 
-from src.callbacks import progress
-from src.callbacks.progress import Progress, Summary, draw_bar
-from src.callbacks.speed import Speed
-from src.data.loader import BatchLoader
+from src.engine.runs import progress
 from src.engine.runs.last_checkpoint import LastCheckpoint
-from tests.callbacks.tasks import Plain, make_images, make_trainer
+from src.engine.runs.progress import Progress, Summary, draw_bar
+from tests.engine.tiny import TinyLoader
 
 pytestmark = pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+
+
+def make_rows(num: int, drawn_by: int) -> TensorDataset:
+    rows = torch.randn(num, 4, generator=torch.Generator().manual_seed(drawn_by))
+    return TensorDataset(rows, (rows.sum(dim=1) > 0).long())
+
+
+def make_trainer(callbacks: list[Callback], **arguments: Any) -> pl.Trainer:
+    """A trainer of one epoch that leaves nothing."""
+    common: dict[str, Any] = {
+        "max_epochs": 1, "accelerator": "cpu", "enable_checkpointing": False, "enable_model_summary": False,
+        "num_sanity_val_steps": 0, "log_every_n_steps": 1, "logger": False, "callbacks": callbacks,
+    }  # fmt: skip
+    return pl.Trainer(**(common | arguments))
+
+
+class Plain(pl.LightningModule):
+    """Trains a layer, and logs nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self.layer(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        pass
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Rated(Callback):
+    """Logs how fast the epoch was, as callbacks do."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.log("train/samples_per_second", 1e5)
 
 
 class Talker(Plain):
@@ -45,19 +83,19 @@ class Talker(Plain):
         self.log("train/acc", torch.tensor(self.current_epoch + 0.25))
 
 
-def lines(folder: Path, caplog: pytest.LogCaptureFixture, module: pl.LightningModule, **arguments: Any) -> list[str]:
+def lines(caplog: pytest.LogCaptureFixture, module: pl.LightningModule, **arguments: Any) -> list[str]:
     """The lines of a run with two validation loaders, without their seconds."""
-    train, *validation = (DataLoader(make_images(24, drawn_by=seed), 8) for seed in range(3))
-    trainer = make_trainer(folder, [Speed(), Progress()], enable_progress_bar=True, **arguments)
+    train, *validation = (DataLoader(make_rows(24, drawn_by=seed), 8) for seed in range(3))
+    trainer = make_trainer([Rated(), Progress()], **arguments)
     with caplog.at_level(logging.INFO, logger="src"):
         trainer.fit(module, train, validation)
-    found = [record.getMessage() for record in caplog.records if record.name == "src.callbacks.progress"]
+    found = [record.getMessage() for record in caplog.records if record.name == "src.engine.runs.progress"]
     assert all(re.search(r"  \d+\.\d s$", line) for line in found)
     return [line.rpartition("  ")[0] for line in found]
 
 
-def test_a_line_has_whatever_was_logged_in_its_epoch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    found = lines(tmp_path, caplog, Talker(), max_epochs=4, check_val_every_n_epoch=2, num_sanity_val_steps=1)
+def test_a_line_has_whatever_was_logged_in_its_epoch(caplog: pytest.LogCaptureFixture) -> None:
+    found = lines(caplog, Talker(), max_epochs=4, check_val_every_n_epoch=2, num_sanity_val_steps=1)
     first, second = (
         f"val/acc/dataloader_idx_0 {epoch}.0000  val/acc/dataloader_idx_1 {epoch}.1000  val_loss 1.235e+05"
         for epoch in (1, 3)
@@ -71,10 +109,8 @@ def test_a_line_has_whatever_was_logged_in_its_epoch(tmp_path: Path, caplog: pyt
 
 
 @pytest.mark.parametrize("max_epochs", [-1, None])
-def test_a_run_of_some_steps_has_no_number_of_epochs(
-    max_epochs: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    found = lines(tmp_path, caplog, Talker(), max_epochs=max_epochs, max_steps=5)
+def test_a_run_of_some_steps_has_no_number_of_epochs(max_epochs: int | None, caplog: pytest.LogCaptureFixture) -> None:
+    found = lines(caplog, Talker(), max_epochs=max_epochs, max_steps=5)
     assert [line.partition("  ")[0] for line in found] == [f"step {step}/5" for step in (1, 2, 3, 3, 4, 5)]
     assert "train_loss 0.5000  warm/up 1e-06" in found[0]
     assert "train/acc 0.2500  train_loss 0.5000" in found[3]  # the epoch's
@@ -86,17 +122,13 @@ class Endless(IterableDataset[Any]):
 
     def __iter__(self) -> Any:
         while True:
-            yield make_images(1, drawn_by=0)[0]
+            yield make_rows(1, drawn_by=0)[0]
 
 
-def test_a_run_by_steps_on_data_without_a_length_has_a_line_every_tenth(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    trainer = make_trainer(
-        tmp_path, [Progress()], enable_progress_bar=True, max_epochs=-1, max_steps=40, val_check_interval=15
-    )
+def test_a_run_by_steps_on_data_without_a_length_has_a_line_every_tenth(caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make_trainer([Progress()], max_epochs=-1, max_steps=40, val_check_interval=15)
     with caplog.at_level(logging.INFO, logger="src"):
-        trainer.fit(Plain(), DataLoader(Endless(), 8), DataLoader(make_images(8, drawn_by=1), 8))
+        trainer.fit(Plain(), DataLoader(Endless(), 8), DataLoader(make_rows(8, drawn_by=1), 8))
     found = [record.getMessage().partition("  ")[0] for record in caplog.records if record.name.startswith("src.")]
     assert found == [f"step {step}/40" for step in range(4, 41, 4)]
 
@@ -111,40 +143,33 @@ def test_the_line_of_a_resumed_epoch_lacks_what_an_earlier_one_has_logged(
                 raise KeyError
 
     def fit(*callbacks: Callback, **arguments: Any) -> None:
-        images, labels = make_images(24, drawn_by=0).tensors
-        loader = BatchLoader(images, labels, 8)
+        loader = TinyLoader(make_rows(24, drawn_by=0).tensors[0], 8, None, (0, 1))
         last = LastCheckpoint(str(tmp_path), every_n_steps=1)
-        trainer = make_trainer(
-            tmp_path,
-            [Progress(), last, *callbacks],
-            max_epochs=2,
-            enable_progress_bar=True,
-            enable_checkpointing=True,
-        )
+        trainer = make_trainer([Progress(), last, *callbacks], max_epochs=2, enable_checkpointing=True)
         trainer.fit(Talker(), loader, loader, **arguments)
 
     with pytest.raises(KeyError):
         fit(Stop())
     with caplog.at_level(logging.INFO, logger="src"):
         fit(ckpt_path=tmp_path / "last.ckpt", weights_only=True)
-    (line,) = (record.getMessage() for record in caplog.records if record.name == "src.callbacks.progress")
+    (line,) = (record.getMessage() for record in caplog.records if record.name == "src.engine.runs.progress")
     assert line.startswith("epoch 2/2  train/acc 1.2500  train_loss 1.5000  val/acc 1.0000  val_loss 1.235e+05  ")
 
 
-def test_an_epoch_without_metrics_has_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert lines(tmp_path, caplog, Plain()) == ["epoch 1/1"]
+def test_an_epoch_without_metrics_has_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    assert lines(caplog, Plain()) == ["epoch 1/1"]
 
 
-def test_other_processes_say_nothing(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_other_processes_say_nothing(caplog: pytest.LogCaptureFixture) -> None:
     class Other(Progress):
         def enable(self) -> None:
             """As Lightning leaves it in all processes but the first."""
 
     other = Other()
     other.disable()
-    loader = DataLoader(make_images(24, drawn_by=0), 8)
+    loader = DataLoader(make_rows(24, drawn_by=0), 8)
     with caplog.at_level(logging.INFO, logger="src"):
-        make_trainer(tmp_path, [other], enable_progress_bar=True).fit(Plain(), loader, loader)
+        make_trainer([other]).fit(Plain(), loader, loader)
     assert "epoch 1/1" not in caplog.text
 
 
@@ -201,47 +226,45 @@ class Named(Talker):
         (Named, r"epoch 2/2  \[#+\.*\]  loss \d\.\d{4}  own 0\.2500  val/acc/.* left"),
     ],
 )
-def test_the_bar_has_what_any_module_says(
-    kind: type[Plain], shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_bar_has_what_any_module_says(kind: type[Plain], shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     monkeypatch.setattr(progress, "REDRAWN", 0)
     monkeypatch.setenv("COLUMNS", "120")
-    train, *validation = (DataLoader(make_images(24, drawn_by=seed), 8) for seed in range(3))
-    make_trainer(tmp_path, [Progress()], enable_progress_bar=True, max_epochs=2).fit(kind(), train, validation)
+    train, *validation = (DataLoader(make_rows(24, drawn_by=seed), 8) for seed in range(3))
+    make_trainer([Progress()], max_epochs=2).fit(kind(), train, validation)
     bars = [part.strip() for part in terminal.getvalue().split("\r")]
     assert [bar for bar in bars if re.fullmatch(shown, bar)]
     assert bars[-1] == ""  # it goes in the end
     assert "\x1b" not in terminal.getvalue()
 
 
-def test_an_error_gets_a_line_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_gets_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     class Failing(Plain):
         def on_train_epoch_end(self) -> None:
             raise RuntimeError("mine")
 
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    loader = DataLoader(make_images(24, drawn_by=0), 8)
+    loader = DataLoader(make_rows(24, drawn_by=0), 8)
     with pytest.raises(RuntimeError, match="mine"):
-        make_trainer(tmp_path, [Progress()], enable_progress_bar=True).fit(Failing(), loader, loader)
+        make_trainer([Progress()]).fit(Failing(), loader, loader)
     assert "epoch 1/1" in terminal.getvalue()
     assert terminal.getvalue().endswith(" \r")
 
 
-def test_pipes_have_no_bar_and_neither_have_terminals_of_ci(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loader = DataLoader(make_images(24, drawn_by=0), 8)
+def test_pipes_have_no_bar_and_neither_have_terminals_of_ci(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = DataLoader(make_rows(24, drawn_by=0), 8)
     for stream, ci in ((io.StringIO(), None), (Terminal(), "1")):
         monkeypatch.setattr(sys, "stderr", stream)
-        make_trainer(tmp_path, [Progress(ci)], enable_progress_bar=True).fit(Plain(), loader, loader)
+        make_trainer([Progress(ci)]).fit(Plain(), loader, loader)
         assert "\r" not in stream.getvalue()
 
 
-def test_the_summary_has_no_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_summary_has_no_metrics(capsys: pytest.CaptureFixture[str]) -> None:
     module = Plain()
     module.counted = Accuracy(task="multiclass", num_classes=5)
-    loader = DataLoader(make_images(24, drawn_by=0), 8)
-    make_trainer(tmp_path, [Summary(2)]).fit(module, loader, loader)
+    loader = DataLoader(make_rows(24, drawn_by=0), 8)
+    make_trainer([Summary(2)]).fit(module, loader, loader)
     shown = capsys.readouterr().out
-    assert "725 parameters, 725 of them" in shown
+    assert "10 parameters, 10 of them" in shown
     assert "Linear" in shown
     assert "counted" not in shown

@@ -1,4 +1,4 @@
-"""What a run shows while it trains."""
+"""What a run shows in the terminal while it trains."""
 
 import logging
 import math
@@ -15,12 +15,11 @@ from rich.table import Table
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from src.callbacks.speed import RATE
-
 log = logging.getLogger(__name__)
 
 REDRAWN = 0.25  # seconds between two updates of the bar; one takes some 0.2 ms
-BAR, MAX_BAR = 8, 30  # columns of the bar
+BAR = 8  # columns of the bar
+RATES = "per_second"  # so end metrics that a line leaves out: it has the seconds
 
 
 class Progress(callbacks.ProgressBar):
@@ -67,7 +66,7 @@ class Progress(callbacks.ProgressBar):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the line of the epoch before, and start the clock."""
-        self._log_line(trainer)
+        self.on_train_end(trainer, pl_module)
         self._start = time.perf_counter()
 
     def on_train_batch_end(
@@ -91,44 +90,33 @@ class Progress(callbacks.ProgressBar):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the line of the last epoch."""
-        self._log_line(trainer)
+        if self._ended is not None:
+            (label, seconds), self._ended = self._ended, None
+            self._write(trainer, label, _shown(dict(sorted(self._fresh(trainer).items()))), seconds)
 
-    def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:  # fmt: skip
-        """Draw how far a validation is."""
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Draw how far a validation is; the arguments are module, outputs, batch, its index and its loader's."""
         if self._is_due():
-            self._draw("validation", (batch_idx + 1) / trainer.num_val_batches[dataloader_idx])
+            self._draw("validation", (args[3] + 1) / trainer.num_val_batches[args[4] if len(args) > 4 else 0])
 
-    def on_test_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:  # fmt: skip
-        """Draw how far a test is."""
+    def on_test_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """The same of a test."""
         if self._is_due():
-            self._draw("test", (batch_idx + 1) / trainer.num_test_batches[dataloader_idx])
+            self._draw("test", (args[3] + 1) / trainer.num_test_batches[args[4] if len(args) > 4 else 0])
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Any) -> None:
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
         """Remove the bar."""
         if self._length:
             sys.stderr.write(f"\r{' ' * self._length}\r")
             sys.stderr.flush()
         self._length = 0
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Remove the bar: the error gets a line of its own."""
-        self.teardown(trainer, pl_module, None)
-
-    def _log_line(self, trainer: pl.Trainer) -> None:
-        if self._ended is not None:
-            (label, seconds), self._ended = self._ended, None
-            self._write(trainer, label, _shown(dict(sorted(self._fresh(trainer).items()))), seconds)
+    on_exception = teardown  # the error gets a line of its own
 
     def _write(self, trainer: pl.Trainer, label: str, metrics: Iterable[str], seconds: float) -> None:
         self._before = dict(trainer.callback_metrics)
         if self._is_enabled:
-            self.teardown(trainer, trainer.lightning_module, None)
+            self.teardown()
             log.info("  ".join([label, *metrics, f"{seconds:.1f} s"]))
 
     def _fresh(self, trainer: pl.Trainer) -> dict[str, Tensor]:
@@ -137,8 +125,8 @@ class Progress(callbacks.ProgressBar):
         Lightning keeps the metrics of all epochs, and replaces those that are logged anew. One that is logged by step
         and epoch is there three times: loss, loss_step, loss_epoch.
         """
-        before = self._before or {}
-        metrics = {k: v for k, v in trainer.callback_metrics.items() if v is not before.get(k) and k != RATE}
+        before, now = self._before or {}, trainer.callback_metrics
+        metrics = {k: v for k, v in now.items() if v is not before.get(k) and not k.endswith(RATES)}
         twice = {f"{name}_{suffix}" for name in metrics for suffix in ("step", "epoch")}
         return {name: value for name, value in metrics.items() if name not in twice}
 
@@ -183,7 +171,7 @@ def find_place(trainer: pl.Trainer, num_batches: int) -> tuple[str, float, float
 
 
 def draw_bar(label: str, share: float, metrics: Iterable[str], left: float, width: int) -> str:
-    """A line of ``width`` columns or fewer, in plain characters, as ``epoch 3/10  [###..]  loss 0.0812  0:21 left``.
+    """A line of ``width`` columns or fewer, in plain characters, as ``epoch 3/10  [###.....]  loss 0.0812  0:21 left``.
 
     Args:
         label: What is counted.
@@ -192,16 +180,16 @@ def draw_bar(label: str, share: float, metrics: Iterable[str], left: float, widt
         left: Seconds; NaN: not known.
         width: Columns.
     """
-    parts = [label] if math.isnan(share) else [label, "[" + "." * BAR + "]"]
-    minutes, seconds = divmod(0 if math.isnan(left) else round(left), 60)
-    clock = f"{minutes // 60}:{minutes % 60:02}" if minutes >= 60 else f"{minutes}"
-    end = [] if math.isnan(left) else [f"{clock}:{seconds:02} left"]
+    parts, end = [label], []
+    if not math.isnan(share):
+        parts.append(f"[{'#' * int(BAR * min(share, 1)):.<{BAR}}]")
+    if not math.isnan(left):
+        minutes, seconds = divmod(round(left), 60)
+        clock = f"{minutes // 60}:{minutes % 60:02}" if minutes >= 60 else f"{minutes}"
+        end = [f"{clock}:{seconds:02} left"]
     for metric in metrics:
         if len("  ".join([*parts, metric, *end])) <= width:
             parts.append(metric)
-    if not math.isnan(share):
-        num = min(MAX_BAR, BAR + width - len("  ".join([*parts, *end])))
-        parts[1] = f"[{'#' * int(num * min(share, 1))}".ljust(num + 1, ".") + "]"
     return "  ".join([*parts, *end])[:width]
 
 
