@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import logging
-import re
 import threading
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
@@ -54,14 +53,16 @@ def make_classifier(path: Path, folder: Path) -> tuple[dict[str, Any], Callable[
 
     Returns:
         ``model``, a name, ``score``, as ``val/acc 0.9876`` or empty, and ``classes``, their names; and a function of an
-        image file's content. It returns ``probabilities``, one a class, and ``layers``, as of ``show_layer``.
+        image file's content. It returns ``probabilities``, one a class, and of each layer in ``layers`` its ``name``,
+        ``shape`` and ``picture``, a grey PNG as a data URL, transparent between the maps.
 
     Raises:
         ConfigError: If the checkpoint is not of an image classifier.
     """
     import torch
+    from PIL import Image
 
-    from src.callbacks.layers import Layer, trace
+    from src.callbacks.layers import BETWEEN, Layer, describe_shape, draw_values, trace
     from src.engine.runs.build import load_checkpoint, preprocess, restore, restore_datamodule
 
     module = restore(path)
@@ -88,22 +89,15 @@ def make_classifier(path: Path, folder: Path) -> tuple[dict[str, Any], Callable[
             drawing.write_bytes(content)
             inputs = preprocess(torch.as_tensor(read(drawing))[:1], datamodule)
             layers, logits = trace(module, inputs)
-        shown = [show_layer(layer) for layer in (Layer("input", inputs), *layers)]
+        shown = []
+        for name, values in (Layer("input", inputs), *layers):
+            file = io.BytesIO()
+            Image.fromarray(draw_values(values[0], TILE)).save(file, "PNG", transparency=BETWEEN)
+            picture = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+            shown.append({"name": name.removeprefix("net."), "shape": describe_shape(values[0]), "picture": picture})
         return {"probabilities": logits[0].softmax(dim=0).tolist(), "layers": shown}
 
     return about, classify
-
-
-def show_layer(layer: Any) -> dict[str, str]:
-    """A layer's ``name``, ``shape`` and ``picture``, a grey PNG as a data URL, transparent between the maps."""
-    from PIL import Image
-
-    from src.callbacks.layers import BETWEEN, describe_shape, draw_values
-
-    values, file = layer.values[0], io.BytesIO()
-    Image.fromarray(draw_values(values, TILE)).save(file, "PNG", transparency=BETWEEN)
-    picture = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    return {"name": layer.name.removeprefix("net."), "shape": describe_shape(values), "picture": picture}
 
 
 class DemoServer(ThreadingHTTPServer):
@@ -162,7 +156,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """What the net makes of a drawing."""
         length = self.headers["Content-Length"] or ""
-        if not re.fullmatch("[0-9]{1,9}", length) or int(length) > MAX_BYTES:
+        if not length.isdecimal() or len(length) > 9 or int(length) > MAX_BYTES:
             self.refuse(HTTPStatus.BAD_REQUEST, f"Content-Length: expected a number of bytes, {MAX_BYTES} or less")
             return
         content = self.rfile.read(int(length))

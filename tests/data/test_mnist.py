@@ -600,6 +600,11 @@ def test_auto_becomes_the_source_that_a_restored_run_had(
     datamodule = MNISTDataModule(str(tmp_path), md5=mnist_md5 if md5 else None)
     datamodule.load_state_dict({"source": source})
     assert datamodule.source == restored
+    if restored == "package":
+        datamodule.setup()
+    else:  # other digits do not take the place of those that are gone
+        with pytest.raises(DataError, match="not found"):
+            datamodule.setup()
 
 
 def test_state_says_what_the_images_were(mnist_root: Path) -> None:
