@@ -9,7 +9,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from src.engine.runs.command import continue_if_requeued, in_sweep, load_libraries, run, short_errors
+from src.engine.runs.command import continue_if_requeued, in_sweep, run, short_errors
 from src.engine.runs.processes import get_name
 from src.engine.runs.status import describe_start, read_status, tracked
 
@@ -23,9 +23,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
     Returns:
         The last metrics of training and validation, and the test's where ``cfg.test``, by name.
     """
-    from src.engine.runs.build import build_datamodule, build_module, build_trainer, seed_everything
+    from src.engine.runs.build import build_datamodule, build_module, seed_everything
     from src.engine.runs.record import Record
     from src.engine.runs.rehearsal import is_tested
+    from src.engine.runs.trainer import build_trainer
 
     seed_everything(cfg)
     datamodule = build_datamodule(cfg)
@@ -53,7 +54,6 @@ def main(cfg: DictConfig) -> None:
         continue_if_requeued(cfg)
         if in_sweep() and OmegaConf.select(cfg, "callbacks.summary"):
             cfg.callbacks.summary = None  # the same for each job
-        load_libraries()
         train(cfg)
         if not get_name() and not in_sweep():
             _show(cfg)

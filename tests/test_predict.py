@@ -21,7 +21,7 @@ from src.data.mnist import preprocess
 from src.data.sources import read_package
 from src.engine.errors import ConfigError, SkippedError
 from src.engine.runs.build import restore, restore_datamodule
-from src.engine.runs.command import arrange
+from src.engine.runs.command_line import arrange
 from src.predict import (
     CLASS_COLUMNS,
     check_inputs,

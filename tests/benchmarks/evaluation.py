@@ -5,7 +5,7 @@ import json
 import time
 import warnings
 
-from src.engine.runs.command import load_libraries
+from src.engine.runs.preflight import load_libraries
 
 
 def main() -> None:

@@ -9,14 +9,8 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from src.engine.runs.build import (
-    build_datamodule,
-    build_module,
-    build_trainer,
-    load_checkpoint,
-    restore,
-    restore_datamodule,
-)
+from src.engine.runs.build import build_datamodule, build_module, load_checkpoint, restore, restore_datamodule
+from src.engine.runs.trainer import build_trainer
 from src.train import train
 from tests.engine.equality import assert_equal
 from tests.engine.tiny import compose_tiny

@@ -11,7 +11,8 @@ from torch.autograd import gradcheck
 
 from src.data import mnist
 from src.data.mnist import preprocess
-from src.engine.runs.build import build_datamodule, build_module, build_trainer
+from src.engine.runs.build import build_datamodule, build_module
+from src.engine.runs.trainer import build_trainer
 from src.models.lenet5_1998 import (
     MEAN,
     RBF,

@@ -13,7 +13,7 @@ from pytorch_lightning import LightningModule
 
 from src.engine.errors import ConfigError
 from src.engine.runs.build import build_datamodule, build_module, load_checkpoint, restore
-from src.engine.runs.command import read_env
+from src.engine.runs.command_line import read_env
 from src.engine.settings.check import check, check_values
 from src.train import train
 from tests.engine.tiny import TINY, TinyData, TinyTask, compose_tiny

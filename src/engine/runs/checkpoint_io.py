@@ -3,8 +3,7 @@
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +32,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     config: dict[str, Any] | None = None
     on_saved: Callable[[Path], None] | None = None  # called with each file when it is there
-    _is_rehearsing = False
+    is_rehearsing = False  # checkpoints are then written to memory, without their tensors' values, and read back
 
     def __init__(self) -> None:
         super().__init__()
         self._folders: set[Path] = set()
-
-    @contextmanager
-    def rehearsing(self) -> Iterator[None]:
-        """Meanwhile, checkpoints are written to memory, without their tensors' values, and read back."""
-        self._is_rehearsing = True
-        try:
-            yield
-        finally:
-            self._is_rehearsing = False
 
     def _rehearse(self, checkpoint: dict[str, Any]) -> None:
         for key, part in checkpoint.items():
@@ -57,10 +47,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.load(file, weights_only=True)
             except Exception as error:  # whatever a user's object raises when it is pickled
                 reason = str(error).strip().split("\n")[0]
-                raise CheckpointError(
-                    f"a checkpoint of this run could not be read back: its part {key!r} holds more than tensors and "
-                    f"plain values ({reason}); change what puts it there"
-                ) from error
+                said = f"its part {key!r} holds more than tensors and plain values ({reason})"
+                raise CheckpointError(f"a checkpoint of this run could not be read back: {said}") from error
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write the checkpoint whole or not at all.
@@ -71,13 +59,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         checkpoint = {key: value for key, value in checkpoint.items() if key != "hparams_type"}  # OmegaConf's class
         for key in [key for key in checkpoint if key.endswith(HYPER)]:
             checkpoint[key], left = _keep_plain(checkpoint[key])
-            if left and self._is_rehearsing:
-                log.info(
-                    f"{key}: no plain values, so not in the checkpoints: {', '.join(left)}; the config rebuilds them"
-                )
+            if left and self.is_rehearsing:
+                log.info(f"{key}: not plain, so not in the checkpoints: {', '.join(left)}; the config rebuilds them")
         if self.config is not None:
             checkpoint["config"] = self.config
-        if self._is_rehearsing:
+        if self.is_rehearsing:
             self._rehearse(checkpoint)
             return
         path = Path(path)

@@ -1,16 +1,15 @@
 """Which checkpoint a command takes, and whether it is whole: found without importing torch."""
 
 import csv
-import json
 import logging
 import os
 import zipfile
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from src.engine.errors import CheckpointError, ConfigError
 from src.engine.runs.processes import get_name
-from src.engine.runs.report import shown
+from src.engine.runs.report import listed, shown
 from src.engine.runs.status import is_held, list_checkpoints, read_status
 
 log = logging.getLogger(__name__)
@@ -46,32 +45,22 @@ def find_best(folder: Path) -> Path:
     Raises:
         CheckpointError: If there is no such record, or no such file.
     """
-    said = f"ckpt_path={folder}:"
-    try:
-        if (folder / "sweep.csv").is_file():
-            return find_best(find_winner(folder))
-        best = read_status(folder).get("best") or json.loads((folder / "metrics.json").read_text("utf-8"))["best"]
-        name = best["checkpoint"]
-    except (OSError, StopIteration) as error:
-        raise CheckpointError(f"{said} no finished run's folder, nor a sweep's; choose a checkpoint file") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{said} its record is damaged; choose a file in its checkpoints folder") from error
-    # Older records name whole paths, though the folder may have been moved since, or be a copy.
-    is_old = bool(name) and Path(name).is_absolute() and Path(name).parent.name == "checkpoints"
-    for path in (folder / "checkpoints" / Path(name).name if is_old else folder / name, folder / name) if name else ():
-        if path.is_file():
-            return path
-    raise CheckpointError(f"{said} its record names no checkpoint that is there; choose a file")
+    if (folder / "sweep.json").is_file():
+        if winner := find_winner(folder):
+            return find_best(winner)
+        raise CheckpointError(f"ckpt_path={folder}: no job of this sweep has finished; choose a checkpoint file")
+    name = (read_status(folder).get("best") or {}).get("checkpoint")
+    if not name or not (path := folder / str(name)).is_file():
+        raise CheckpointError(f"ckpt_path={folder}: its status.json names no checkpoint that is there; choose a file")
+    return path
 
 
-def find_winner(sweep: Path) -> Path:
-    """The folder of a sweep's best job, by its table, in which that comes first.
-
-    Raises:
-        StopIteration: If no job has finished.
-    """
-    rows = csv.DictReader((sweep / "sweep.csv").read_text("utf-8").splitlines())
-    return sweep / next(row["job"] for row in rows if row["status"] == "finished")
+def find_winner(sweep: Path) -> Path | None:
+    """The folder of a sweep's best job, by its table, in which that comes first; None if no job has finished."""
+    with suppress(OSError):
+        rows = csv.DictReader((sweep / "sweep.csv").read_text("utf-8").splitlines())
+        return next((sweep / row["job"] for row in rows if row["status"] == "finished"), None)
+    return None
 
 
 def newest_checkpoint(logs: Path) -> Path:
@@ -99,33 +88,27 @@ def choose_newest(logs: Path) -> tuple[Path, str]:
         since[home] = max(since.get(home, ""), str(read_status(path.parent).get("since")))
     passed: list[str] = []
     for home in sorted(since, key=lambda home: since[home], reverse=True):
-        run, kind = home, "newest run"
-        if (home / "sweep.json").is_file():
-            try:
-                run, kind = find_winner(home), f"winner of the newest sweep, {home.name}"
-            except (OSError, StopIteration):
-                passed.append(f"{home.name} (a sweep of which no job has finished)")
-                continue
-        status = read_status(run)
-        if reason := _why_not(run, status):
+        is_sweep = (home / "sweep.json").is_file()
+        run = find_winner(home) if is_sweep else home
+        kind = f"winner of the newest sweep, {home.name}" if is_sweep else "newest run"
+        reason = _why_not(run) if run else "a sweep of which no job has finished"
+        if reason or not run:
             passed.append(f"{home.name} ({reason})")
             continue
         try:
             path = find_best(run)
         except CheckpointError as error:
-            raise CheckpointError(
-                f"{shown(run)}: the {kind}, has left no checkpoint; set ckpt_path=<a file, or another run's folder>"
-            ) from error
-        monitor = status.get("best", {}).get("monitor")
-        by = f"best {monitor}" if monitor else "last weights"
-        return path, f"{by} of the {kind}{_list(passed)}"
-    raise ConfigError(
-        f"no run to choose below {logs}: train first (python -m src.train) or set ckpt_path{_list(passed)}"
-    )
+            remedy = "set ckpt_path=<a file, or another run's folder>"
+            raise CheckpointError(f"{shown(run)}: the {kind}, has left no checkpoint; {remedy}") from error
+        monitor = read_status(run)["best"].get("monitor")
+        return path, f"{f'best {monitor}' if monitor else 'last weights'} of the {kind}{_list(passed)}"
+    remedy = "train first (python -m src.train) or set ckpt_path"
+    raise ConfigError(f"no run to choose below {logs}: {remedy}{_list(passed)}")
 
 
-def _why_not(run: Path, status: dict[str, Any]) -> str:
+def _why_not(run: Path) -> str:
     """Why a run is not one to test; empty if it is."""
+    status = read_status(run)
     if status.get("state") not in ("finished", "interrupted", "running"):
         return {"queued": "has not begun"}.get(str(status.get("state")), str(status.get("state")))
     if status["state"] == "running" and is_held(run):
@@ -138,8 +121,7 @@ def _why_not(run: Path, status: dict[str, Any]) -> str:
 
 
 def _list(passed: list[str]) -> str:
-    more = f" and {len(passed) - MAX_NAMED} more" if len(passed) > MAX_NAMED else ""
-    return f"; passed over: {', '.join(passed[:MAX_NAMED])}{more}" if passed else ""
+    return f"; passed over: {listed(passed, MAX_NAMED)}" if passed else ""
 
 
 def find_checkpoint(folder: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -43,8 +44,50 @@ def require_match(key: str, patterns: str | Sequence[str], names: Iterable[str])
             raise ConfigError(f"{key}={pattern}: fits no name in the module; {nearest(pattern, sorted(known - {''}))}")
 
 
+def equip(value: Any, entries: Sequence[Mapping[str, Any]], made: list[Any], key: str = "") -> Any:
+    """Replace the factories in ``value`` that need to know the run, its data or its module.
+
+    Args:
+        value: What is built of a config; dictionaries are looked into.
+        entries: Of ``optimizer_groups``.
+        made: The new factories are added here: each must be told its ``module``.
+        key: Where the value stands.
+    """
+    if isinstance(value, dict):
+        return {name: equip(child, entries, made, name) for name, child in value.items()}
+    if not isinstance(value, partial):
+        return value
+    if key == "optimizer" or (isinstance(value.func, type) and issubclass(value.func, Optimizer)):
+        kind: Any = GroupedOptimizer if entries else None
+    else:
+        kind = Schedule if value.keywords.get("total_steps", 0) is None or "max_lr" in value.keywords else None
+    if kind is None:
+        return value
+    made.append(kind(value.func, *value.args, **value.keywords))
+    made[-1].entries = entries
+    return made[-1]
+
+
+class Schedule(partial):
+    """A scheduler's factory that fills in the run's number of steps, and each group's own peak."""
+
+    module: pl.LightningModule
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the scheduler of an optimizer."""
+        own = {**self.keywords, **kwargs}
+        if own.get("total_steps", 0) is None:
+            kwargs["total_steps"] = int(self.module.trainer.estimated_stepping_batches)
+        optimizer = args[0] if args else own["optimizer"]
+        rate, rates = optimizer.defaults["lr"], [group["lr"] for group in optimizer.param_groups]
+        for name in ("base_lr", "max_lr"):  # a number: that of the optimizer's own rate
+            if isinstance(own.get(name), int | float) and any(other != rate for other in rates):
+                kwargs[name] = [own[name] * other / rate if rate else other for other in rates]
+        return super().__call__(*args, **kwargs)
+
+
 class GroupedOptimizer(partial):
-    """An optimizer's factory that divides what it is given into groups; ``module`` and ``entries`` are set later."""
+    """An optimizer's factory that divides what it is given into groups."""
 
     module: pl.LightningModule
     entries: Sequence[Mapping[str, Any]]
@@ -55,17 +98,17 @@ class GroupedOptimizer(partial):
         given, *rest = [kwargs.pop("params")] if "params" in kwargs else args
         groups = divide(list(given), self.entries, self.module)
         optimizer: Optimizer = super().__call__(groups, *rest, **kwargs)
+        known = [*OWN, *optimizer.defaults]
         for number, entry in enumerate(self.entries):
-            for option in entry.keys() - {*OWN, *optimizer.defaults}:
-                known = nearest(option, [*OWN, *optimizer.defaults])
-                raise ConfigError(
-                    f"optimizer_groups[{number}].{option}: {type(optimizer).__name__} has no such option; {known}"
-                )
+            for option in entry.keys() - {*known}:
+                key, kind = f"optimizer_groups[{number}].{option}", type(optimizer).__name__
+                raise ConfigError(f"{key}: {kind} has no such option; {nearest(option, known)}")
         if not self.is_shown and not get_name():
             self.is_shown = True
             for group in optimizer.param_groups:
                 size = sum(parameter.numel() for parameter in group["params"])
-                log.info(f"group {group['name']}: {size:,} parameters, lr={group['lr']:g}" + _describe_decay(group))
+                decay = f", weight_decay={group['weight_decay']:g}" if "weight_decay" in group else ""
+                log.info(f"group {group['name']}: {size:,} parameters, lr={group['lr']:g}{decay}")
         return optimizer
 
 
@@ -90,7 +133,6 @@ def divide(given: list[Any], entries: Sequence[Mapping[str, Any]], module: nn.Mo
     groups: dict[tuple[int, int, bool], dict[str, Any]] = {}
     whole = given if given and isinstance(given[0], dict) else [{"params": given}]
     for place, group in enumerate(whole):
-        options = {key: value for key, value in group.items() if key != "params"}
         for item in group["params"]:
             parameter = item[1] if isinstance(item, tuple) else item
             name = names.get(id(parameter), "")
@@ -98,19 +140,15 @@ def divide(given: list[Any], entries: Sequence[Mapping[str, Any]], module: nn.Mo
             number = next(fitting, len(entries))
             entry = entries[number] if number < len(entries) else {}
             is_spared = bool(entry.get("no_decay")) and parameter.dim() < 2
-            own = {key: value for key, value in entry.items() if key not in OWN} | (
-                {"weight_decay": 0.0} if is_spared else {}
-            )
-            new = {**options, **own, "params": [], "name": _name(entry) + ("/no_decay" if is_spared else "")}
+            new = {**group, **{key: value for key, value in entry.items() if key not in OWN}, "params": []}
+            new |= {"name": _name(entry), **({"weight_decay": 0.0} if is_spared else {})}
             groups.setdefault((place, number, is_spared), new)["params"].append(parameter)
-    ordered = [groups[key] for key in sorted(groups)]
-    taken: set[str] = set()
-    for group in ordered:  # each has a curve of its own
-        name, number = group["name"], 2
-        while group["name"] in taken:
-            group["name"], number = f"{name}_{number}", number + 1
-        taken.add(group["name"])
-    return ordered
+    count: Counter[str] = Counter()
+    for (*_, is_spared), group in sorted(groups.items(), key=lambda item: item[0]):  # each has a curve of its own
+        group["name"] += "/no_decay" if is_spared else ""
+        count[group["name"]] += 1
+        group["name"] += f"_{count[group['name']]}" if count[group["name"]] > 1 else ""
+    return [groups[key] for key in sorted(groups)]
 
 
 def _name(entry: Mapping[str, Any]) -> str:
@@ -118,7 +156,3 @@ def _name(entry: Mapping[str, Any]) -> str:
     match = entry.get("match", "rest")
     plain = re.sub(r"[^\w.-]+", "", match if isinstance(match, str) else match[0]).strip(".")
     return str(entry.get("name", plain or "rest"))
-
-
-def _describe_decay(group: Mapping[str, Any]) -> str:
-    return f", weight_decay={group['weight_decay']:g}" if "weight_decay" in group else ""

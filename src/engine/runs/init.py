@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from src.engine.errors import ConfigError
 from src.engine.runs.groups import matches, require_match
-from src.engine.runs.report import shown
+from src.engine.runs.report import listed, shown
 from src.engine.settings.check import require
 
 COMPILED = "_orig_mod."
@@ -42,27 +42,22 @@ def load_weights(
         ConfigError: If the file cannot be read, or does not fit: it names tensors and both shapes.
     """
     said = f"init.weights={weights}"
-    found = {_rename(name.replace(COMPILED, ""), map or {}): tensor for name, tensor in _read(Path(weights)).items()}
-    own = {
-        name.replace(COMPILED, ""): tensor for name, tensor in module.state_dict().items() if torch.is_tensor(tensor)
-    }
+    found = {_rename(name, map or {}): tensor for name, tensor in _read(Path(weights)).items()}
+    own = _tensors(module.state_dict())
     require_match("init.skip", skip or (), {**own, **found})
     skipped = [name for name in {**own, **found} if matches(name, skip or ())]
     unused = [name for name in found if name not in own and name not in skipped]
     missing = [name for name in own if name not in found and name not in skipped]
-    parameters = {name.replace(COMPILED, "") for name, _ in module.named_parameters()}
     fitting = {name: tensor for name, tensor in found.items() if name in own and name not in skipped}
-    if not fitting or (strict and (unused or parameters.intersection(missing))):
-        raise ConfigError(
-            f"{said}: it lacks {_list(missing)}, and has {_list(unused)} that the module lacks; "
-            "init.map={old.: new.} renames, init.skip=[name] leaves out, init.strict=false takes what fits"
-        )
-    misfits = [name for name, tensor in fitting.items() if tensor.shape != own[name].shape]
+    if not fitting or (strict and (unused or _tensors(dict(module.named_parameters())).keys() & {*missing})):
+        remedy = "init.map={old.: new.} renames, init.skip=[name] leaves out, init.strict=false takes what fits"
+        raise ConfigError(f"{said}: it lacks {_list(missing)}, and has {_list(unused)} that the module lacks; {remedy}")
+    shapes = {name: (tuple(tensor.shape), tuple(own[name].shape)) for name, tensor in fitting.items()}
+    misfits = [
+        f"{name}: {theirs} in the file, {ours} here" for name, (theirs, ours) in shapes.items() if theirs != ours
+    ]
     if misfits:
-        shapes = [
-            f"{name}: {tuple(fitting[name].shape)} in the file, {tuple(own[name].shape)} here" for name in misfits
-        ]
-        raise ConfigError(f"{said}: shapes that do not fit: {_list(shapes)}; init.skip=[name] leaves such out")
+        raise ConfigError(f"{said}: shapes that do not fit: {_list(misfits)}; init.skip=[name] leaves such out")
     module.load_state_dict(fitting, strict=False)
     return [
         f"init: {len(fitting)} of {len(own)} tensors from {shown(weights)}",
@@ -87,12 +82,12 @@ def _read(path: Path) -> dict[str, Tensor]:
         remedy = "if you trust it, save its state_dict only, as in torch.save(model.state_dict(), file)"
         raise ConfigError(f"init.weights={path}: cannot be read ({reason}); {remedy}") from error
     nodes = [content, *(content.get(key) for key in WITHIN)] if isinstance(content, dict) else []
-    tensors = [
-        {name: value for name, value in node.items() if torch.is_tensor(value)}
-        for node in nodes
-        if isinstance(node, dict)
-    ]
-    return max(tensors, key=len, default={})
+    return max((_tensors(node) for node in nodes if isinstance(node, dict)), key=len, default={})
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state by their names, those of a compiled net as of the plain one."""
+    return {name.replace(COMPILED, ""): value for name, value in state.items() if torch.is_tensor(value)}
 
 
 def _rename(name: str, prefixes: Mapping[str, str]) -> str:
@@ -103,5 +98,4 @@ def _rename(name: str, prefixes: Mapping[str, str]) -> str:
 
 
 def _list(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
-    return ", ".join(names[:MAX_SHOWN]) + more if names else "nothing"
+    return listed(names, MAX_SHOWN) or "nothing"

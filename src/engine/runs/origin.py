@@ -15,14 +15,13 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from src.engine.runs.report import write_bytes
+from src.engine.runs.report import listed, write_bytes
 from src.engine.settings.check import ROOT
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra-core", "tensorboard")
 PATCH = "changes.patch"
 MAX_BYTES = 10_000_000  # of a patch
-COMPARED = ("commit", "changes", "python", "packages", "threads", "device", "data")
-MAX_SHOWN = 10
+COMPARED = ("commit", "changes", "python", "threads", "device", "data")  # and the packages
 
 
 def environment() -> dict[str, Any]:
@@ -69,14 +68,10 @@ def describe_origin(folder: Path, device: Any) -> dict[str, Any]:
 
 def compare_origins(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs of what two records say, as in ``threads: 1 -> 2, torch: 2.14.0 -> 2.15.0``; empty if nothing."""
-    old, new = ({**record, **record.get("packages", {})} for record in (before, now))
-    keys = [key for key in COMPARED if key != "packages" and key in old and key in new]
-    keys += (
-        sorted({*before.get("packages", {}), *now.get("packages", {})} - {*COMPARED}) if "packages" in before else []
-    )
-    found = [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
-    more = f", and {len(found) - MAX_SHOWN} more" if len(found) > MAX_SHOWN else ""
-    return ", ".join(found[:MAX_SHOWN]) + more
+    pairs = {key: (before[key], now[key]) for key in COMPARED if key in before and key in now}
+    if old := before.get("packages"):
+        pairs |= {name: (old.get(name), now["packages"].get(name)) for name in sorted({*old, *now["packages"]})}
+    return listed([f"{key}: {one} -> {other}" for key, (one, other) in pairs.items() if one != other])
 
 
 def git(*arguments: str, cwd: Path | None = None, given: bytes = b"", env: Mapping[str, str] | None = None) -> bytes:

@@ -1,9 +1,11 @@
 """What a run leaves beside checkpoints and curves: config.yaml, status.json as it stands, metrics.json at its end."""
 
+import json
 import logging
 import statistics
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,6 @@ from src.engine.runs.status import add_to_status, list_checkpoints, read_status,
 from src.engine.settings.trust import plain_config
 
 log = logging.getLogger(__name__)
-
-PLAIN = (bool, int, float, str)
 
 
 class Record(Callback):
@@ -50,17 +50,16 @@ class Record(Callback):
         before = read_status(self._folder)
         paths = sorted(list_checkpoints(self._folder), key=lambda path: path.stat().st_mtime)
         self._saved = list(map(self._relative, paths))
-        write_status(self._folder, "running")
         origin = describe_origin(self._folder, self.trainer.strategy.root_device)
         changed = compare_origins(before, origin) if self._saved and self.cfg.ckpt_path else ""
         if changed:
             log.warning(f"perhaps not an exact continuation: {changed}")
-        facts = {
+        origin |= {
             "train": bool(self.cfg.train),
             "debug": bool(before.get("debug") or self.trainer.fast_dev_run),  # type: ignore[attr-defined]
             "resumed_with": [*before.get("resumed_with", []), *([changed] if changed else [])],
         }
-        add_to_status(self._folder, {**origin, **facts})
+        write_status(self._folder, "running", origin)
         self.trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
         if isinstance(io := self.trainer.strategy.checkpoint_io, AtomicCheckpointIO):
             io.on_saved = self._note
@@ -149,8 +148,6 @@ def describe_data(datamodule: pl.LightningDataModule | None) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(isinstance(key, str) for key in value) and all(map(_is_plain, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or type(value) in PLAIN
+    with suppress(TypeError, ValueError):
+        return bool(json.dumps(value))
+    return False

@@ -7,13 +7,15 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from src.engine.errors import ConfigError
+from src.engine.runs.checkpoint_io import is_plain
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +26,7 @@ BEGINNING = re.compile(r".*?[/_.-]")
 PARTS = frozenset(vars(nn.Module()))  # what every module has: its parts and its mode are kept by other means
 
 
-def is_tested(test: bool | str, module: pl.LightningModule, is_fresh: bool = False) -> bool | str:
+def is_tested(test: bool | str, module: LightningModule, is_fresh: bool = False) -> bool | str:
     """Whether a run is to be tested: ``test``, or False for a module without ``test_step``, which is logged.
 
     Args:
@@ -56,16 +58,7 @@ class Rehearsal(Callback):
         self._kept: list[tuple[nn.Module, dict[str, Any]]] = []
         self._awaited: list[tuple[str, str]] = []  # each metric that training may log, and what is wrong if not
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """What Lightning would divide by.
-
-        Raises:
-            ConfigError: If it is 0.
-        """
-        if stage == "fit" and trainer.accumulate_grad_batches == 0:
-            raise ConfigError("trainer.accumulate_grad_batches=0: expected 1 or more")
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where there is no validation, nothing may wait for it but checkpoints: the last is kept.
 
         Warns of the highest loss, or the lowest accuracy, as the best.
@@ -88,16 +81,14 @@ class Rehearsal(Callback):
                 log.warning(f"{key}={mode}: takes the {end} {monitor} for the best; did you mean {key}={other}?")
         for key, monitor, callback in [] if trainer.enable_validation else self._monitors(trainer):
             if OF_VALIDATION.match(monitor) and not isinstance(callback, Checkpoint):
-                raise ConfigError(
-                    f"{key}={monitor}: this run has no validation (limit_val_batches=0, no validation_step or no "
-                    f"val_dataloader); choose a metric of training, or leave out what waits for it"
-                )
+                reason = "this run has no validation (limit_val_batches=0, no validation_step or no val_dataloader)"
+                raise ConfigError(f"{key}={monitor}: {reason}; choose a metric of training, or leave out what waits")
 
-    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the state of the module."""
         self._kept = [(module, copy.deepcopy(_attributes(module))) for module in pl_module.modules()]
 
-    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module its state back, and look at what was logged.
 
         Raises:
@@ -125,12 +116,10 @@ class Rehearsal(Callback):
         for scheduler in trainer.lr_scheduler_configs:
             is_waiting = scheduler.reduce_on_plateau and scheduler.strict and scheduler.monitor in logged
             if is_waiting and scheduler.interval == "epoch" and scheduler.frequency % every:
-                raise ConfigError(
-                    f"scheduler.monitor={scheduler.monitor}: validation logs it every {every} epochs; set "
-                    f"+scheduler.frequency={every}, or +scheduler.strict=false"
-                )
+                said = f"scheduler.monitor={scheduler.monitor}: validation logs it every {every} epochs"
+                raise ConfigError(f"{said}; set +scheduler.frequency={every}, or +scheduler.strict=false")
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Look, once, for what may have been a metric of training. What is like none at all may come from a callback.
 
         Raises:
@@ -141,7 +130,7 @@ class Rehearsal(Callback):
             if not is_overridden("on_train_epoch_end", pl_module) and monitor not in _names(trainer):
                 raise ConfigError(said)
 
-    def _monitors(self, trainer: pl.Trainer) -> Iterator[tuple[str, str, Any]]:
+    def _monitors(self, trainer: Trainer) -> Iterator[tuple[str, str, Any]]:
         """What callbacks and schedulers wait for, with its key and who does."""
         nodes = {name: node for name, node in (self.config.get("callbacks") or {}).items() if node}
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -160,7 +149,7 @@ def _mode(waiting: Any) -> str:
     return str(getattr(getattr(waiting, "scheduler", waiting), "mode", ""))
 
 
-def _names(trainer: pl.Trainer) -> set[str]:
+def _names(trainer: Trainer) -> set[str]:
     """The metrics of an epoch so far; in its sanity check Lightning has those of several loaders in no public place."""
     results: Any = trainer._results
     return {*trainer.callback_metrics} | {
@@ -170,7 +159,7 @@ def _names(trainer: pl.Trainer) -> set[str]:
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """What validation may change in a module itself: buffers, and attributes of plain values and tensors."""
-    own = {name: value for name, value in vars(module).items() if name not in PARTS and _is_plain(value)}
+    own = {name: value for name, value in vars(module).items() if name not in PARTS and is_plain(value)}
     return own | dict(module.named_buffers(recurse=False))
 
 
@@ -184,19 +173,9 @@ def _restore(module: nn.Module, kept: Mapping[str, Any]) -> None:
             setattr(module, name, value)
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict | list | tuple | set):
-        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
-    return value is None or type(value) in (bool, int, float, str, Tensor)
-
-
 def _is_same(one: Any, other: Any) -> bool:
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, Tensor):
-        return one.shape == other.shape and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_is_same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_is_same, one, other))
-    return bool(one == other)
+    (ones, shape), (others, other_shape) = tree_flatten(one), tree_flatten(other)
+    return shape == other_shape and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
+        for a, b in zip(ones, others, strict=True)
+    )

@@ -33,10 +33,16 @@ def write_bytes(path: Path, content: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
-def shown(path: str | Path) -> str:
+def shown(path: str | Path, follow_links: bool = True) -> str:
     """A path as a person would type it: from the working directory where it lies below; printable."""
-    path = Path(path).resolve()
+    path = Path(path).resolve() if follow_links else Path(path)
     return printable(str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path))
+
+
+def listed(names: Sequence[str], limit: int = 10) -> str:
+    """Some names in a line, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def printable(text: str) -> str:
@@ -100,13 +106,8 @@ def print_next(commands: Mapping[str, str]) -> None:
     """
     from rich.text import Text
 
-    python = "python" if shutil.which("python") == sys.executable else _quoted_python()
+    # Links are kept, as they are the environment.
+    python = "python" if shutil.which("python") == sys.executable else shlex.quote(shown(sys.executable, False))
     for command, purpose in commands.items():
         command = re.sub(r"^python\b", lambda _: python, command)
         make_console().print(Text.assemble(f"  {command}  ", (f"# {purpose}", "dim")))
-
-
-def _quoted_python() -> str:
-    """This Python, from the working directory where it lies below; links are kept, as they are the environment."""
-    path = Path(sys.executable)
-    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))

@@ -20,8 +20,8 @@ from src.engine.errors import ConfigError, ReproductionError
 from src.engine.runs.checkpoints import find_winner
 from src.engine.runs.command import user_environment
 from src.engine.runs.origin import PATCH, compare_origins, git
-from src.engine.runs.report import shown
-from src.engine.runs.resume import BESIDE, leaves, quoted
+from src.engine.runs.report import listed, shown
+from src.engine.runs.resume import find_differences, quoted
 from src.engine.runs.status import REPRODUCES, is_checkpoint_of, list_checkpoints, read_status, repeat_start
 from src.engine.settings.check import ROOT
 
@@ -55,10 +55,9 @@ def find_run(value: str | None) -> Path:
     if value is None or not folder.is_dir():
         raise ConfigError(f"{said} expected the folder of a run or of a sweep, as in run=logs/train/<date_time>")
     if (folder / "sweep.json").is_file():
-        try:
-            folder = find_winner(folder)
-        except (OSError, StopIteration) as error:
-            raise ConfigError(f"{said} no job of this sweep has finished; repeat its command, then this one") from error
+        if not (winner := find_winner(folder)):
+            raise ConfigError(f"{said} no job of this sweep has finished; repeat its command, then this one")
+        folder = winner
     status = read_status(folder)
     if status.get("state") != "finished" or "overrides" not in status:
         state = status.get("state", "no run's folder: it has no status.json that can be read")
@@ -83,7 +82,7 @@ def train_again(run: Path, folder: Path) -> None:
         ReproductionError: If the run's changes do not apply to its commit, or the training fails.
     """
     status = read_status(run)
-    config: Any = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+    config = _read_config(run)
     for name in status.get("left_out", []):
         log.warning(f"not the same code: {name} was too large for the run's {PATCH}")
     for changed in status.get("resumed_with", []):
@@ -107,7 +106,9 @@ def train_again(run: Path, folder: Path) -> None:
             while process.poll() is None and "data" not in read_status(folder):
                 time.sleep(0.1)
             if "data" in (now := read_status(folder)):
-                differs = ", ".join(filter(None, [compare_origins(status, now), _compare_configs(config, folder)]))
+                changed = find_differences(config, _read_config(folder))
+                settings = listed([f"{key}: {old} -> {new}" for key, (old, new) in changed.items()])
+                differs = ", ".join(filter(None, [compare_origins(status, now), settings]))
                 log.info(f"differs from {shown(run)}: {differs}" if differs else f"trains like {shown(run)}")
             process.wait()
         finally:
@@ -138,35 +139,24 @@ def _worktree(status: dict[str, Any], run: Path) -> Iterator[Path]:
             git("worktree", "remove", "--force", str(tree))
 
 
-def _compare_configs(config: dict[str, Any], folder: Path) -> str:
-    now: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    old, new = (
-        {key: str(value).replace(str(each["output_dir"]), "") for key, value in leaves(each)} for each in (config, now)
-    )
-    keys = [key for key in old | new if old.get(key) != new.get(key) and key.partition(".")[0] not in BESIDE]
-    return ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys[:MAX_SHOWN])
+def _read_config(folder: Path) -> Any:
+    return OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
 
 
 def compare_runs(run: Path, again: Path) -> Comparison:
     """Compare the curves, the metrics and the weights of two runs; what clocks say is left out."""
     curves, others = read_curves(run), read_curves(again)
     common = sorted(curves.keys() & others.keys())
-    parted = []
-    for name in common:
-        one, other = curves[name], others[name]
-        steps = [step for step in one.keys() | other.keys() if repr(one.get(step)) != repr(other.get(step))]
-        if steps:
-            parted.append((min(steps), name, one.get(min(steps)), other.get(min(steps))))
+    steps = {step for name in common for step in {*curves[name], *others[name]}}
     found = []
-    if parted:
-        first = min(step for step, *_ in parted)
-        named = [_describe(name, one, other) for step, name, one, other in sorted(parted, key=str) if step == first]
-        found.append(f"the curves part at step {first}: {', '.join(named[:MAX_SHOWN])}")
-    metrics, theirs = (_read_metrics(folder) for folder in (run, again))
-    names = [name for name in sorted(metrics | theirs) if repr(metrics.get(name)) != repr(theirs.get(name))]
-    if names:
-        said = [_describe(name, metrics.get(name), theirs.get(name)) for name in names[:MAX_SHOWN]]
-        found.append(f"the last metrics differ: {', '.join(said)}")
+    for step in sorted(steps):
+        pair = [{name: each[name][step] for name in common if step in each[name]} for each in (curves, others)]
+        if parted := _compare(*pair):
+            found.append(f"the curves part at step {step}: {parted}")
+            break
+    metrics = _read_metrics(run)
+    if parted := _compare(metrics, _read_metrics(again)):
+        found.append(f"the last metrics differ: {parted}")
     files = [path for path in list_checkpoints(run) if path.is_relative_to(run)]
     for path in files:
         if not (again / path.relative_to(run)).is_file():
@@ -202,9 +192,15 @@ def _read_metrics(folder: Path) -> dict[str, float]:
     return {name: value for name, value in metrics["metrics"].items() if not any(word in name for word in OF_CLOCKS)}
 
 
-def _describe(name: str, one: float | None, other: float | None) -> str:
-    by = f" (by {abs(one - other):.2g})" if one is not None and other is not None else ""
-    return f"{name} {one} there, {other} here{by}"
+def _compare(values: dict[str, float], others: dict[str, float]) -> str:
+    """What differs, not-a-number from itself not; empty if nothing does."""
+    said = []
+    for name in sorted(values | others):
+        one, other = values.get(name), others.get(name)
+        by = f" (by {abs(one - other):.2g})" if one is not None and other is not None else ""
+        if repr(one) != repr(other):
+            said.append(f"{name} {one} there, {other} here{by}")
+    return listed(said, MAX_SHOWN)
 
 
 def _measure(one: Path, other: Path) -> float:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from src.engine.errors import CheckpointError, ConfigError
 from src.engine.runs.checkpoints import find_checkpoint
 from src.engine.runs.processes import get_name, is_requeued
-from src.engine.runs.report import shown
+from src.engine.runs.report import listed, shown
 from src.engine.runs.status import is_held, read_status, repeat_start
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,6 @@ OF_LENGTH = (
     "trainer.limit_train_batches", "trainer.overfit_batches", "trainer.accumulate_grad_batches", "data.name",
     "data.source", "data.batch_size", "data.train_size", "data.val_size",
 )  # fmt: skip
-MAX_SHOWN = 10
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
@@ -66,9 +65,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
     if is_held(folder) and not get_name():  # the first of several processes may be there already
         raise ConfigError(f"resume={value}: process {status.get('process')} on {status.get('host')} is at work on it")
     if status["state"] == "finished" and not own:
-        raise ConfigError(
-            f"resume={value}: this run has finished; to train longer, add trainer.max_epochs=<more> (or max_steps)"
-        )
+        raise ConfigError(f"resume={value}: this run has finished; to train longer, add trainer.max_epochs=<more>")
     checkpoint = find_checkpoint(folder)
     return [
         *flags,
@@ -97,19 +94,15 @@ def _find_run(value: str) -> Path:
         found = [path.parent for path in logs.glob("**/status.json") if _can_go_on(path.parent)]
         if not found:
             raise ConfigError(f"resume=latest: no run below {logs}: train first (python -m src.train)")
-        return max(found, key=lambda folder: (folder / "status.json").stat().st_mtime)
+        return max(found, key=lambda folder: str(read_status(folder).get("since")))
     folder = Path(value)
     if not folder.is_dir():
         raise ConfigError(f"resume={value}: no such folder; expected a run's, logs/train/<date_time>, or latest")
     if (folder / "sweep.json").is_file():
-        raise ConfigError(
-            f"resume={value}: a sweep's folder; a sweep goes on by its own command with hydra.sweep.dir={value}"
-        )
+        raise ConfigError(f"resume={value}: a sweep's folder; repeat its command with hydra.sweep.dir={value}")
     if not _can_go_on(folder):
-        raise ConfigError(
-            f"resume={value}: no run's folder: its status.json does not say how it was started; "
-            "ckpt_path=<checkpoint> goes on in a new folder"
-        )
+        reason = "no run's folder: its status.json does not say how it was started"
+        raise ConfigError(f"resume={value}: {reason}; ckpt_path=<checkpoint> resumes in a new folder")
     return folder
 
 
@@ -131,9 +124,8 @@ def find_first_step(cfg: DictConfig, asked: Mapping[str, Any], checkpoint: Mappi
     if checkpoint is None:
         return 0 if cfg.get("resume") or is_requeued() else None
     if "loops" not in checkpoint or "optimizer_states" not in checkpoint:
-        raise CheckpointError(
-            f"ckpt_path={cfg.ckpt_path}: holds weights only, nothing to resume from; choose a run's last.ckpt"
-        )
+        reason = "holds weights only, nothing to resume from"
+        raise CheckpointError(f"ckpt_path={cfg.ckpt_path}: {reason}; choose a run's last.ckpt")
     fit_loop = checkpoint["loops"]["fit_loop"]
     first_step: int = fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"]
     begun = fit_loop["epoch_progress"]["current"]["ready"]
@@ -156,47 +148,38 @@ def check_difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> Non
     Raises:
         ConfigError: If a difference would be without effect, or would not make sense.
     """
-    old, new = ({key: value for key, value in leaves(config) if _matters(key)} for config in (stored, asked))
-    folders = (str(stored.get("output_dir")), str(asked.get("output_dir")))
-    changed = {
-        key: (old.get(key), new.get(key))
-        for key in old | new
-        if str(old.get(key)).replace(folders[0], "") != str(new.get(key)).replace(folders[1], "")
-    }
-    of_schedule = [key for key in changed if key.startswith("scheduler.")]
-    schedule = stored.get("scheduler") or {}
-    needs_length = (schedule.get("scheduler") or {}).get("total_steps", 0) is None
+    changed = find_differences(stored, asked)
+    schedule = (stored.get("scheduler") or {}).get("scheduler") or {}
+    bound: tuple[str, ...] = ()  # what the schedule is made for
+    if schedule.get("total_steps", 0) is None:
+        bound = (*LENGTHS, *OF_LENGTH)
+    elif [key for key in changed if key.startswith("scheduler.")] == ["scheduler.scheduler.T_max"]:  # a cosine's
+        bound = LENGTHS
     before, now = ((config.get("init") or {}).get("weights") for config in (stored, asked))
     if now not in (None, before):
         raise ConfigError(f"init.weights={now}: a run that resumes has its checkpoint's weights; start a new run")
-    length = next((key for key in LENGTHS if key in changed), None)
-    if length and (needs_length or of_schedule == ["scheduler.scheduler.T_max"]):
-        before, now = changed[length]
-        name = schedule["scheduler"]["_target_"].rpartition(".")[2]
-        raise ConfigError(
-            f"{length}={now}: the run so far was to have {before}, and its schedule, {name}, ends with them; "
-            "start a new run, or one that can be extended with scheduler=step, plateau or []"
-        )
-    for key, (before, now) in changed.items():
-        if needs_length and key in OF_LENGTH:
-            name = schedule["scheduler"]["_target_"].rpartition(".")[2]
-            raise ConfigError(
-                f"{key}={now}: the run so far has {before}, and its schedule, {name}, is made for the steps that come "
-                "of it; leave it so, or start a new run, or one that can be changed with scheduler=step, plateau or []"
-            )
+    for key in filter(changed.__contains__, (*bound, *changed)):
+        before, now = changed[key]
+        said = f"{key}={now}: the run so far has {before}"
+        if key in bound:
+            name = schedule["_target_"].split(".")[-1]
+            raise ConfigError(f"{said}, and its schedule, {name}, is made for those steps; start a new run")
         if key.partition(".")[0] in KEPT:
-            raise ConfigError(
-                f"{key}={now}: the run so far has {before}, which goes on with its checkpoint; leave it so, or start a "
-                "new run"
-            )
+            raise ConfigError(f"{said}, which its checkpoint keeps; leave it so, or start a new run")
     if changed:
-        shown = [f"{key}: {before} -> {now}" for key, (before, now) in changed.items()]
-        more = f", and {len(shown) - MAX_SHOWN} more" if len(shown) > MAX_SHOWN else ""
-        log.warning(f"not an exact continuation: the config differs: {', '.join(shown[:MAX_SHOWN])}{more}")
+        differs = listed([f"{key}: {before} -> {now}" for key, (before, now) in changed.items()])
+        log.warning(f"not an exact continuation: the config differs: {differs}")
 
 
-def _matters(key: str) -> bool:
-    return key.partition(".")[0] not in BESIDE
+def find_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Both values of each key in which two runs' configs differ, but for those that tell where a run is."""
+    old, new = (
+        {key: (str(value).replace(str(config.get("output_dir")), ""), value) for key, value in leaves(config)}
+        for config in (one, other)
+    )
+    keys = [key for key in old | new if key.partition(".")[0] not in BESIDE]
+    pairs = {key: (old.get(key, ("None", None)), new.get(key, ("None", None))) for key in keys}
+    return {key: (before[1], now[1]) for key, (before, now) in pairs.items() if before[0] != now[0]}
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

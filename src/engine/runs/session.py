@@ -5,13 +5,14 @@ import random
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
 from src.engine.runs.checkpoint_io import AtomicCheckpointIO
+from src.engine.runs.rehearsal import OF_VALIDATION
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +46,12 @@ class Session(Callback):
         self._ended: dict[str, int] = {}  # the epoch that has ended, while no other has begun
         self._batch_idx = 0
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the config."""
         for logger in trainer.loggers:
             logger.log_hyperparams(self.config)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Seed by process; take over a checkpoint's metrics; try a checkpoint out.
 
         Raises:
@@ -61,70 +62,63 @@ class Session(Callback):
             random.seed(seed)
             np.random.seed(seed)
             torch.manual_seed(seed)
-        for name, value in self._loaded.items():  # Lightning's books, which it hands out
-            trainer.callback_metrics[name] = torch.tensor(value)
+        for name, value in self._loaded.items():
+            if trainer.enable_validation or not OF_VALIDATION.match(name):  # else they would rank what has none
+                trainer.callback_metrics[name] = torch.tensor(value)  # Lightning's books, which it hands out
         self._seen = {name: value for name, value in trainer.callback_metrics.items() if name not in self._since}
         if trainer.accumulate_grad_batches > 1 and trainer.num_training_batches == float("inf"):
-            log.warning(
-                "trainer.accumulate_grad_batches=%d: the train loader has no length, so an epoch's last gradient is "
-                "too short if fewer batches are left for it",
-                trainer.accumulate_grad_batches,
-            )
+            key = f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}"
+            log.warning(f"{key}: the train loader has no length, so an epoch's last gradient may be too short")
         if isinstance(io := trainer.strategy.checkpoint_io, AtomicCheckpointIO):
-            with io.rehearsing():
-                trainer.save_checkpoint("rehearsal.ckpt", weights_only=False)
+            io.is_rehearsing = True
+            trainer.save_checkpoint("rehearsal.ckpt", weights_only=False)
+            io.is_rehearsing = False
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note which batch it is."""
         self._batch_idx = batch_idx
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what the run so far has logged until its metrics are there again."""
         self._loaded = checkpoint.get("metrics", {})
         stored = checkpoint.get("logged", {"at": {}, "since": []})
         self.logged, self._since = stored["at"], stored["since"]
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add when the metrics were logged, and which since that was last looked at."""
         if self._ended:
             self._note_metrics(trainer)
         checkpoint["logged"] = {"at": self.logged, "since": list(self._find_new(trainer))}
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the metrics of the epoch before: its last ones come after all hooks of its end."""
         if self._ended:
             self._note_metrics(trainer)
             self._ended = {}
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note which epoch has ended."""
         self._ended = _place(trainer)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the metrics of a validation."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._note_metrics(trainer)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the last metrics."""
         self._note_metrics(trainer)
 
-    def _note_metrics(self, trainer: pl.Trainer) -> None:
+    def _note_metrics(self, trainer: Trainer) -> None:
         new = self._find_new(trainer)
         self.logged |= dict.fromkeys(new, self._ended or _place(trainer))
         self._seen |= new
 
-    def _find_new(self, trainer: pl.Trainer) -> dict[str, Tensor]:
+    def _find_new(self, trainer: Trainer) -> dict[str, Tensor]:
         """Metrics that were logged since: Lightning replaces them."""
         return {name: value for name, value in trainer.callback_metrics.items() if value is not self._seen.get(name)}
 
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Scale the loss by this process's share of the batch, and where a window of batches is cut short."""
         share = getattr(trainer.train_dataloader, "share", None)
         factor = share(self._batch_idx) if trainer.world_size > 1 and share is not None else 1.0
@@ -135,5 +129,5 @@ class Session(Callback):
             loss *= factor
 
 
-def _place(trainer: pl.Trainer) -> dict[str, int]:
+def _place(trainer: Trainer) -> dict[str, int]:
     return {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,13 +15,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from src.engine.errors import ConfigError
+from src.engine.runs.report import write_json
 from src.engine.settings.check import CONF
 
 LOCK = ".lock"
 INTERRUPTED = 128  # exit statuses above it are signals
 REPRODUCES = "REPRODUCES_RUN"  # in the environment of a run that src.reproduce starts: the other run
-# Hydra's settings that say where a run is, or belong to the sweep that it was a part of.
-OF_SWEEPS = ("hydra.run.", "hydra.mode=", "hydra.sweep", "hydra/sweep", "hydra.launcher", "hydra/launcher")
+# Hydra's settings that say where a run and its files are, or belong to the sweep that it was a part of.
+OF_STARTS = (
+    "hydra.run.", "hydra.mode=", "hydra.searchpath=", "hydra.sweep", "hydra/sweep", "hydra.launcher", "hydra/launcher",
+)  # fmt: skip
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -50,8 +54,6 @@ def write_status(folder: Path, state: str, facts: Mapping[str, Any] | None = Non
 
 def add_to_status(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write facts of a run beside those that are there."""
-    from src.engine.runs.report import write_json  # here: most configs that are rejected need no tables
-
     write_json(folder / "status.json", {**read_status(folder), **facts})
 
 
@@ -68,21 +70,21 @@ def describe_start(hydra: Any) -> dict[str, Any]:
     if len(overrides) < len(typed):  # resumed: its own checkpoint is looked up anew
         overrides = [override for override in overrides if not is_checkpoint_of(Path(hydra.run.dir), override)]
     sources: Any = OmegaConf.to_container(hydra.runtime.config_sources)
-    places: dict[str, list[str]] = {}
-    for source in sources:
-        path = os.path.abspath(source["path"]) if source["schema"] == "file" else source["path"]  # noqa: PTH100
-        places.setdefault(source["provider"], []).append(f"{source['schema']}://{path}")
+
+    def find_places(provider: str) -> list[str]:
+        found = [(each["schema"], each["path"]) for each in sources if each["provider"] == provider]
+        return [str(Path.cwd() / path) if schema == "file" else f"{schema}://{path}" for schema, path in found]
+
     own: Any = OmegaConf.to_container(hydra.overrides.hydra)
-    own = [override for override in own if not override.lstrip("+~").startswith(OF_SWEEPS)]
-    searched = places.get("hydra.searchpath in command-line", [])
-    named = [f"hydra.searchpath={json.dumps(searched)}"] if searched else []
-    main = [place.removeprefix("file://") for place in places.get("main", [])]
+    own = [override for override in own if not override.lstrip("+~").startswith(OF_STARTS)]
+    if searched := find_places("hydra.searchpath in command-line"):  # relative to where it was typed
+        own.append(f"hydra.searchpath={[place if '://' in place else f'file://{place}' for place in searched]}")
     return {
         "overrides": overrides,
-        "hydra": [*(override for override in own if not override.startswith("hydra.searchpath=")), *named],
-        "config_dirs": [place.removeprefix("file://") for place in places.get("command-line", [])],
+        "hydra": own,
+        "config_dirs": find_places("command-line"),
         "config_name": hydra.job.config_name,
-        "config_path": next((path for path in main if Path(path).resolve() != CONF), None),
+        "config_path": next((path for path in find_places("main") if Path(path).resolve() != CONF), None),
         "cwd": hydra.runtime.cwd,
         "debug": bool(hydra.runtime.choices.get("debug")),
         "reproduces": os.environ.get(REPRODUCES),
@@ -125,11 +127,9 @@ def tracked(folder: Path, start: Mapping[str, Any]) -> Iterator[None]:
         try:
             yield
             state = "finished"
-        except KeyboardInterrupt:
-            state = "interrupted"
-            raise
-        except SystemExit as leave:
-            state = "interrupted" if isinstance(leave.code, int) and leave.code > INTERRUPTED else "failed"
+        except (KeyboardInterrupt, SystemExit) as leave:
+            code = getattr(leave, "code", INTERRUPTED + signal.SIGINT)
+            state = "interrupted" if isinstance(code, int) and code > INTERRUPTED else "failed"
             raise
         finally:
             had_run = before.get("state", "queued") != "queued"
@@ -170,10 +170,8 @@ def _held(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         status = read_status(folder)
-        raise ConfigError(
-            f"hydra.run.dir={folder}: process {status.get('process')} on {status.get('host')} is at work there; "
-            "wait for its end, or choose another folder"
-        ) from error
+        who = f"process {status.get('process')} on {status.get('host')}"
+        raise ConfigError(f"hydra.run.dir={folder}: {who} is at work there; wait, or choose another folder") from error
     except OSError:  # a file system without locks, or that takes no files
         pass
     try:

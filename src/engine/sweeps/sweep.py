@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.engine.errors import ConfigError, SweepError
 from src.engine.runs import report
-from src.engine.runs.command import SLURM_LAUNCHER, claim
 from src.engine.runs.evaluate import test_checkpoint
+from src.engine.runs.preflight import SLURM_LAUNCHER, claim
 from src.engine.runs.resume import quoted
 from src.engine.sweeps.folder import DONE, ENDED, Job, SweepFolder, count
 

@@ -13,15 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from src.engine.errors import CheckpointError, ConfigError
-from src.engine.runs.build import (
-    build_datamodule,
-    build_module,
-    build_trainer,
-    load_checkpoint,
-    restore,
-    restore_datamodule,
-)
+from src.engine.runs.build import build_datamodule, build_module, load_checkpoint, restore, restore_datamodule
 from src.engine.runs.checkpoints import newest_checkpoint
+from src.engine.runs.trainer import build_trainer
 from src.engine.settings.check import CONF, check, check_values
 from src.engine.settings.explain import explain, is_refusal
 from src.train import train

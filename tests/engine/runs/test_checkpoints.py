@@ -1,6 +1,5 @@
 """Which checkpoint is taken."""
 
-import json
 import os
 import re
 import shutil
@@ -108,10 +107,25 @@ def test_a_copy_has_its_own_best(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     shutil.copytree(run, tmp_path / "copy")
     assert find_best(tmp_path / "copy") == tmp_path / "copy" / "checkpoints" / "best.ckpt"
-    (tmp_path / "copy" / "status.json").unlink()  # of an older release, which has written the whole path
-    record = {"best": {"checkpoint": str(run / "checkpoints" / "best.ckpt")}}
-    (tmp_path / "copy" / "metrics.json").write_text(json.dumps(record))
-    assert find_best(tmp_path / "copy") == tmp_path / "copy" / "checkpoints" / "best.ckpt"
+
+
+def test_a_sweeps_folder_stands_for_its_winners_best_checkpoint(tmp_path: Path) -> None:
+    write_run(tmp_path / "lr=2")
+    (tmp_path / "sweep.json").touch()
+    with pytest.raises(CheckpointError, match=f"^ckpt_path={tmp_path}: no job of this sweep has finished"):
+        find_best(tmp_path)
+    (tmp_path / "sweep.csv").write_text("rank,job,status,checkpoint\n1,lr=1,failed,\n1,lr=2,finished,\n")
+    assert find_best(tmp_path) == tmp_path / "lr=2" / "checkpoints" / "best.ckpt"
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "5", "{}", '{"best": {"checkpoint": "gone.ckpt"}}', '{"best": {"checkpoint": null}}']
+)
+def test_a_folder_without_a_best_checkpoint_is_told(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "status.json").write_text(content)
+    with pytest.raises(CheckpointError, match=f"^ckpt_path={tmp_path}: its status.json names no checkpoint"):
+        find_best(tmp_path)
 
 
 def test_several_checkpoints_are_tested_in_folders_with_names_that_are_no_paths(tmp_path: Path) -> None:

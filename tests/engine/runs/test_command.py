@@ -1,9 +1,7 @@
 """Bad input, from the command line: one or two lines, a non-zero exit, nothing left behind."""
 
-import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +9,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from src.engine.errors import CheckpointError
-from src.engine.runs.checkpoints import find_best
-from src.engine.runs.command import arrange, describe_command
+from src.engine.runs.command_line import arrange, describe_command
 from src.engine.settings.check import ROOT
 from tests import forks
 from tests.compose import needs_mnist, run_command
@@ -144,7 +140,7 @@ def test_no_network_is_said_where_a_download_was_asked_for(tmp_path: Path) -> No
 
 COUNT_PAGE_FAULTS = """
 import gc, os, resource
-from src.engine.runs.command import load_libraries
+from src.engine.runs.preflight import load_libraries
 load_libraries()
 import torch
 for turn in range(60):
@@ -238,32 +234,3 @@ def test_hydras_own_logging_may_be_chosen(option: str, tmp_path: Path) -> None:
     arguments = (*TINY, "debug=fast", "callbacks=minimal", "logger=[]")
     result = forks.run_command("train", *arguments, f"hydra/job_logging={option}", PROJECT_ROOT=str(tmp_path))
     assert result.returncode == 0, result.stderr
-
-
-def _write_run(folder: Path, checkpoint: str) -> None:
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "checkpoints" / "a.ckpt").touch()
-    (folder / "metrics.json").write_text(json.dumps({"best": {"checkpoint": checkpoint}}))
-
-
-def test_a_runs_or_sweeps_folder_stands_for_its_best_checkpoint(tmp_path: Path) -> None:
-    run, sweep = tmp_path / "run", tmp_path / "sweep"
-    best = run / "checkpoints" / "a.ckpt"
-    for recorded in (str(best), "checkpoints/a.ckpt", "/moved/from/here/checkpoints/a.ckpt"):
-        _write_run(run, recorded)
-        assert find_best(run) == best
-        shutil.rmtree(run)
-    _write_run(sweep / "lr=2", "/old/sweep/lr=2/checkpoints/a.ckpt")
-    rows = "rank,job,status,checkpoint\n1,lr=1,failed,\n1,lr=2,finished,\n"
-    (sweep / "sweep.csv").write_text(rows)
-    assert find_best(sweep) == sweep / "lr=2" / "checkpoints" / "a.ckpt"
-
-
-@pytest.mark.parametrize(
-    "content", [None, "", "5", "{}", '{"best": {"checkpoint": "gone.ckpt"}}', '{"best": {"checkpoint": null}}']
-)
-def test_a_folder_without_a_best_checkpoint_is_told(content: str | None, tmp_path: Path) -> None:
-    if content is not None:
-        (tmp_path / "metrics.json").write_text(content)
-    with pytest.raises(CheckpointError, match=f"^ckpt_path={tmp_path}: "):
-        find_best(tmp_path)

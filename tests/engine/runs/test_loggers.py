@@ -19,7 +19,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from src.engine.runs.build import build_datamodule, build_module, build_trainer, load_checkpoint
+from src.engine.runs.build import build_datamodule, build_module, load_checkpoint
+from src.engine.runs.trainer import build_trainer
 from src.engine.settings.check import ROOT
 from tests import forks
 from tests.compose import run_command

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torchmetrics import MaxMetric, MeanMetric
 
 from src.engine.errors import ConfigError
-from src.engine.runs.build import build_datamodule, build_module, build_trainer
+from src.engine.runs.build import build_datamodule, build_module
 from src.engine.runs.rehearsal import Rehearsal, is_tested
+from src.engine.runs.trainer import build_trainer
 from tests.engine.equality import assert_equal
 from tests.engine.tiny import TinyTask, compose_tiny
 

@@ -302,10 +302,10 @@ def test_only_weights_cannot_be_resumed(runs: Runs, whole: Path) -> None:
 @pytest.mark.parametrize(
     ("resumed", "reason"),
     [
-        ("trainer.max_epochs=9", "trainer.max_epochs=9: .* OneCycleLR, ends with them"),
+        ("trainer.max_epochs=9", "trainer.max_epochs=9: the run so far has 3, and its schedule, OneCycleLR, is"),
         ("data.batch_size=9", "data.batch_size=9: the run so far has 5, and its schedule, OneCycleLR, is"),
         ("trainer.limit_train_batches=0.5", "trainer.limit_train_batches=0.5: the run so far has .*Cycle"),
-        ("optimizer.lr=0.1", "optimizer.lr=0.1: the run so far has 0.004, which goes on with its"),
+        ("optimizer.lr=0.1", "optimizer.lr=0.1: the run so far has 0.004, which its checkpoint keeps"),
         ("model.net.num_hidden=9", "model.net.num_hidden=9: the run so far has 8"),
         (None, "resume=.*whole.*: this run has finished; to train longer, add trainer.max_epochs=<more>"),
         ("ckpt_path=a.ckpt", "ckpt_path=a.ckpt: resume=.* chooses this itself"),
@@ -318,7 +318,7 @@ def test_what_would_not_be_a_continuation_is_refused(runs: Runs, whole: Path, re
 
 def test_a_cosine_is_not_made_longer(runs: Runs) -> None:
     runs.whole("cosine", "trainer.max_epochs=1", "scheduler=cosine")
-    assert_refused(runs, "cosine", "trainer.max_epochs=9", "trainer.max_epochs=9: .* CosineAnnealingLR, ends with them")
+    assert_refused(runs, "cosine", "trainer.max_epochs=9", "trainer.max_epochs=9: .* CosineAnnealingLR, is made for")
 
 
 def assert_refused(runs: Runs, name: str, resumed: str | None, reason: str) -> None:
@@ -402,7 +402,7 @@ def test_resuming_nothing_is_refused_in_a_line(tmp_path: Path, tmp_path_factory:
         "latest": "resume=latest: no run below .*: train first",
         "nowhere": "resume=nowhere: no such folder; expected a run's",
         str(tmp_path): "resume=.*: no run's folder: its status.json does not say",
-        str(sweep): f"resume=.*: a sweep's folder; .* with hydra.sweep.dir={sweep}",
+        str(sweep): f"resume=.*: a sweep's folder; repeat its command with hydra.sweep.dir={sweep}",
     }.items():
         result = run_command("train", f"resume={value}", PROJECT_ROOT=str(tmp_path))
         assert result.returncode == 1

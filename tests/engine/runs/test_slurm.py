@@ -363,7 +363,7 @@ def test_processes_by_srun_need_a_folder_that_they_all_know(cluster: dict[str, s
     assert result.returncode == 1
     said = [line for line in result.stderr.splitlines() if not line.startswith("srun: ")]
     assert len(said) == 1
-    assert said[0].startswith("error: hydra.run.dir: several processes were started for this run")
+    assert said[0].startswith("error: hydra.run.dir: several processes cannot agree on a folder")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -34,7 +34,7 @@ FOREIGN = [
     "lightning_utilities.core.imports.LazyModule", "torchvision.datasets.utils.download_url",
     "torchvision.io.write_file",
     "src.engine.runs.loggers.MLFlowLogger", "src.engine.runs.report.write_text", "src.callbacks.speed.Speed",
-    "pytorch_lightning.callbacks.ModelCheckpoint", "src.engine.runs.command.Preflight",
+    "pytorch_lightning.callbacks.ModelCheckpoint", "src.engine.runs.preflight.Preflight",
 ]  # fmt: skip
 # Out of a library by way of what it has imported, or by what is no class of its own.
 WALKS = [

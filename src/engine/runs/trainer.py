@@ -1,0 +1,91 @@
+"""From a config to a Trainer, with what the engine adds to it; the curves of a run that resumes are cut to its step."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig
+from pytorch_lightning.callbacks import Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ProgressBar
+from pytorch_lightning.loggers import CSVLogger
+
+from src.engine.errors import ConfigError
+from src.engine.runs.build import load_checkpoint, naming
+from src.engine.runs.checkpoint_io import AtomicCheckpointIO
+from src.engine.runs.processes import get_name, prepare_trainer
+from src.engine.runs.rehearsal import Rehearsal
+from src.engine.runs.report import write_text
+from src.engine.runs.resume import find_first_step
+from src.engine.runs.session import Session
+from src.engine.settings.trust import instantiate, plain_config
+
+
+def build_trainer(cfg: DictConfig) -> pl.Trainer:
+    """The trainer of ``cfg.trainer`` with the nodes of ``cfg.callbacks`` and ``cfg.logger``.
+
+    Each of its checkpoints holds the config, resolved and plain, under the key ``config``. Where ``cfg.ckpt_path`` or
+    ``cfg.resume`` resumes a run, what its curves in ``cfg.output_dir`` have of later steps is dropped.
+    """
+    config = plain_config(cfg)
+    checkpoint = load_checkpoint(cfg.ckpt_path) if cfg.get("ckpt_path") and cfg.get("train", True) else None
+    with naming(cfg.get("ckpt_path")):
+        first_step = find_first_step(cfg, config, checkpoint)
+    loggers = [_build_logger(node, first_step) for node in (cfg.get("logger") or {}).values() if node is not None]
+    # A flag that is off must be enough: Lightning refuses the callbacks that go with it.
+    is_bare = cfg.trainer.get("barebones", False)
+    off: list[type] = [] if loggers else [LearningRateMonitor, DeviceStatsMonitor]
+    flags = {"enable_checkpointing": Checkpoint, "enable_progress_bar": ProgressBar}
+    off += [kind for flag, kind in flags.items() if is_bare or cfg.trainer.get(flag) is False]
+    nodes = [node for node in (cfg.get("callbacks") or {}).values() if node is not None]
+    built = [instantiate(node, **_tell_apart(node)) for node in nodes]
+    callbacks = [callback for callback in built if not isinstance(callback, tuple(off))]
+    extra: dict[str, Any] = {}
+    if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+        extra["enable_checkpointing"] = cfg.trainer.get("enable_checkpointing") or False  # else Lightning adds its own
+    trainer: pl.Trainer = instantiate(cfg.trainer, _partial_=True)(
+        callbacks=[*callbacks, Session(config), Rehearsal(config)],
+        logger=False if is_bare else loggers,
+        default_root_dir=cfg.output_dir,
+        **extra,
+    )
+    if trainer.accumulate_grad_batches == 0:  # Lightning would divide by it
+        raise ConfigError("trainer.accumulate_grad_batches=0: expected 1 or more")
+    if isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO):
+        trainer.strategy.checkpoint_io.config = config
+    prepare_trainer(trainer)
+    device = trainer.strategy.root_device
+    has_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    precision = cfg.get("float32_matmul_precision") or ("high" if has_tensor_cores else "highest")  # Lightning's advice
+    torch.set_float32_matmul_precision(precision)
+    return trainer
+
+
+def _tell_apart(node: DictConfig) -> dict[str, str]:
+    """Names by epoch and step for a ModelCheckpoint that keeps several files: else each would replace the last."""
+    name, is_counting = node.get("filename"), node.get("enable_version_counter", True)
+    if is_counting or node.get("save_top_k", 1) in (0, 1) or not name or "{step" in name:
+        return {}
+    return {"filename": f"{name}-{{epoch}}-{{step}}"}
+
+
+def _build_logger(node: DictConfig, first_step: int | None) -> Any:
+    """A logger; of the curves that it has, what a run that resumes has not come to is dropped."""
+    is_tensorboard = node._target_.endswith(".TensorBoardLogger") and first_step is not None
+    logger = instantiate(node, **({"purge_step": first_step} if is_tensorboard else {}))
+    if isinstance(logger, CSVLogger) and first_step is not None and not get_name():
+        path = Path(logger.log_dir) / "metrics.csv"
+        before = path.with_name(".metrics.csv")  # the logger deletes what is there, and a kill may follow at once
+        if path.exists() and not before.exists():
+            path.replace(before)
+        text = before.read_text() if before.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)  # without one that a kill has cut off
+        if rows := list(csv.reader(lines)):
+            logger.experiment.metrics_keys = rows[0]
+            step = rows[0].index("step")
+            kept = [
+                line for line, row in zip(lines, rows, strict=True) if row is rows[0] or int(row[step]) < first_step
+            ]
+            write_text(path, "".join(kept))
+        before.unlink(missing_ok=True)
+    return logger
