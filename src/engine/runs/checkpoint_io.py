@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from src.engine.errors import CheckpointError
+from src.engine.runs.report import replacing
 
 log = logging.getLogger(__name__)
 
@@ -67,20 +68,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             self._rehearse(checkpoint)
             return
         path = Path(path)
-        aside = path.with_name(f".{path.name}.part")  # one that a kill has left is written over
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with aside.open("wb") as file:
+            with replacing(path) as aside, aside.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            aside.replace(path)
         except (OSError, RuntimeError) as error:  # of a full disk, torch may say either, the latter about the former
             causes = (getattr(cause, "strerror", None) for cause in (error, error.__context__))
             reason = next(filter(None, causes), str(error).splitlines()[0])
             raise OSError(f"{path}: cannot be written ({reason}); free some space or set hydra.run.dir") from error
-        finally:
-            aside.unlink(missing_ok=True)
         self._folders.add(path.parent.resolve())
         if self.on_saved:
             self.on_saved(path)

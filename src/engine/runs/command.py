@@ -17,18 +17,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from src.engine.runs import processes
 from src.engine.runs.checkpoints import find_checkpoint
 from src.engine.runs.command_line import arrange, describe_command, read_env
 from src.engine.runs.preflight import FULL_ERROR, check_job, leave, memory_of, remove_folders, require_own_process, this
-from src.engine.runs.processes import (
-    GRACE,
-    SWEEP_PARENT,
-    end_with_parent,
-    exit_on_signals,
-    get_name,
-    is_child,
-    is_requeued,
-)
 from src.engine.runs.resume import expand
 from src.engine.settings.check import CONF, ROOT
 from src.engine.settings.explain import explain, is_refusal
@@ -69,14 +61,14 @@ def run(
     read_env(Path(os.environ["PROJECT_ROOT"], ".env"))
     this.check, this.full_error = check, os.environ.get(FULL_ERROR, "")
     os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would print over many lines
-    exit_on_signals()
-    end_with_parent()
+    processes.exit_on_signals()
+    processes.end_with_parent()
     try:
         sys.argv[1:] = arrange(sys.argv[1:], config_name, positional)
         if not {"--help", "-h"}.isdisjoint(sys.argv):
             print(describe_command(config_name))
             return
-        if config_name == "train" and not is_child():  # whose arguments are expanded
+        if config_name == "train" and not processes.is_child():  # whose arguments are expanded
             sys.argv[1:] = expand(sys.argv[1:])
         main()
     except Exception as error:
@@ -112,7 +104,7 @@ def user_environment() -> dict[str, str]:
 
 def in_sweep() -> bool:
     """Whether this is a job of a sweep, in the sweep's process or in one of its own."""
-    return HydraConfig.get().mode == RunMode.MULTIRUN or SWEEP_PARENT in os.environ
+    return HydraConfig.get().mode == RunMode.MULTIRUN or processes.SWEEP_PARENT in os.environ
 
 
 @contextmanager
@@ -138,9 +130,10 @@ def short_errors(cfg: DictConfig) -> Iterator[None]:
         log.log(logging.ERROR if this.full_error == "1" else logging.DEBUG, "stack trace:", exc_info=error)
         message = explain(error, cfg=cfg)
         this.is_refused = is_refusal(error, cfg) and not is_job
-        if is_child():  # of what has befallen its parent too, that one tells, and takes this process along
-            time.sleep(GRACE)
-        log.error(f"[{get_name()}] {message}" if get_name() else message)
+        if processes.is_child():  # of what has befallen its parent too, that one tells, and takes this process along
+            time.sleep(processes.GRACE)
+        name = processes.get_name()
+        log.error(f"[{name}] {message}" if name else message)
     else:
         return
     finally:
@@ -157,7 +150,7 @@ def short_errors(cfg: DictConfig) -> Iterator[None]:
 
 def continue_if_requeued(cfg: DictConfig) -> None:
     """Where Slurm has started this job once more, resume from the last checkpoint in its folder."""
-    if not is_requeued():
+    if not processes.is_requeued():
         return
     folder = Path(cfg.output_dir)
     for path in [folder / "error.txt", *folder.glob("events.*.hparams")]:  # a rank may have seen the others go

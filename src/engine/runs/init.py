@@ -53,9 +53,7 @@ def load_weights(
         remedy = "init.map={old.: new.} renames, init.skip=[name] leaves out, init.strict=false takes what fits"
         raise ConfigError(f"{said}: it lacks {_list(missing)}, and has {_list(unused)} that the module lacks; {remedy}")
     shapes = {name: (tuple(tensor.shape), tuple(own[name].shape)) for name, tensor in fitting.items()}
-    misfits = [
-        f"{name}: {theirs} in the file, {ours} here" for name, (theirs, ours) in shapes.items() if theirs != ours
-    ]
+    misfits = [f"{name}: {there} in the file, {here} here" for name, (there, here) in shapes.items() if there != here]
     if misfits:
         raise ConfigError(f"{said}: shapes that do not fit: {_list(misfits)}; init.skip=[name] leaves such out")
     module.load_state_dict(fitting, strict=False)

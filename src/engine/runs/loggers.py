@@ -20,6 +20,10 @@ from src.engine.settings.check import require
 HPARAMS = ("data", "model", "optimizer", "scheduler", "trainer")  # groups whose plain values are a run's row
 
 
+def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in arguments.items() if value is not None}
+
+
 class TensorBoardLogger(loggers.TensorBoardLogger):
     """Lightning's logger, without a chart of the epochs' numbers, and with a row in the HPARAMS tab.
 
@@ -62,7 +66,7 @@ class WandbLogger(loggers.WandbLogger):
 
     Args:
         save_dir: The run's folder; W&B writes below ``wandb`` in it.
-        has_test: Whether a test follows the training, behind which the run then ends.
+        has_test: Whether a test follows the training, after which the run then ends.
         kwargs: Arguments of Lightning's logger and of ``wandb.init``, as ``name``, ``group``, ``tags`` and ``notes``;
             those that are None are left out.
     """
@@ -72,11 +76,8 @@ class WandbLogger(loggers.WandbLogger):
         os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb" / "cache"))  # else in the home directory
         before = sorted(folder.glob("wandb/*run-*-*"))  # offline-run-20260131_235959-<id>
         version = before[-1].name.split("run-", 1)[1].split("-", 1)[1] if before else None
-        super().__init__(
-            save_dir=save_dir,
-            **{"version": version, "name": folder.name, "group": folder.parent.name, "reinit": "create_new"}
-            | {key: value for key, value in kwargs.items() if value is not None},
-        )
+        own = {"version": version, "name": folder.name, "group": folder.parent.name, "reinit": "create_new"}
+        super().__init__(save_dir=save_dir, **own | _given(kwargs))
         del self._wandb_init["anonymous"]  # W&B warns of it
         self._has_test = has_test
 
@@ -102,7 +103,7 @@ class WandbLogger(loggers.WandbLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """End the run; Lightning calls this behind the training, behind the test and on errors."""
+        """End the run; Lightning calls this after the training, after the test and on errors."""
         super().finalize(status)
         if self._experiment is not None and not (status == "success" and self._has_test):
             self._experiment.finish(exit_code=int(status != "success"))
@@ -144,13 +145,10 @@ class MLFlowLogger(loggers.MLFlowLogger):
             path = Path(tracking_uri.removeprefix("sqlite:///"))
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(f"{path}.lock")
+        run_id = self._id_path.read_text() if self._id_path.exists() else None
+        named = {"run_name": self._folder.name} | _given(kwargs)
         with self._lock:
-            super().__init__(
-                tracking_uri=tracking_uri,
-                run_id=self._id_path.read_text() if self._id_path.exists() else None,
-                tags=given,
-                **{"run_name": self._folder.name} | {key: value for key, value in kwargs.items() if value is not None},
-            )
+            super().__init__(tracking_uri=tracking_uri, run_id=run_id, tags=given, **named)
 
     @property
     @rank_zero_experiment

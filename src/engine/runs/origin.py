@@ -82,18 +82,15 @@ def git(*arguments: str, cwd: Path | None = None, given: bytes = b"", env: Mappi
         CalledProcessError: If it fails; ``stderr`` says why.
     """
     command = ["git", "--no-optional-locks", "--literal-pathspecs", *arguments]
-    return subprocess.run(
-        command, cwd=cwd or ROOT, input=given, capture_output=True, check=True, env={**os.environ, **(env or {})}
-    ).stdout
+    env = {**os.environ, **(env or {})}
+    return subprocess.run(command, cwd=cwd or ROOT, input=given, capture_output=True, check=True, env=env).stdout
 
 
 def _read_changes() -> tuple[str | None, Path, list[str], bool]:
     """The commit, the repository's folder, its untracked files and whether others differ; None without git."""
     try:
         top, commit = git("rev-parse", "--show-toplevel", "HEAD").decode().splitlines()
-        status = git("status", "--porcelain", "-z", "--untracked-files=all", cwd=Path(top)).decode(
-            "utf-8", "surrogateescape"
-        )
+        status = os.fsdecode(git("status", "--porcelain", "-z", "--untracked-files=all", cwd=Path(top)))
     except (OSError, subprocess.CalledProcessError):
         return None, ROOT, [], False
     entries = status.split("\0")[:-1]
@@ -122,10 +119,8 @@ def _make_patch(top: Path, untracked: list[str]) -> tuple[bytes, list[str]]:
             "GIT_ALTERNATE_OBJECT_DIRECTORIES": objects,
         }  # fmt: skip
         if kept:
-            given = "\0".join(kept).encode("utf-8", "surrogateescape")
-            git(
-                "add", "--intent-to-add", "--pathspec-from-file=-", "--pathspec-file-nul", cwd=top, given=given, env=env
-            )
+            listing = ("--pathspec-from-file=-", "--pathspec-file-nul")
+            git("add", "--intent-to-add", *listing, cwd=top, given=os.fsencode("\0".join(kept)), env=env)
         plain = ("--no-color", "--no-ext-diff", "--no-textconv", "--no-renames", "--src-prefix=a/", "--dst-prefix=b/")
         patch = git("diff", "--binary", *plain, "HEAD", cwd=top, env=env)
     if len(patch) > MAX_BYTES:

@@ -39,7 +39,6 @@ class Record(Callback):
         self._folder = Path(cfg.output_dir)
         self._start = time.perf_counter()
         self._environment = environment()
-        self._saved: list[str] = []  # the checkpoints that are there, in the order in which they were written
         if trainer.is_global_zero:
             self._begin()
 
@@ -48,10 +47,8 @@ class Record(Callback):
         self._folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(plain_config(self.cfg), self._folder / "config.yaml")
         before = read_status(self._folder)
-        paths = sorted(list_checkpoints(self._folder), key=lambda path: path.stat().st_mtime)
-        self._saved = list(map(self._relative, paths))
         origin = describe_origin(self._folder, self.trainer.strategy.root_device)
-        changed = compare_origins(before, origin) if self._saved and self.cfg.ckpt_path else ""
+        changed = compare_origins(before, origin) if list_checkpoints(self._folder) and self.cfg.ckpt_path else ""
         if changed:
             log.warning(f"perhaps not an exact continuation: {changed}")
         origin |= {
@@ -70,14 +67,13 @@ class Record(Callback):
 
     def _note(self, path: Path | None = None) -> None:
         """Note which checkpoints there are, a new one among them, and which is the one to use."""
-        before = (self._saved, self.best)
-        names = [*self._saved, *([self._relative(path)] if path else [])]
-        there = [name for name in dict.fromkeys(reversed(names)) if (self._folder / name).is_file()]
-        self._saved, self.best = there[::-1], self._find_best(there)
-        if before != (self._saved, self.best):
-            add_to_status(self._folder, {"checkpoints": self._saved, "best": self.best})
+        paths = [path, *list_checkpoints(self._folder)] if path else list_checkpoints(self._folder)
+        paths.sort(key=lambda path: path.stat().st_mtime_ns)
+        names = list(dict.fromkeys(map(self._relative, paths)))
+        self.best = self._find_best(names)
+        add_to_status(self._folder, {"checkpoints": names, "best": self.best})
 
-    def _find_best(self, newest_first: list[str]) -> dict[str, Any]:
+    def _find_best(self, names: list[str]) -> dict[str, Any]:
         """What the run's ModelCheckpoint says is best, by the run's monitor if there are several; else the last."""
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         judges = [each for each in callbacks if isinstance(each, ModelCheckpoint) and each.best_model_path]
@@ -87,7 +83,7 @@ class Record(Callback):
             if path.is_file() and each.dirpath and path.is_relative_to(each.dirpath):
                 score = None if each.monitor is None or each.best_model_score is None else float(each.best_model_score)
                 return {"checkpoint": self._relative(path), "score": score, "monitor": each.monitor, "mode": each.mode}
-        return {"checkpoint": next(iter(newest_first), None), "score": None, "monitor": None, "mode": None}
+        return {"checkpoint": names[-1] if names else None, "score": None, "monitor": None, "mode": None}
 
     def _relative(self, path: Path) -> str:
         path, folder = path.resolve(), self._folder.resolve()

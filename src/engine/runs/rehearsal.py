@@ -1,18 +1,16 @@
 """What is only known with data is found before the first epoch, by Lightning's sanity check of one validation batch."""
 
-import copy
 import difflib
 import logging
+import pickle
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch import nn
 
 from src.engine.errors import ConfigError
 from src.engine.runs.checkpoint_io import is_plain
@@ -55,7 +53,7 @@ class Rehearsal(Callback):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
-        self._kept: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._kept: list[tuple[nn.Module, dict[str, bytes]]] = []
         self._awaited: list[tuple[str, str]] = []  # each metric that training may log, and what is wrong if not
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,9 +70,7 @@ class Rehearsal(Callback):
                     pl_module.clip_gradients(optimizer)
             except RuntimeError as error:
                 raise ConfigError(f"trainer.gradient_clip_val={trainer.gradient_clip_val}: {error}") from error
-        modes = {
-            (monitor, key.replace("monitor", "mode"), _mode(each)) for key, monitor, each in self._monitors(trainer)
-        }
+        modes = {(monitor, key.replace("monitor", "mode"), _mode(who)) for key, monitor, who in self._monitors(trainer)}
         for monitor, key, mode in sorted(modes) if trainer.is_global_zero else ():
             if (mode == "max" and LOW.search(monitor)) or (mode == "min" and HIGH.search(monitor)):
                 end, other = ("highest", "min") if mode == "max" else ("lowest", "max")
@@ -86,7 +82,8 @@ class Rehearsal(Callback):
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the state of the module."""
-        self._kept = [(module, copy.deepcopy(_attributes(module))) for module in pl_module.modules()]
+        for module in pl_module.modules():
+            self._kept.append((module, {name: pickle.dumps(value) for name, value in _attributes(module).items()}))
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module its state back, and look at what was logged.
@@ -152,9 +149,8 @@ def _mode(waiting: Any) -> str:
 def _names(trainer: Trainer) -> set[str]:
     """The metrics of an epoch so far; in its sanity check Lightning has those of several loaders in no public place."""
     results: Any = trainer._results
-    return {*trainer.callback_metrics} | {
-        name for each in results.values() if each.meta.on_epoch for name in results._forked_name(each, False)
-    }
+    names = [results._forked_name(each, False) for each in results.values() if each.meta.on_epoch]
+    return {*trainer.callback_metrics}.union(*names)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -163,19 +159,11 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return own | dict(module.named_buffers(recurse=False))
 
 
-def _restore(module: nn.Module, kept: Mapping[str, Any]) -> None:
+def _restore(module: nn.Module, kept: Mapping[str, bytes]) -> None:
     """Set back what has changed."""
     now = _attributes(module)
     for name in now.keys() - kept.keys():
         delattr(module, name)
-    for name, value in kept.items():
-        if name not in now or not _is_same(now[name], value):
-            setattr(module, name, value)
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    (ones, shape), (others, other_shape) = tree_flatten(one), tree_flatten(other)
-    return shape == other_shape and all(
-        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
-        for a, b in zip(ones, others, strict=True)
-    )
+    for name, content in kept.items():
+        if name not in now or pickle.dumps(now[name]) != content:
+            setattr(module, name, pickle.loads(content))

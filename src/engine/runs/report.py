@@ -5,7 +5,8 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,16 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
-    aside = path.with_name(f".{path.name}.part")  # one that a kill has left is written over
-    try:
+    with replacing(path) as aside:
         aside.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what takes a file's place once it is whole; what a kill has left there is written over."""
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        yield aside
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

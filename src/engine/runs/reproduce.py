@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -21,7 +21,7 @@ from src.engine.runs.checkpoints import find_winner
 from src.engine.runs.command import user_environment
 from src.engine.runs.origin import PATCH, compare_origins, git
 from src.engine.runs.report import listed, shown
-from src.engine.runs.resume import find_differences, quoted
+from src.engine.runs.resume import describe_differences, quoted
 from src.engine.runs.status import REPRODUCES, is_checkpoint_of, list_checkpoints, read_status, repeat_start
 from src.engine.settings.check import ROOT
 
@@ -30,18 +30,6 @@ log = logging.getLogger(__name__)
 OF_CLOCKS = ("per_second", "DeviceStatsMonitor")  # in the names of what differs from run to run
 MAX_SHOWN = 5
 Curves = dict[str, dict[int, float]]  # value by step, by name
-
-
-class Comparison(NamedTuple):
-    """How two runs compare.
-
-    Args:
-        counts: What was compared, as in ``12 curves of 480 points``.
-        differences: Where they part, the earliest step first; empty if they are equal to the bit.
-    """
-
-    counts: str
-    differences: str
 
 
 def find_run(value: str | None) -> Path:
@@ -88,12 +76,10 @@ def train_again(run: Path, folder: Path) -> None:
     for changed in status.get("resumed_with", []):
         log.warning(f"the run itself was resumed with another origin: {changed}")
     with _worktree(status, run) as tree:
-        places = ("--config-", "hydra.searchpath=")
-        arguments = [
-            argument.replace(f"{ROOT}{os.sep}", f"{tree}{os.sep}") if argument.startswith(places) else argument
-            for argument in repeat_start(status)
-            if not is_checkpoint_of(run, argument)
-        ]
+        arguments = [argument for argument in repeat_start(status) if not is_checkpoint_of(run, argument)]
+        for number, argument in enumerate(arguments):
+            if argument.startswith(("--config-", "hydra.searchpath=")):  # in the code of then
+                arguments[number] = argument.replace(f"{ROOT}{os.sep}", f"{tree}{os.sep}")
         command = [sys.executable, "-m", "src.train", *arguments, f"seed={config['seed']}"]
         environment = {
             **user_environment(), REPRODUCES: str(run), "OMP_NUM_THREADS": str(status["threads"]),
@@ -101,20 +87,17 @@ def train_again(run: Path, folder: Path) -> None:
             "PYTHONSAFEPATH": "1",  # else the code of the working directory comes first
         }  # fmt: skip
         cwd = status["cwd"] if Path(status["cwd"]).is_dir() else tree
-        process = subprocess.Popen([*command, f"hydra.run.dir={quoted(folder)}"], cwd=cwd, env=environment)
-        try:
-            while process.poll() is None and "data" not in read_status(folder):
-                time.sleep(0.1)
-            if "data" in (now := read_status(folder)):
-                changed = find_differences(config, _read_config(folder))
-                settings = listed([f"{key}: {old} -> {new}" for key, (old, new) in changed.items()])
-                differs = ", ".join(filter(None, [compare_origins(status, now), settings]))
-                log.info(f"differs from {shown(run)}: {differs}" if differs else f"trains like {shown(run)}")
-            process.wait()
-        finally:
-            if process.poll() is None:
-                process.terminate()
+        with subprocess.Popen([*command, f"hydra.run.dir={quoted(folder)}"], cwd=cwd, env=environment) as process:
+            try:
+                while process.poll() is None and "data" not in read_status(folder):
+                    time.sleep(0.1)
+                if "data" in (now := read_status(folder)):
+                    settings = describe_differences(config, _read_config(folder))
+                    differs = ", ".join(filter(None, [compare_origins(status, now), settings]))
+                    log.info(f"differs from {shown(run)}: {differs}" if differs else f"trains like {shown(run)}")
                 process.wait()
+            finally:
+                process.terminate()  # nothing comes of it where it has ended
     if process.returncode:
         raise ReproductionError(f"run={run}: to train it again failed with exit status {process.returncode}; see above")
 
@@ -143,13 +126,17 @@ def _read_config(folder: Path) -> Any:
     return OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
 
 
-def compare_runs(run: Path, again: Path) -> Comparison:
-    """Compare the curves, the metrics and the weights of two runs; what clocks say is left out."""
+def compare_runs(run: Path, again: Path) -> tuple[str, str]:
+    """Compare the curves, the metrics and the weights of two runs; what clocks say is left out.
+
+    Returns:
+        What was compared, as in ``12 curves of 480 points``, and where the two part, the earliest step first; that is
+        empty if they are equal to the bit.
+    """
     curves, others = read_curves(run), read_curves(again)
     common = sorted(curves.keys() & others.keys())
-    steps = {step for name in common for step in {*curves[name], *others[name]}}
     found = []
-    for step in sorted(steps):
+    for step in sorted({step for name in common for step in {*curves[name], *others[name]}}):
         pair = [{name: each[name][step] for name in common if step in each[name]} for each in (curves, others)]
         if parted := _compare(*pair):
             found.append(f"the curves part at step {step}: {parted}")
@@ -157,16 +144,15 @@ def compare_runs(run: Path, again: Path) -> Comparison:
     metrics = _read_metrics(run)
     if parted := _compare(metrics, _read_metrics(again)):
         found.append(f"the last metrics differ: {parted}")
-    files = [path for path in list_checkpoints(run) if path.is_relative_to(run)]
+    files = [path.relative_to(run) for path in list_checkpoints(run) if path.is_relative_to(run)]
     for path in files:
-        if not (again / path.relative_to(run)).is_file():
-            found.append(f"{path.relative_to(run)} is only there")
-        elif distance := _measure(path, again / path.relative_to(run)):
+        if not (again / path).is_file():
+            found.append(f"{path} is only there")
+        elif distance := _measure(run / path, again / path):
             found.append(f"the weights of {path.name} differ by up to {distance:.2g}")
-    num_points = sum(len(curves[name]) for name in common)
     weights = f", weights of {', '.join(path.name for path in files)}" if files else ""
-    counts = f"{len(common)} curves of {num_points:,} points, {len(metrics)} metrics{weights}"
-    return Comparison(counts, "; ".join(found))
+    num_points = sum(len(curves[name]) for name in common)
+    return f"{len(common)} curves of {num_points:,} points, {len(metrics)} metrics{weights}", "; ".join(found)
 
 
 def read_curves(folder: Path) -> Curves:

@@ -66,15 +66,9 @@ def expand(arguments: Sequence[str]) -> list[str]:
         raise ConfigError(f"resume={value}: process {status.get('process')} on {status.get('host')} is at work on it")
     if status["state"] == "finished" and not own:
         raise ConfigError(f"resume={value}: this run has finished; to train longer, add trainer.max_epochs=<more>")
-    checkpoint = find_checkpoint(folder)
-    return [
-        *flags,
-        *repeat_start(status),
-        *own,
-        f"resume={quoted(folder)}",
-        f"hydra.run.dir={quoted(folder)}",
-        *([f"ckpt_path={quoted(checkpoint)}"] if checkpoint else []),
-    ]
+    places = {"resume": folder, "hydra.run.dir": folder, "ckpt_path": find_checkpoint(folder)}
+    named = [f"{key}={quoted(path)}" for key, path in places.items() if path]
+    return [*flags, *repeat_start(status), *own, *named]
 
 
 def _key(argument: str) -> str:
@@ -148,7 +142,7 @@ def check_difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> Non
     Raises:
         ConfigError: If a difference would be without effect, or would not make sense.
     """
-    changed = find_differences(stored, asked)
+    changed = _find_differences(stored, asked)
     schedule = (stored.get("scheduler") or {}).get("scheduler") or {}
     bound: tuple[str, ...] = ()  # what the schedule is made for
     if schedule.get("total_steps", 0) is None:
@@ -167,19 +161,23 @@ def check_difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> Non
         if key.partition(".")[0] in KEPT:
             raise ConfigError(f"{said}, which its checkpoint keeps; leave it so, or start a new run")
     if changed:
-        differs = listed([f"{key}: {before} -> {now}" for key, (before, now) in changed.items()])
-        log.warning(f"not an exact continuation: the config differs: {differs}")
+        log.warning(f"not an exact continuation: the config differs: {describe_differences(stored, asked)}")
 
 
-def find_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Both values of each key in which two runs' configs differ, but for those that tell where a run is."""
-    old, new = (
-        {key: (str(value).replace(str(config.get("output_dir")), ""), value) for key, value in leaves(config)}
-        for config in (one, other)
-    )
-    keys = [key for key in old | new if key.partition(".")[0] not in BESIDE]
-    pairs = {key: (old.get(key, ("None", None)), new.get(key, ("None", None))) for key in keys}
-    return {key: (before[1], now[1]) for key, (before, now) in pairs.items() if before[0] != now[0]}
+def describe_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """What differs between two runs' configs, but for what tells where a run is; empty if nothing does."""
+    return listed([f"{key}: {before} -> {now}" for key, (before, now) in _find_differences(one, other).items()])
+
+
+def _find_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    old, new = dict(leaves(one)), dict(leaves(other))
+    pairs = {key: (old.get(key), new.get(key)) for key in old | new if key.partition(".")[0] not in BESIDE}
+    folders = [str(config.get("output_dir")) for config in (one, other)]
+    return {
+        key: pair
+        for key, pair in pairs.items()
+        if len({str(value).replace(folder, "") for value, folder in zip(pair, folders, strict=True)}) > 1
+    }
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

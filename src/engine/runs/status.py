@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 from collections.abc import Iterator, Mapping
@@ -22,9 +23,7 @@ LOCK = ".lock"
 INTERRUPTED = 128  # exit statuses above it are signals
 REPRODUCES = "REPRODUCES_RUN"  # in the environment of a run that src.reproduce starts: the other run
 # Hydra's settings that say where a run and its files are, or belong to the sweep that it was a part of.
-OF_STARTS = (
-    "hydra.run.", "hydra.mode=", "hydra.searchpath=", "hydra.sweep", "hydra/sweep", "hydra.launcher", "hydra/launcher",
-)  # fmt: skip
+OF_STARTS = re.compile(r"[+~]*hydra[./](run\.|mode=|searchpath=|sweep|launcher)")
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -76,7 +75,7 @@ def describe_start(hydra: Any) -> dict[str, Any]:
         return [str(Path.cwd() / path) if schema == "file" else f"{schema}://{path}" for schema, path in found]
 
     own: Any = OmegaConf.to_container(hydra.overrides.hydra)
-    own = [override for override in own if not override.lstrip("+~").startswith(OF_STARTS)]
+    own = [override for override in own if not OF_STARTS.match(override)]
     if searched := find_places("hydra.searchpath in command-line"):  # relative to where it was typed
         own.append(f"hydra.searchpath={[place if '://' in place else f'file://{place}' for place in searched]}")
     return {

@@ -82,10 +82,7 @@ def _build_logger(node: DictConfig, first_step: int | None) -> Any:
         lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)  # without one that a kill has cut off
         if rows := list(csv.reader(lines)):
             logger.experiment.metrics_keys = rows[0]
-            step = rows[0].index("step")
-            kept = [
-                line for line, row in zip(lines, rows, strict=True) if row is rows[0] or int(row[step]) < first_step
-            ]
-            write_text(path, "".join(kept))
+            steps = [-1, *(int(row[rows[0].index("step")]) for row in rows[1:])]  # the first line has the names
+            write_text(path, "".join(line for line, step in zip(lines, steps, strict=True) if step < first_step))
         before.unlink(missing_ok=True)
     return logger

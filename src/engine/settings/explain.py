@@ -59,7 +59,7 @@ def _explain(error: BaseException, config_name: str, cfg: DictConfig | None) -> 
         return _explain_constructor(error.__cause__ or error, found[1] if found else "config", cfg)
     if cfg is not None and _is_restoring(error, cfg):
         said = f"{' '.join(str(error).split())[:400] or type(error).__name__}{_where(error)}"
-        return f"ckpt_path={cfg.ckpt_path}: does not fit this run: {said}"
+        return f"ckpt_path={cfg.ckpt_path}: does not fit this run: {said}; init.weights=<file> takes only its weights"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return " ".join(_explain_config(error, config_name).split())  # a value may have line breaks
     if any(kind.__module__ == "src.engine.errors" for kind in type(error).__mro__):

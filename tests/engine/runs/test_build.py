@@ -355,6 +355,20 @@ def test_a_malformed_part_is_told_with_the_file(part: str, whole: Path, tmp_path
         assert raised or name in LEGAL, name
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_an_optimizers_state_that_does_not_fit_is_told_with_the_remedy(whole: Path, tmp_path: Path) -> None:
+    bad, content = tmp_path / "bad.ckpt", torch.load(whole, weights_only=True)
+    content["optimizer_states"][0]["param_groups"][0]["params"].pop()
+    torch.save(content, bad)
+    cfg = compose_tiny(tmp_path, "trainer.max_epochs=2", "data.num_rows=40", "scheduler=plateau", f"ckpt_path={bad}")
+    error = _raised(train, cfg)
+    assert error
+    said = explain(error, cfg=cfg)
+    assert said.startswith(f"error: ckpt_path={bad}: does not fit this run: loaded state dict contains a parameter")
+    assert said.endswith("; init.weights=<file> takes only its weights")
+    assert len(said.splitlines()) == 1
+
+
 def test_weights_that_do_not_fit_are_named(checkpoint: Path, tmp_path: Path) -> None:
     content = torch.load(checkpoint, weights_only=True)
     content["config"]["model"]["net"]["num_hidden"] = 3

@@ -169,6 +169,15 @@ def test_a_run_that_begins_from_anothers_checkpoint_does_not_call_that_ones_best
     assert load_checkpoint(find_best(second))["global_step"] == 6 * STEPS
 
 
+def test_a_run_without_validation_calls_nothing_best_by_anothers_metrics(tmp_path: Path) -> None:
+    run(tmp_path / "first")
+    last = tmp_path / "first" / "checkpoints" / "last.ckpt"
+    second = tmp_path / "second"
+    status, _ = run(second, f"ckpt_path={last}", "trainer.max_epochs=6", "trainer.limit_val_batches=0")
+    assert (status["best"]["checkpoint"], status["best"]["score"]) == ("checkpoints/last.ckpt", None)
+    assert "val/acc" not in json.loads((second / "metrics.json").read_text())["metrics"]
+
+
 def test_a_run_says_what_it_comes_from_when_it_starts(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="step 5 fails"):
         run(tmp_path, "+callbacks.fail={_target_: tests.engine.faults.FailAt, step: 5}")

@@ -426,6 +426,17 @@ def test_the_latest_run_is_one_of_training(whole: Path, tmp_path: Path, monkeypa
         expand([f"resume={quoted(folder)}"])
 
 
+def test_the_latest_run_is_so_by_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROJECT_ROOT", str(tmp_path))
+    runs = [tmp_path / "logs" / "train" / name for name in ("first", "second")]
+    for run in runs:
+        run.mkdir(parents=True)
+        write_status(run, "interrupted", {"overrides": [], "config_dirs": []})
+        time.sleep(0.002)  # its clock counts milliseconds
+    os.utime(runs[0] / "status.json", (2e9, 2e9))  # as a copy may have it
+    assert f"hydra.run.dir={quoted(runs[1])}" in expand(["resume=latest"])
+
+
 @pytest.mark.slow
 def test_the_command_as_a_user_types_it(runs: Runs, whole: Path) -> None:
     runs.kill("typed", 20)

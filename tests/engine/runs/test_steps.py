@@ -111,7 +111,7 @@ def test_a_schedule_counts_steps(schedule: str, tmp_path: Path) -> None:
 def test_a_schedule_made_for_the_steps_is_not_made_longer(tmp_path: Path) -> None:
     settings = (*STEPS, "scheduler=warmup_cosine", "trainer.max_steps=10")
     run(tmp_path, *settings)
-    with pytest.raises(ConfigError, match=r"trainer\.max_steps=20: .* 10, and its schedule, warmup_cosine, ends with"):
+    with pytest.raises(ConfigError, match=r"trainer\.max_steps=20: .* 10, and its schedule, warmup_cosine, is made"):
         run(tmp_path, *settings, "trainer.max_steps=20", f"ckpt_path={last(tmp_path)}")
 
 
