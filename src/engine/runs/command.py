@@ -109,7 +109,7 @@ def in_sweep() -> bool:
 
 @contextmanager
 def short_errors(cfg: DictConfig) -> Iterator[None]:
-    """Within a job: log an error in short, its trace to the log file alone, and end with exit status 1.
+    """Within a job: log an error in short, its trace only to the log file, and end with exit status 1.
 
     In a sweep the error is written to ``error.txt`` too. Each job is checked here, since ``Preflight`` checks
     single runs only.

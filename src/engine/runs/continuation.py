@@ -42,7 +42,7 @@ def collect(trainer: Trainer, means: dict[str, list[Tensor]], in_step: bool = Fa
 
 
 def prepare(trainer: Trainer, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Have a run that is to be longer than it was train on where it had ended, and return what ``go_on`` needs."""
+    """Have a run that is to be longer than it was train on where it had ended, and return what ``resume`` needs."""
     before = checkpoint.get("config", {}).get("trainer", {})
     lengths = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
     is_longer = any(value != before[name] for name, value in lengths.items() if before.get(name) is not None)
@@ -61,7 +61,7 @@ def prepare(trainer: Trainer, checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {**loaded, "loader_states": fit_loop["state_dict"].get("combined_loader", [])}
 
 
-def go_on(trainer: Trainer, loaded: dict[str, Any]) -> dict[str, list[Tensor]]:
+def resume(trainer: Trainer, loaded: dict[str, Any]) -> dict[str, list[Tensor]]:
     """Take over where a checkpoint was written, and warn of what is not exact.
 
     Returns:

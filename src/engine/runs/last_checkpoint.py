@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from, and the signals that stop a run."""
+"""The checkpoint that a run resumes from, and the signals that stop a run."""
 
 import logging
 import signal
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes ``last.ckpt``, from which a run goes on as if it had not stopped, to the bit.
+    """Writes ``last.ckpt``, from which a run resumes as if it had not stopped, to the bit.
 
     It is written when a step or an epoch is over with all that belongs to it. Lightning's hooks come earlier: what is
     logged after them would be missing from the curves, and ReduceLROnPlateau would miss a step. So it is written
@@ -83,7 +83,7 @@ class LastCheckpoint(Checkpoint):
                     self._handlers[signum] = handler
                     signal.signal(signum, self._note)
         if trainer.fit_loop.is_resuming:
-            self._means = continuation.go_on(trainer, self._loaded)
+            self._means = continuation.resume(trainer, self._loaded)
         self._loaded = {}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -148,7 +148,7 @@ class LastCheckpoint(Checkpoint):
         return int(signum)
 
     def _stop(self, signum: int) -> None:
-        """End the process the way that the signal's own handler does; without a signal, go on."""
+        """End the process the way that the signal's own handler does; without a signal, nothing."""
         if signum:
             self._signum = 0
             self._handlers[signum](signum, None)

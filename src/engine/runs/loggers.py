@@ -1,4 +1,4 @@
-"""Experiment trackers: each run, or job of a sweep, is one run there, which ends with it and goes on with it."""
+"""Experiment trackers: each run, or job of a sweep, is one run there, which ends with it and resumes with it."""
 
 import os
 import sys
@@ -62,7 +62,7 @@ class TensorBoardLogger(loggers.TensorBoardLogger):
 class WandbLogger(loggers.WandbLogger):
     """Lightning's logger for Weights & Biases, whose run is called as the folder, and its group as the folder above.
 
-    A run that goes on in its folder keeps its id. Steps that W&B has already are not logged twice: it ignores them.
+    A run that resumes in its folder keeps its id. Steps that W&B has already are not logged twice: it ignores them.
 
     Args:
         save_dir: The run's folder; W&B writes below ``wandb`` in it.
@@ -84,7 +84,7 @@ class WandbLogger(loggers.WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """W&B's run, begun or gone on with.
+        """W&B's run, begun or resumed.
 
         Raises:
             ConfigError: If W&B refuses, or is out of reach.
@@ -113,7 +113,7 @@ class WandbLogger(loggers.WandbLogger):
 class MLFlowLogger(loggers.MLFlowLogger):
     """Lightning's logger for MLflow, whose run is called as the folder; the tag ``group`` is the folder above.
 
-    A run that goes on in its folder keeps its id, and its parameters, which MLflow does not let anybody change. Steps
+    A run that resumes in its folder keeps its id, and its parameters, which MLflow does not let anybody change. Steps
     that MLflow has already are not logged twice.
 
     Args:
@@ -136,7 +136,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         self._folder = Path(save_dir)
         self._id_path = self._folder / "mlflow_run_id"
-        self._last_steps: dict[str, int] = {}  # of the metrics that the run had when it went on
+        self._last_steps: dict[str, int] = {}  # of the metrics that the run had when it resumed
         own = dict(tags) if isinstance(tags, Mapping) else {"tags": ", ".join(tags)} if tags else {}
         described = {"mlflow.note.content": notes} if notes else {}  # the name that MLflow's page reads
         given = {"group": self._folder.parent.name, "output_dir": str(self._folder.resolve()), **own, **described}
@@ -153,7 +153,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """MLflow's client, with the run begun or gone on with."""
+        """MLflow's client, with the run begun or resumed."""
         if self._initialized:
             return super().experiment
         with self._lock:

@@ -62,14 +62,8 @@ class Rehearsal(Callback):
         Warns of the highest loss, or the lowest accuracy, as the best.
 
         Raises:
-            ConfigError: If something does, or if an optimizer's gradients cannot be clipped.
+            ConfigError: If something does.
         """
-        if trainer.gradient_clip_val and not is_overridden("configure_gradient_clipping", pl_module):
-            try:
-                for optimizer in trainer.optimizers:  # there are no gradients yet: it only says whether it could
-                    pl_module.clip_gradients(optimizer)
-            except RuntimeError as error:
-                raise ConfigError(f"trainer.gradient_clip_val={trainer.gradient_clip_val}: {error}") from error
         modes = {(monitor, key.replace("monitor", "mode"), _mode(who)) for key, monitor, who in self._monitors(trainer)}
         for monitor, key, mode in sorted(modes) if trainer.is_global_zero else ():
             if (mode == "max" and LOW.search(monitor)) or (mode == "min" and HIGH.search(monitor)):

@@ -1,4 +1,4 @@
-"""``resume=<run's folder>``: go on with a run where its last checkpoint left off."""
+"""``resume=<run's folder>``: resume a run where its last checkpoint left off."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from src.engine.errors import CheckpointError, ConfigError
 from src.engine.runs.checkpoints import find_checkpoint
 from src.engine.runs.processes import get_name, is_requeued
 from src.engine.runs.report import listed, shown
-from src.engine.runs.status import is_held, read_status, repeat_start
+from src.engine.runs.status import read_status, repeat_start
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +41,10 @@ def expand(arguments: Sequence[str]) -> list[str]:
         arguments: Those of ``python -m src.train``.
 
     Returns:
-        Arguments that go on with the run; what else was given goes before what it was started with.
+        Arguments that resume the run; what else was given overrides what it was started with.
 
     Raises:
-        ConfigError: If there is no such run, it is at work, has finished, or its checkpoints are all damaged.
+        ConfigError: If there is no such run, it has finished, or its checkpoints are all damaged.
     """
     asked = [argument for argument in arguments if _key(argument) == "resume"]
     try:
@@ -54,16 +54,14 @@ def expand(arguments: Sequence[str]) -> list[str]:
     if value is None:
         return list(arguments)
     flags = [argument for argument in arguments if not _key(argument)]
-    own = [argument for argument in arguments if argument not in flags and argument not in asked]
+    own = [argument for argument in arguments if _key(argument) not in ("", "resume")]
     if {"-m", "--multirun"} & set(flags):
-        raise ConfigError(f"resume={value}: goes on with one run; a sweep does by its command and hydra.sweep.dir")
+        raise ConfigError(f"resume={value}: resumes one run; a sweep resumes by its own command with hydra.sweep.dir")
     for override in own:
         if _key(override) in ("ckpt_path", "hydra.run.dir"):
             raise ConfigError(f"{override}: resume={value} chooses this itself; leave one of the two out")
     folder = _find_run(str(value)).resolve()
     status = read_status(folder)
-    if is_held(folder) and not get_name():  # the first of several processes may be there already
-        raise ConfigError(f"resume={value}: process {status.get('process')} on {status.get('host')} is at work on it")
     if status["state"] == "finished" and not own:
         raise ConfigError(f"resume={value}: this run has finished; to train longer, add trainer.max_epochs=<more>")
     places = {"resume": folder, "hydra.run.dir": folder, "ckpt_path": find_checkpoint(folder)}
@@ -133,7 +131,7 @@ def find_first_step(cfg: DictConfig, asked: Mapping[str, Any], checkpoint: Mappi
 
 
 def check_difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Compare the config of a checkpoint with the one that is to go on from it, and warn of what differs.
+    """Compare the config of a checkpoint with that of the run that resumes from it, and warn of what differs.
 
     Args:
         stored: The checkpoint's config, plain.

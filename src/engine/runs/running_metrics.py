@@ -4,6 +4,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -22,7 +23,7 @@ def restore_metrics(pl_module: pl.LightningModule, collected: dict[str, dict[str
     for name, metric in pl_module.named_modules():
         if isinstance(metric, Metric) and name in collected:
             for key, state in collected[name]["states"].items():
-                setattr(metric, key, _to(state, pl_module.device))
+                setattr(metric, key, move_data_to_device(state, pl_module.device))
             metric._update_count = collected[name]["update_count"]
 
 
@@ -36,7 +37,7 @@ def collect_means(trainer: pl.Trainer) -> dict[str, list[Tensor]]:
 
 
 def restore_means(trainer: pl.Trainer, collected: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    """Add what was collected; to be called behind a step, since the first ``self.log`` makes what it is added to.
+    """Add what was collected; to be called after a step, since the first ``self.log`` makes what it is added to.
 
     Returns:
         What has not been logged yet, for a later step.
@@ -45,16 +46,10 @@ def restore_means(trainer: pl.Trainer, collected: dict[str, list[Tensor]]) -> di
     for name, result in results.items():
         if name in collected:
             value, weight = (tensor.to(result.value.device) for tensor in collected[name])
-            if result.meta.is_max_reduction:
-                result.value = torch.maximum(result.value, value)
-            elif result.meta.is_min_reduction:
-                result.value = torch.minimum(result.value, value)
+            if result.meta.is_max_reduction or result.meta.is_min_reduction:
+                result.value = result.meta.reduce_fx(result.value, value)
             else:
                 result.value = value + result.value
             if result.meta.is_mean_reduction:
                 result.cumulated_batch_size = weight + result.cumulated_batch_size
     return {name: mean for name, mean in collected.items() if name not in results}
-
-
-def _to(state: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
-    return [tensor.to(device) for tensor in state] if isinstance(state, list) else state.to(device)

@@ -110,9 +110,9 @@ def is_checkpoint_of(folder: Path, override: str) -> bool:
 
 @contextmanager
 def tracked(folder: Path, start: Mapping[str, Any]) -> Iterator[None]:
-    """Keep ``status.json`` while a run goes on, and other runs out of its folder.
+    """Keep ``status.json`` while a run is at work, and other runs out of its folder.
 
-    An attempt to go on that leaves no checkpoint, since it was refused, say, changes nothing in how the run was
+    An attempt to resume that leaves no checkpoint, since it was refused, say, changes nothing in how the run was
     started; had it finished, it still has.
 
     Raises:

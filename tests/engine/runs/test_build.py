@@ -434,21 +434,3 @@ def test_names_that_do_not_fit_are_still_refused(tmp_path: Path) -> None:
     state["net._orig_mod.7.weight"] = state.pop("net.0.weight")
     with pytest.raises(RuntimeError, match=r'Missing key.*"net\.0\.weight"'):
         module.load_state_dict(state)
-
-
-def test_without_a_checkpoint_callback_lightning_adds_none_of_its_own(tmp_path: Path) -> None:
-    cfg = compose_tiny(tmp_path, "callbacks.checkpoint=null", "callbacks.last=null", "trainer.log_every_n_steps=1")
-    train(cfg)
-    assert not list(tmp_path.rglob("*.ckpt"))
-
-
-def test_each_logger_gets_the_config(tmp_path: Path) -> None:
-    train(compose_tiny(tmp_path, "logger=csv", "trainer.max_epochs=1", "trainer.log_every_n_steps=1"))
-    logged = (tmp_path / "csv" / "hparams.yaml").read_text()
-    assert "max_epochs: 1" in logged
-
-
-def test_the_precision_of_matrix_products_is_a_setting_of_the_run(tmp_path: Path) -> None:
-    for given, expected in (("medium", "medium"), ("null", "highest")):  # on a CPU; high on Tensor Cores
-        build_trainer(compose_tiny(tmp_path, f"float32_matmul_precision={given}"))
-        assert torch.get_float32_matmul_precision() == expected

@@ -1,15 +1,11 @@
 """Bad input, from the command line: one or two lines, a non-zero exit, nothing left behind."""
 
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from src.engine.runs.command_line import arrange, describe_command
 from src.engine.settings.check import ROOT
 from tests import forks
 from tests.compose import needs_mnist, run_command
@@ -138,61 +134,6 @@ def test_no_network_is_said_where_a_download_was_asked_for(tmp_path: Path) -> No
     assert "Traceback" not in result.stderr
 
 
-COUNT_PAGE_FAULTS = """
-import gc, os, resource
-from src.engine.runs.preflight import load_libraries
-load_libraries()
-import torch
-for turn in range(60):
-    if turn == 10:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    kept = [torch.zeros(2_000_000).add_(1) for _ in range(4)]  # 8 MB each, as the layers of a batch
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, gc.isenabled(), torch.cuda.is_available())
-print(repr(os.environ.get("CUDA_VISIBLE_DEVICES")))
-"""
-
-
-def _count_page_faults() -> list[str]:
-    command = [sys.executable, "-c", COUNT_PAGE_FAULTS]
-    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    assert result.stderr == ""  # at the process's end, too
-    return result.stdout.split()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-def test_a_commands_steps_find_the_memory_of_the_step_before() -> None:
-    faults, gc_enabled, has_gpu, visible = _count_page_faults()
-
-    assert int(faults) < 50 * 4 * 8_000_000 / 4096 / 10  # a tenth of all pages; without, half of them as a rule
-    assert gc_enabled == "True"
-    assert visible == ("None" if has_gpu == "True" else "''")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "arranged"),
-    [
-        (["seed=1,2", "-m"], ["-m", "seed=1,2"]),
-        (["a=1", "--config-dir", "x", "-m", "b=2"], ["--config-dir", "x", "-m", "a=1", "b=2"]),
-        (["--config-dir=x", "~callbacks.lr", "+note=1"], ["--config-dir=x", "~callbacks.lr", "+note=1"]),
-        (["callbacks=null", "optimizer=null", "monitor=null"], ["callbacks=[]", "optimizer=[]", "monitor=null"]),
-        (["a=1", "--cfg", "job"], ["--cfg", "job", "a=1"]),
-        (["--optimizer.lr=0.1", "--cfg=job", "-m"], ["--cfg=job", "-m", "optimizer.lr=0.1"]),  # as W&B's agent has it
-    ],
-)
-def test_flags_and_settings_may_come_in_any_order(arguments: list[str], arranged: list[str]) -> None:
-    assert arrange(arguments, "train") == arranged
-
-
-def test_words_without_a_key_are_files_where_a_command_takes_them(tmp_path: Path) -> None:
-    odd = tmp_path / "a=b, c.png"
-    odd.touch()
-    arranged = arrange(["x.png", "batch_size=2", str(odd)], "predict", "inputs")
-    assert arranged == ["batch_size=2", f"inputs=['x.png','{odd}']"]
-    assert OverridesParser.create().parse_override(arranged[-1]).value() == ["x.png", str(odd)]
-
-
 @pytest.mark.parametrize(
     ("command", "said"),
     [
@@ -219,14 +160,6 @@ def test_what_misleads_elsewhere_is_told_with_its_remedy(command: str, said: str
     (line,) = _lines(result.stdout + result.stderr)
     assert line.startswith(said)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_help_shows_a_commands_own_keys_a_line_each() -> None:
-    said = describe_command("test")
-    for line in ("ckpt_path: null ", "  root: null", "  batch_size: null", "accelerator=auto, cpu, gpu, mps"):
-        assert f"\n{line}" in said
-    assert "optimizer" not in said
-    assert "\noptimizer=adam, adamw" in describe_command("train")
 
 
 @pytest.mark.parametrize("option", ["stdout", "none", "disabled"])

@@ -409,7 +409,7 @@ def test_resuming_nothing_is_refused_in_a_line(tmp_path: Path, tmp_path_factory:
         (line,) = result.stderr.splitlines()
         assert re.match(f"error: {reason}", line), line
     result = run_command("train", "-m", "resume=latest", PROJECT_ROOT=str(tmp_path))
-    assert "goes on with one run; a sweep does by its command and hydra.sweep.dir" in result.stderr
+    assert "resumes one run; a sweep resumes by its own command with hydra.sweep.dir" in result.stderr
 
 
 def test_the_latest_run_is_one_of_training(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
