@@ -136,9 +136,8 @@ def divide(given: list[Any], entries: Sequence[Mapping[str, Any]], module: nn.Mo
         for item in group["params"]:
             parameter = item[1] if isinstance(item, tuple) else item
             name = names.get(id(parameter), "")
-            fitting = (number for number, entry in enumerate(entries) if matches(name, entry.get("match", "*")))
-            number = next(fitting, len(entries))
-            entry = entries[number] if number < len(entries) else {}
+            fitting = (pair for pair in enumerate([*entries, {}]) if matches(name, pair[1].get("match", "*")))
+            number, entry = next(fitting)
             is_spared = bool(entry.get("no_decay")) and parameter.dim() < 2
             new = {**group, **{key: value for key, value in entry.items() if key not in OWN}, "params": []}
             new |= {"name": _name(entry), **({"weight_decay": 0.0} if is_spared else {})}
