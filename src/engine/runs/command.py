@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 QUIET = (
     ".*LeafSpec.* is deprecated",  # Lightning 2.6 calls what torch 2.15 has deprecated
     "Checkpoint directory .* exists and is not empty",  # a run that resumes in its folder
+    "Experiment logs directory .* exists and is not empty",  # nothing is deleted: a resumed run's rows are kept
     "Precision .* is not supported by the model summary",  # it says the weights' size as of 32 bits, which they have
     "The dirpath has changed",  # a run that resumes in a new folder has its best checkpoint there
     "Be aware that when using `ckpt_path`",  # a run that resumes with other callbacks: its config differs, you are told
