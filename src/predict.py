@@ -221,7 +221,7 @@ def read_files(files: Sequence[Path], read: Reader, failed: list[Path]) -> Itera
 def predict_batches(
     module: Any, datamodule: Any, accelerator: Mapping[str, Any], batches: "Iterator[Tensor] | None" = None
 ) -> Rows:
-    """The rows of what a module predicts for batches, or for those of ``predict_dataloader``.
+    """The rows of what a module predicts for batches, or for those of ``predict_dataloader`` or ``test_dataloader``.
 
     Raises:
         ConfigError: If there are several devices, or neither batches nor such a loader.
@@ -229,16 +229,23 @@ def predict_batches(
     import pytorch_lightning as pl
     from pytorch_lightning.utilities.model_helpers import is_overridden
 
+    from src.engine.runs.evaluate import complete_prediction
+
     source = datamodule or module  # without a data module the loaders are the module's
+    if batches is None:
+        complete_prediction(module, source)
     if batches is None and not is_overridden("predict_dataloader", source):
-        raise ConfigError(f"inputs=null: {type(source).__name__} has no predict_dataloader; {AS_IN}")
+        raise ConfigError(
+            f"inputs=null: {type(source).__name__} has no predict_dataloader and no test_dataloader; {AS_IN}"
+        )
     trainer = pl.Trainer(**accelerator, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     if trainer.world_size > 1:
         raise ConfigError(f"accelerator.devices={accelerator['devices']}: expected 1, or a list of one, as in [0]")
     predictions: list[Any] = trainer.predict(module, batches, datamodule if batches is None else None) or []
     if len(trainer.num_predict_batches) > 1:  # a list for each of several loaders
         predictions = list(chain.from_iterable(predictions))
-    num_classes = None if is_overridden("predict_step", module) else getattr(module, "num_classes", None)
+    is_own = type(module).predict_step is not pl.LightningModule.predict_step
+    num_classes = None if is_own else getattr(module, "num_classes", None)
     classes = getattr(datamodule, "classes", None) or range(num_classes or 0)
     return [row for prediction in predictions for row in make_rows(prediction, num_classes, classes)]
 

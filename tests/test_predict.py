@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from src.data.mnist import preprocess
 from src.data.sources import read_package
@@ -290,14 +290,52 @@ def test_a_bad_setting_is_said_and_nothing_written(arguments: list[str], message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_files_and_a_loader_it_is_said_what_is_missing(trained: Path, tmp_path: Path) -> None:
-    result = run_command("predict", f"ckpt_path={trained}", cwd=tmp_path, PROJECT_ROOT=str(trained.parents[1]))
-    assert result.returncode == 1
-    assert result.stderr == (
-        "error: inputs=null: MNISTDataModule has no predict_dataloader; name files, folders or patterns, "
-        "as in inputs='digits/*.png'\n"
-    )
-    assert list(tmp_path.iterdir()) == []
+class Forward(pl.LightningModule):
+    """Takes the first part of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = torch.nn.Linear(1, 2)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        outputs: Tensor = self.line(numbers)
+        return outputs
+
+
+class Pairs(pl.LightningDataModule):
+    """Has a test split only, which is there once it is set up; doubles the numbers on the device."""
+
+    def setup(self, stage: str) -> None:
+        if stage == "test":
+            self.numbers = torch.arange(5.0)[:, None]
+
+    def test_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(self.numbers, self.numbers), batch_size=2)
+
+    def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
+        return [2 * part for part in batch]
+
+
+class Dicts(pl.LightningDataModule):
+    def test_dataloader(self) -> Any:
+        return DataLoader([{"number": 1.0}])  # type: ignore[arg-type]  # a list is a dataset, too
+
+
+@pytest.mark.filterwarnings("ignore:The 'predict_dataloader' does not have many workers")
+def test_without_a_step_or_a_loader_forward_predicts_the_test_split() -> None:
+    module = Forward().eval()
+    rows = predict_batches(module, Pairs(), CPU)
+    with torch.no_grad():
+        expected = module(2 * torch.arange(5.0)[:, None]).tolist()
+    np.testing.assert_allclose([row["prediction"] for row in rows], expected, rtol=1e-6)
+    with pytest.raises(ConfigError, match=r"Forward has no predict_step, and its forward takes no batch .* predict_st"):
+        predict_batches(Forward().eval(), Dicts(), CPU)
+
+
+def test_without_files_and_a_loader_it_is_said_what_is_missing() -> None:
+    message = "inputs=null: LightningDataModule has no predict_dataloader and no test_dataloader; name files, folders"
+    with pytest.raises(ConfigError, match=message):
+        predict_batches(Regressor(), pl.LightningDataModule(), CPU)
 
 
 def test_a_missing_package_and_several_devices_are_said(

@@ -1,4 +1,4 @@
-"""Test a checkpoint."""
+"""Test a checkpoint, and make one ready to predict."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,3 +60,39 @@ def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **
         output_dir.mkdir(parents=True, exist_ok=True)
         report.write_json(output_dir / "metrics.json", result)
     return result
+
+
+def complete_prediction(module: Any, source: Any) -> None:
+    """Give a module that was restored what it lacks to predict with: a step, and a loader.
+
+    Without a ``predict_step``, its ``forward`` gets a batch, or the first part of a batch of several that it does not
+    take whole. Without a ``predict_dataloader``, it predicts the test split.
+
+    Args:
+        module: The module.
+        source: Its data module, or itself if its loaders are its own.
+    """
+    from pytorch_lightning.utilities.model_helpers import is_overridden
+
+    def predict_step(batch: Any, *_: Any) -> Any:
+        try:
+            try:
+                return module(batch)
+            except (TypeError, AttributeError):  # a net that gets a list where it expects a tensor
+                if not isinstance(batch, list | tuple):
+                    raise
+            return module(batch[0])
+        except (TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{type(module).__name__} has no predict_step, and its forward takes no batch ({error}): give it a "
+                "predict_step(batch, batch_idx)"
+            ) from error
+
+    def predict_dataloader() -> Any:
+        source.setup("test")
+        return source.test_dataloader()
+
+    if not is_overridden("predict_step", module):
+        module.predict_step = predict_step
+    if not is_overridden("predict_dataloader", source) and is_overridden("test_dataloader", source):
+        source.predict_dataloader = predict_dataloader
