@@ -95,6 +95,51 @@ def test_every_digit_of_an_idx_file_gets_a_row(trained: Path, tmp_path: Path) ->
         assert all(0 <= row["runner_up_probability"] <= row["probability"] for row in rows)
 
 
+def test_inputs_are_files_folders_and_patterns(tmp_path: Path) -> None:
+    pictures = ["a.png", "b.JPG", "sub/c.jpeg", "sub/t10k-images-idx3-ubyte.gz"]
+    for name in [*pictures, "sub/labels-idx1-ubyte", "notes.txt", ".h.png"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def found(*inputs: str) -> list[str]:
+        return [str(path.relative_to(tmp_path)) for path in find_inputs([f"{tmp_path}/{name}" for name in inputs])[0]]
+
+    assert found("") == pictures
+    assert found("sub") == ["sub/c.jpeg", "sub/t10k-images-idx3-ubyte.gz"]
+    assert found("*.png", "a.png", "notes.txt") == ["a.png", "notes.txt"]
+    assert found("**/*.jp*g") == ["sub/c.jpeg"]
+    assert find_inputs(str(tmp_path / "a.png"))[0] == [tmp_path / "a.png"]
+    (tmp_path / "[1].png").touch()
+    assert found("[1].png") == ["[1].png"]  # a file, though it reads like a pattern
+    (tmp_path / "empty").mkdir()
+    for name in ("nothing", "x*.png", "empty"):
+        with pytest.raises(
+            ConfigError, match=rf"inputs=.*{name.replace('*', '.')}: no such file, or no image or IDX file"
+        ):
+            found("a.png", name)
+
+
+def test_hidden_folders_pipes_and_circles_of_links_are_no_inputs(tmp_path: Path) -> None:
+    pictures = ["a.png", "b.jfif", "sub/train-images-idx4-float", "sub/x.JPG"]
+    for name in [*pictures, ".ipynb_checkpoints/a-checkpoint.png", ".git/b.png", "one.heic", "two.HEIC", "c.avif"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "sub" / "back").symlink_to(tmp_path)
+    (tmp_path / "again").symlink_to(tmp_path / "sub")
+    files, others = find_inputs([str(tmp_path)])
+
+    assert len(files) == len(pictures)
+    assert {path.resolve() for path in files} == {tmp_path / name for name in pictures}
+    assert others == {".heic": 2, ".avif": 1}
+    with pytest.raises(ConfigError, match=r"pipe\.png: no such file"):
+        find_inputs([str(tmp_path / "pipe.png")])
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "three.heic").touch()
+    with pytest.raises(ConfigError, match=r"there are 1 \.heic, which cannot be read: save them as PNG or JPEG"):
+        find_inputs([str(tmp_path / "phone")])
+
+
 def test_the_command_skips_and_names_what_it_cannot_read(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "digits"
     folder.mkdir()
@@ -242,7 +287,6 @@ class Regressor(pl.LightningModule):
         return outputs
 
 
-@pytest.mark.filterwarnings("ignore:The 'predict_dataloader' does not have many workers")
 def test_without_files_the_data_modules_own_loaders_are_predicted() -> None:
     module = Regressor().eval()
     rows = predict_batches(module, Sines(), CPU)
@@ -310,7 +354,7 @@ class Pairs(pl.LightningDataModule):
             self.numbers = torch.arange(5.0)[:, None]
 
     def test_dataloader(self) -> Any:
-        return DataLoader(TensorDataset(self.numbers, self.numbers), batch_size=2)
+        return DataLoader(TensorDataset(self.numbers, self.numbers), 2)  # by position, which Lightning cannot predict
 
     def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
         return [2 * part for part in batch]
@@ -321,7 +365,6 @@ class Dicts(pl.LightningDataModule):
         return DataLoader([{"number": 1.0}])  # type: ignore[arg-type]  # a list is a dataset, too
 
 
-@pytest.mark.filterwarnings("ignore:The 'predict_dataloader' does not have many workers")
 def test_without_a_step_or_a_loader_forward_predicts_the_test_split() -> None:
     module = Forward().eval()
     rows = predict_batches(module, Pairs(), CPU)

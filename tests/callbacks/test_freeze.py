@@ -1,5 +1,6 @@
 """Frozen weights stay to the bit, and what trains beside them and afterwards is what plain torch trains."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from src.engine.runs.build import build_module, load_checkpoint
 from src.train import train
 from tests.engine.equality import assert_same_run
 from tests.engine.runs.test_last_checkpoint import interrupt, run
+from tests.engine.runs.test_resume import KILL, Runs
 from tests.engine.tiny import TinyData, TinyTask, compose_tiny
 
 
@@ -80,6 +82,23 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one_to_the_bit(steps: int, tmp_
     settings = (*SHORT, "trainer.max_epochs=2", "callbacks.last.every_n_steps=5")
     whole = run(tmp_path / "whole", *settings)
     assert_same_run(whole, interrupt(tmp_path / "killed", steps, *settings))
+
+
+@pytest.mark.slow
+def test_a_fine_tuning_killed_in_its_frozen_epoch_and_after_it_resumes_to_the_bit(tmp_path: Path) -> None:
+    """Weights from a file, a rate of its own for the head, and real kills at steps 37 and 63; an epoch has 50."""
+    runs, start = Runs(tmp_path), tmp_path / "start.pt"
+    torch.save(build_module(compose_tiny(tmp_path, *NET)).state_dict(), start)
+    head = "optimizer_groups=[{match: net.5, lr: 0.05}]"
+    until = ("callbacks.freeze.until_epoch=1", "~callbacks.averaging")
+    tuning = (*ADAMW, *NET, *FREEZE, *until, f"init.weights={start}", head)
+    whole = runs.whole("whole", *tuning)
+    runs.kill("killed", 37, *tuning)
+    killed, begun = load_checkpoint(runs.last("killed"))["state_dict"], torch.load(start)
+    assert all(torch.equal(killed[name], begun[name]) for name in begun if name.startswith(FROZEN))
+    runs.end(runs.start(f"resume={runs.path('killed')}", f"{KILL}.step=63"), status=-signal.SIGKILL)
+    runs.resume("killed", f"{KILL}=null")
+    assert_same_run(whole, runs.path("killed"))
 
 
 class Sparing(TinyTask):

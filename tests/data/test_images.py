@@ -1,6 +1,5 @@
 """Pictures of every kind become what MNIST's digits are."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,9 +12,7 @@ from PIL import Image, ImageDraw
 
 from src.data.images import read_digits, read_like
 from src.data.sources import read_package
-from src.engine.errors import ConfigError
 from src.engine.settings.check import ROOT
-from src.predict import find_inputs
 
 Pixels = NDArray[np.uint8]
 
@@ -261,51 +258,6 @@ def test_pictures_of_other_data_sets_are_taken_as_they_are(digits: Pixels, tmp_p
     Image.fromarray(255 - digits[0]).save(tmp_path / "shirt.png")
     np.testing.assert_array_equal(read_like(tmp_path / "shirt.png"), 255 - digits[:1])
     np.testing.assert_array_equal(read_like(tmp_path / "shirt.png", 3), np.stack([255 - digits[:1]] * 3, axis=1))
-
-
-def test_inputs_are_files_folders_and_patterns(tmp_path: Path) -> None:
-    pictures = ["a.png", "b.JPG", "sub/c.jpeg", "sub/t10k-images-idx3-ubyte.gz"]
-    for name in [*pictures, "sub/labels-idx1-ubyte", "notes.txt", ".h.png"]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-
-    def found(*inputs: str) -> list[str]:
-        return [str(path.relative_to(tmp_path)) for path in find_inputs([f"{tmp_path}/{name}" for name in inputs])[0]]
-
-    assert found("") == pictures
-    assert found("sub") == ["sub/c.jpeg", "sub/t10k-images-idx3-ubyte.gz"]
-    assert found("*.png", "a.png", "notes.txt") == ["a.png", "notes.txt"]
-    assert found("**/*.jp*g") == ["sub/c.jpeg"]
-    assert find_inputs(str(tmp_path / "a.png"))[0] == [tmp_path / "a.png"]
-    (tmp_path / "[1].png").touch()
-    assert found("[1].png") == ["[1].png"]  # a file, though it reads like a pattern
-    (tmp_path / "empty").mkdir()
-    for name in ("nothing", "x*.png", "empty"):
-        with pytest.raises(
-            ConfigError, match=rf"inputs=.*{name.replace('*', '.')}: no such file, or no image or IDX file"
-        ):
-            found("a.png", name)
-
-
-def test_hidden_folders_pipes_and_circles_of_links_are_no_inputs(tmp_path: Path) -> None:
-    pictures = ["a.png", "b.jfif", "sub/train-images-idx4-float", "sub/x.JPG"]
-    for name in [*pictures, ".ipynb_checkpoints/a-checkpoint.png", ".git/b.png", "one.heic", "two.HEIC", "c.avif"]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "sub" / "back").symlink_to(tmp_path)
-    (tmp_path / "again").symlink_to(tmp_path / "sub")
-    files, others = find_inputs([str(tmp_path)])
-
-    assert len(files) == len(pictures)
-    assert {path.resolve() for path in files} == {tmp_path / name for name in pictures}
-    assert others == {".heic": 2, ".avif": 1}
-    with pytest.raises(ConfigError, match=r"pipe\.png: no such file"):
-        find_inputs([str(tmp_path / "pipe.png")])
-    (tmp_path / "phone").mkdir()
-    (tmp_path / "phone" / "three.heic").touch()
-    with pytest.raises(ConfigError, match=r"there are 1 \.heic, which cannot be read: save them as PNG or JPEG"):
-        find_inputs([str(tmp_path / "phone")])
 
 
 MEMORY = """

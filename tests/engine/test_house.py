@@ -107,6 +107,22 @@ def test_the_engine_names_no_class_of_the_front_rooms(name: str) -> None:
     assert [text for text in texts if any(f"{text}.".startswith(f"{front}.") for front in FRONT)] == []
 
 
+def test_a_test_imports_no_front_room_but_its_own() -> None:
+    """You may delete a room in front with its tests; src/data takes those of the commands along (conftest.py)."""
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        mirrored = path.relative_to(ROOT / "tests").with_name(path.name.removeprefix("test_"))
+        room = "src." + ".".join(mirrored.with_suffix("").parts)
+        allowed = ["src.train", room, *_own(room)] if room in TREES else ["src.train"]
+        if len(mirrored.parts) > 1:
+            allowed += [name for name in FRONT if name.startswith(f"src.{mirrored.parts[0]}.")]
+        elif mirrored.stem in ("demo", "export", "predict", "test"):
+            allowed += [name for name in FRONT if name.startswith("src.data.")]
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom) and node.module]
+        named = {name for node in top for name in (node.module, *(f"{node.module}.{each.name}" for each in node.names))}
+        others = named & {*FRONT, *DOORS} - set(allowed)
+        assert mirrored.parts[0] == "mnist" or others == set(), f"{path.name} imports {', '.join(sorted(others))}"
+
+
 @pytest.mark.slow
 def test_the_engine_is_tested_without_the_front_rooms(tmp_path: Path) -> None:
     """Without models, data and all that minimal runs do not need, its tests are those that they were."""

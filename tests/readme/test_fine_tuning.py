@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from src.engine.runs.build import build_module
-from src.engine.settings.check import check
+from src.engine.settings.check import check, check_values
 from tests.compose import compose_cfg
 from tests.readme.table import READMES
 
@@ -40,3 +40,11 @@ def test_each_yaml_block_does_what_is_said(tmp_path: Path, monkeypatch: pytest.M
         "net.fc": (1e-3, 0.1), "net.fc/no_decay": (1e-3, 0.0), "net.layer4": (1e-4, 0.1), "bias": (0.1, 0.0),
         "rest": (0.1, 0.1),
     }  # fmt: skip
+
+
+def test_weights_of_classes_are_a_word_on_the_command_line(tmp_path: Path) -> None:
+    cfg = compose_cfg(tmp_path, "+model.loss.weight=[1,1,1,1,1,1,1,1,1,5]")
+    check(cfg)
+    check_values(cfg)
+    module: Any = build_module(cfg)
+    assert module.loss.weight.tolist() == [1] * 9 + [5]

@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from pytorch_lightning.utilities import CombinedLoader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from src.engine.runs.build import load_checkpoint, restore, restore_datamodule
 from src.engine.settings.check import CONF, check, check_values
@@ -293,3 +294,38 @@ def test_the_rows_of_a_file_train_two_processes_with_two_workers_each_which_resu
     resumed = run(f"resume={project.path('killed')}", "callbacks.kill=null")
     assert resumed.returncode == 0, resumed.stderr
     assert_equal(content(project.last("whole")), content(project.last("killed")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_rows", [1260, 1220])
+def test_two_processes_count_each_row_of_validation_and_test_once(num_rows: int, tmp_path: Path) -> None:
+    """63 rows each: 32 and 31 a process, four batches of ten. Of 61, they would have four batches and three."""
+    chosen = ("model=memmap", "data=memmap", f"data.num_rows={num_rows}", "data.batch_size=10", "data.num_workers=0")
+    conf, env = f"--config-dir={TASKS / 'memmap' / 'conf'}", {"PROJECT_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    project = Project("memmap", tmp_path)
+    run = f"hydra.run.dir={project.path('both')}"
+    both = run_alone("train", conf, *chosen, "trainer=ddp_cpu", "trainer.max_epochs=1", "logger=[]", run, **env)
+    assert both.returncode == 0, both.stderr
+    told = [line for line in both.stderr.splitlines() if "twice" in line]
+    assert "DistributedSampler" not in both.stderr
+    metrics = project.record("train")["metrics"]
+    module = restore(project.path("both") / "checkpoints" / "best.ckpt")
+    rows = torch.from_numpy(np.load(tmp_path / "data" / f"rows-{num_rows}.npy"))
+    counted = 0
+    for split, first, last in (("val", 0.9, 0.95), ("test", 0.95, 1.0)):
+        part = rows[int(first * num_rows) : int(last * num_rows)]
+        labels = (part.sum(dim=1) > 0).float()
+        with torch.no_grad():
+            logits = module(part)
+        accuracy, loss = (
+            ((logits > 0) == labels.bool()).float().mean(),
+            binary_cross_entropy_with_logits(logits, labels),
+        )
+        equal = metrics[f"{split}/loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert equal is (num_rows == 1260)
+        counted += equal and metrics[f"{split}/acc"] == pytest.approx(accuracy.item(), abs=1e-6)
+    if num_rows == 1260:
+        assert (counted, told) == (2, [])
+    else:
+        remedy = "1 of 61 samples count twice, so that 2 processes have as many batches; choose another batch size"
+        assert [line.partition(":")[0] for line in told if remedy in line] == ["validation", "test"]

@@ -37,6 +37,7 @@ QUIET = (
     "Be aware that when using `ckpt_path`",  # a run that resumes with other callbacks: its config differs, you are told
     "You're resuming from a checkpoint that ended before the epoch ended",  # LastCheckpoint says it, with numbers
     "Attribute '.*' is an instance of `nn.Module`",  # a hyper-parameter; a checkpoint holds the net once all the same
+    "Using `DistributedSampler` with the dataloaders",  # no sample counts twice, or you are told how many
     "The `srun` command is available on your system but is not used",  # at every start outside of a job
 )
 

@@ -1,6 +1,7 @@
 """Test a checkpoint, and make one ready to predict."""
 
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **
     from src.engine.runs import build
     from src.engine.runs.processes import prepare_trainer
     from src.engine.runs.record import describe_data
+    from src.engine.runs.trainer import set_matmul_precision
 
     module = build.restore(path)
     if not is_overridden("test_step", module):
@@ -42,6 +44,7 @@ def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **
         enable_progress_bar=False, default_root_dir=output_dir,
     )  # fmt: skip
     prepare_trainer(tester)
+    set_matmul_precision(build.load_checkpoint(path)["config"], tester.strategy.root_device)
     tested = tester.test(module, datamodule, verbose=False)
     confusion: Any = getattr(module, "confusion", None)
     matrix = None if confusion is None else confusion.tolist()
@@ -63,7 +66,7 @@ def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **
 
 
 def complete_prediction(module: Any, source: Any) -> None:
-    """Give a module that was restored what it lacks to predict with: a step, and a loader.
+    """Have a module that was restored predict with what it has.
 
     Without a ``predict_step``, its ``forward`` gets a batch, or the first part of a batch of several that it does not
     take whole. Without a ``predict_dataloader``, it predicts the test split.
@@ -72,6 +75,7 @@ def complete_prediction(module: Any, source: Any) -> None:
         module: The module.
         source: Its data module, or itself if its loaders are its own.
     """
+    from pytorch_lightning.utilities import CombinedLoader
     from pytorch_lightning.utilities.model_helpers import is_overridden
 
     def predict_step(batch: Any, *_: Any) -> Any:
@@ -89,10 +93,14 @@ def complete_prediction(module: Any, source: Any) -> None:
             ) from error
 
     def predict_dataloader() -> Any:
-        source.setup("test")
-        return source.test_dataloader()
+        if not has_loader:
+            source.setup("test")
+        # No DataLoaders: Lightning makes them anew, and fails where batch_size was given by its position.
+        return [chain(loader) for loader in CombinedLoader(make_loaders()).flattened]
 
+    has_loader = is_overridden("predict_dataloader", source)
+    make_loaders = source.predict_dataloader if has_loader else source.test_dataloader
     if not is_overridden("predict_step", module):
         module.predict_step = predict_step
-    if not is_overridden("predict_dataloader", source) and is_overridden("test_dataloader", source):
+    if has_loader or is_overridden("test_dataloader", source):
         source.predict_dataloader = predict_dataloader

@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import logging
 import os
 import select
 import signal
@@ -16,6 +17,8 @@ from contextlib import suppress
 from functools import cache
 from types import FrameType
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 SWEEP_PARENT = "SWEEP_PARENT"  # in the environment of a sweep's job: the process that has started it
 RUN_PARENT = "RUN_PARENT"  # in that of what a run starts: the process of the run
@@ -183,6 +186,42 @@ def prepare_trainer(trainer: Any) -> None:
             choose_interface(trainer.strategy.cluster_environment.main_address)
         insist_on_signals()
         atexit.register(_leave_group)
+        process, reduce = trainer.strategy.process_dataloader, trainer.strategy.reduce
+        trainer.strategy.process_dataloader = lambda loader: _count_once(trainer, process(loader))
+        # Lightning takes the mean of the processes' numbers of samples, cut to an integer, for that of a metric.
+        trainer.strategy.reduce = lambda value, *args, **kwargs: reduce(_as_float(value, **kwargs), *args, **kwargs)
+
+
+def _count_once(trainer: Any, loader: Any) -> Any:
+    """Have validation and test see each sample once: torch's sampler repeats some so that all processes have as many.
+
+    Where a process would then have a batch less than others, which some modules wait for in each, it warns instead.
+    """
+    from torch.utils.data import BatchSampler, DistributedSampler
+
+    sampler = getattr(loader, "sampler", None)
+    if trainer.training or not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+        return loader
+    num_samples = len(sampler.dataset)  # type: ignore[arg-type]
+    if repeated := sampler.total_size - num_samples:
+        num_batches = len(loader)
+        sampler.num_samples -= 1  # the smallest share
+        if type(loader.batch_sampler) is BatchSampler and len(loader) == num_batches:
+            sampler.total_size = num_samples
+            sampler.num_samples = len(range(sampler.rank, num_samples, sampler.num_replicas))
+            return loader
+        sampler.num_samples += 1
+        if trainer.is_global_zero:
+            log.warning(
+                f"{'test' if trainer.testing else 'validation'}: {repeated} of {num_samples:,} samples count twice, so "
+                f"that {trainer.world_size} processes have as many batches; choose another batch size, or one device"
+            )
+    return loader
+
+
+def _as_float(value: Any, reduce_op: Any = "mean", **_: Any) -> Any:
+    is_count = reduce_op == "mean" and hasattr(value, "is_floating_point") and not value.is_floating_point()
+    return value.float() if is_count else value
 
 
 def _leave_group() -> None:

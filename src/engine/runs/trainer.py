@@ -1,6 +1,7 @@
 """From a config to a Trainer, with what the engine adds to it; the curves of a run that resumes are cut to its step."""
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,15 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
     if isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO):
         trainer.strategy.checkpoint_io.config = config
     prepare_trainer(trainer)
-    device = trainer.strategy.root_device
-    has_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    precision = cfg.get("float32_matmul_precision") or ("high" if has_tensor_cores else "highest")  # Lightning's advice
-    torch.set_float32_matmul_precision(precision)
+    set_matmul_precision(config, trainer.strategy.root_device)
     return trainer
+
+
+def set_matmul_precision(config: Mapping[str, Any], device: torch.device) -> None:
+    """Set the precision of float32 matrix products that a run's config asks for; null follows Lightning's advice."""
+    has_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    precision = config.get("float32_matmul_precision") or ("high" if has_tensor_cores else "highest")
+    torch.set_float32_matmul_precision(precision)
 
 
 def _tell_apart(node: DictConfig) -> dict[str, str]:

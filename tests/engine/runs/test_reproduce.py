@@ -44,6 +44,9 @@ def test_runs_are_compared_by_curves_metrics_and_weights(tmp_path: Path) -> None
         "the curves part at step 2: train/loss 0.5 there, 0.75 here (by 0.25); "
         "the last metrics differ: loss 0.5 there, 0.75 here (by 0.25); the weights of best.ckpt differ by up to 0.5"
     )
+    (other / "csv" / "metrics.csv").write_text("step,val/loss\n3,0.5\n")
+    only = "; curves only there: val/acc (csv/metrics.csv); curves only here: val/loss (csv/metrics.csv); the last"
+    assert only in compare_runs(one, other).differences
     (same / "checkpoints" / "best.ckpt").unlink()
     assert compare_runs(one, same)[1] == "checkpoints/best.ckpt is only there"
 
@@ -69,39 +72,77 @@ def test_what_cannot_be_trained_again_is_told(tmp_path: Path) -> None:
         find_run(str(tmp_path))
 
 
+class Project:
+    """A clone of this project, with the code as it is here, committed or not."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        subprocess.run(["git", "clone", "-q", str(ROOT), str(root)], check=True)
+        for room in ("src", "conf", "tests", "hydra_plugins"):
+            shutil.copytree(
+                ROOT / room, root / room, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "local")
+            )
+        self.own = (f"--config-dir={root}/tests/engine/conf", *TINY[1:], "trainer.log_every_n_steps=1")
+
+    def run(self, verb: str, *arguments: str, status: int = 0) -> str:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PROJECT_ROOT": str(self.root), "PYTHONPATH": ""}
+        command = [sys.executable, "-m", f"src.{verb}", *arguments]
+        result = subprocess.run(command, cwd=self.root, env=env, capture_output=True, text=True, check=False)
+        assert result.returncode == status, result.stderr[-3000:]
+        return result.stdout + result.stderr
+
+    def count_worktrees(self) -> int:
+        listed = subprocess.run(["git", "worktree", "list"], cwd=self.root, capture_output=True, text=True, check=True)
+        return len(listed.stdout.splitlines())
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return Project(tmp_path_factory.mktemp("clone") / "project")
+
+
 @pytest.mark.slow
-def test_a_run_of_changed_code_is_trained_again_to_the_bit(tmp_path: Path) -> None:
-    """The project is cloned, changed, trained; then the changes are taken back, and other ones made."""
-    project = tmp_path / "project"
-    subprocess.run(["git", "clone", "-q", str(ROOT), str(project)], check=True)
-    for room in ("src", "conf", "tests", "hydra_plugins"):  # as it is here, committed or not
-        shutil.copytree(
-            ROOT / room, project / room, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "local")
-        )
-    tiny = project / "tests" / "engine" / "tiny.py"
+def test_a_run_of_changed_code_is_trained_again_to_the_bit_or_its_patch_is_told(project: Project) -> None:
+    """The code is changed, trained; then the changes are taken back. Then the patch is damaged."""
+    tiny = project.root / "tests" / "engine" / "tiny.py"
     was = tiny.read_text()
     tiny.write_text(
         was.replace("nn.ReLU()", "Bent()").replace("import torch\n", "import torch\nfrom tests.bent import Bent\n", 1)
     )
-    bent = project / "tests" / "bent.py"
+    bent = project.root / "tests" / "bent.py"
     bent.write_text("from torch import nn\n\n\nclass Bent(nn.Softplus):\n    pass\n")
-
-    def run(verb: str, *arguments: str, status: int = 0) -> str:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PROJECT_ROOT": str(project), "PYTHONPATH": ""}
-        command = [sys.executable, "-m", f"src.{verb}", *arguments]
-        result = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, check=False)
-        assert result.returncode == status, result.stderr[-3000:]
-        return result.stdout + result.stderr
-
-    own = f"--config-dir={project}/tests/engine/conf"
-    logged = ("trainer.max_epochs=2", "trainer.log_every_n_steps=1", "seed=null")
-    run("train", own, *TINY[1:], *logged, "hydra.run.dir=logs/train/first")
+    project.run("train", *project.own, "trainer.max_epochs=2", "seed=null", "hydra.run.dir=logs/train/first")
     tiny.write_text(was)
     bent.unlink()
-    said = run("reproduce", "run=logs/train/first")
+    said = project.run("reproduce", "run=logs/train/first")
     assert "trains like logs/train/first" in said
     assert "equal to the bit" in said
     assert "weights of best.ckpt, last.ckpt" in said
-    worktrees = subprocess.run(["git", "worktree", "list"], cwd=project, capture_output=True, text=True, check=True)
-    assert len(worktrees.stdout.splitlines()) == 1
-    assert "first" in run("test", own, "accelerator=cpu")  # not the repetition, which is newer
+    assert project.count_worktrees() == 1
+    assert "first" in project.run("test", project.own[0], "accelerator=cpu")  # not the repetition, which is newer
+
+    patch = project.root / "logs" / "train" / "first" / "changes.patch"
+    for damaged, reason in {"no patch": "error: ", None: "error: can't open patch"}.items():
+        patch.unlink() if damaged is None else patch.write_text(damaged)
+        (line,) = project.run("reproduce", "run=logs/train/first", status=1).splitlines()
+        assert line.startswith(f"error: {patch}: does not apply to ")
+        assert reason in line.removeprefix("error: ")
+    assert project.count_worktrees() == 1
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_trained_again_to_the_bit(project: Project) -> None:
+    both = ("trainer=ddp_cpu", "trainer.max_epochs=1", "logger=csv", "hydra.run.dir=logs/train/both")
+    project.run("train", *project.own, *both)
+    said = project.run("reproduce", "run=logs/train/both")
+    assert "trains like logs/train/both" in said
+    assert "equal to the bit" in said
+
+
+@pytest.mark.slow
+def test_of_a_sweep_the_winner_is_trained_again(project: Project) -> None:
+    swept = ("trainer.max_epochs=1", "logger=csv", "optimizer.lr=1e-9,0.01", "hydra.sweep.dir=logs/multirun/rates")
+    project.run("train", "-m", *project.own, *swept)
+    said = project.run("reproduce", "run=logs/multirun/rates")
+    assert "trains like logs/multirun/rates/optimizer.lr=0.01" in said
+    assert "equal to the bit" in said

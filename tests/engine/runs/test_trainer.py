@@ -25,3 +25,7 @@ def test_the_precision_of_matrix_products_is_a_setting_of_the_run(tmp_path: Path
     for given, expected in (("medium", "medium"), ("null", "highest")):  # on a CPU; high on Tensor Cores
         build_trainer(compose_tiny(tmp_path, f"float32_matmul_precision={given}"))
         assert torch.get_float32_matmul_precision() == expected
+    train(compose_tiny(tmp_path, "float32_matmul_precision=medium", "trainer.max_epochs=1", "test=false"))
+    torch.set_float32_matmul_precision("highest")
+    evaluate.test_checkpoint(tmp_path / "checkpoints" / "last.ckpt", tmp_path / "test", {"accelerator": "cpu"})
+    assert torch.get_float32_matmul_precision() == "medium"  # a test keeps it

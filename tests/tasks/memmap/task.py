@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
+from torchmetrics.classification import BinaryAccuracy
 
 NUM_FEATURES = 8
 
@@ -19,6 +20,7 @@ class RowClassifier(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.layers = nn.Sequential(nn.Linear(NUM_FEATURES, num_hidden), nn.ReLU(), nn.Linear(num_hidden, 1))
+        self.train_acc, self.val_acc, self.test_acc = (BinaryAccuracy() for _ in range(3))
 
     def forward(self, rows: Tensor) -> Tensor:
         return self.layers(rows).squeeze(1)
@@ -26,8 +28,10 @@ class RowClassifier(pl.LightningModule):
     def _measure(self, split: str, batch: list[Tensor]) -> Tensor:
         logits = self(batch[0])
         loss = F.binary_cross_entropy_with_logits(logits, batch[1])
-        accuracy = ((logits > 0) == batch[1].bool()).float().mean()
-        self.log_dict({f"{split}/loss": loss, f"{split}/acc": accuracy}, on_step=False, on_epoch=True, sync_dist=True)
+        accuracy = getattr(self, f"{split}_acc")
+        accuracy(logits.sigmoid(), batch[1])
+        self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+        self.log(f"{split}/acc", accuracy, on_step=False, on_epoch=True)
         return loss
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
