@@ -16,7 +16,13 @@ from tests.compose import compose_cfg
 from tests.readme.table import READMES
 
 ENGINE = READMES["src/engine/README.md"]
-ELSEWHERE = {"key", "weights_only", "install", "model.loss"}  # no settings of a command, or none that a file has
+ELSEWHERE = {
+    "key",
+    "weights_only",
+    "install",
+    "model.loss",
+    "model.loss.weight",
+}  # no settings of a command, or none that a file has
 PUBLIC = {"_replace", "_asdict", "_fields", "_exit"}  # documented: of named tuples and of os
 
 

@@ -86,7 +86,7 @@ def complete_prediction(module: Any, source: Any) -> None:
                 if not isinstance(batch, list | tuple):
                     raise
             return module(batch[0])
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, NotImplementedError) as error:
             raise ConfigError(
                 f"{type(module).__name__} has no predict_step, and its forward takes no batch ({error}): give it a "
                 "predict_step(batch, batch_idx)"
