@@ -79,10 +79,9 @@ class ImageClassifier(pl.LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         if not callable(loss):
-            loss = nn.CrossEntropyLoss(
-                **{name: torch.tensor(value).float() if name == "weight" else value for name, value in loss.items()}
-            )
-        self.loss = loss
+            given: Any = {name: torch.Tensor(value) if name == "weight" else value for name, value in loss.items()}
+            loss = nn.CrossEntropyLoss(**given)
+        self.loss: Callable[[Tensor, Tensor], Tensor] = loss
         self.example_input_array = torch.zeros(1, *input_size) if input_size else None
         self.train_counts, self.val_counts, self.test_counts = (Counts(num_classes) for _ in range(3))
         # Groups of metrics share states, which a run that is resumed within an epoch would not find.

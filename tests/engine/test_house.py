@@ -117,8 +117,8 @@ def test_a_test_imports_no_front_room_but_its_own() -> None:
             allowed += [name for name in FRONT if name.startswith(f"src.{mirrored.parts[0]}.")]
         elif mirrored.stem in ("demo", "export", "predict", "test"):
             allowed += [name for name in FRONT if name.startswith("src.data.")]
-        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom) and node.module]
-        named = {name for node in top for name in (node.module, *(f"{node.module}.{each.name}" for each in node.names))}
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+        named = {f"{node.module}{name}" for node in top for name in ("", *(f".{each.name}" for each in node.names))}
         others = named & {*FRONT, *DOORS} - set(allowed)
         assert mirrored.parts[0] == "mnist" or others == set(), f"{path.name} imports {', '.join(sorted(others))}"
 
