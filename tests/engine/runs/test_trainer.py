@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from src.engine.runs import evaluate
 from src.engine.runs.trainer import build_trainer
 from src.train import train
 from tests.engine.tiny import compose_tiny
