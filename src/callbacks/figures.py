@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from matplotlib import colormaps
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -251,10 +251,7 @@ def draw_predictions(
     rows = zip(to_pixels(images), captions, confidences.tolist(), (labels == predictions).tolist(), strict=True)
     for index, (pixels, (label, taken), confidence, is_right) in enumerate(rows):
         left, top = index % COLUMNS * width, CAPTION + index // COLUMNS * height
-        image = Image.fromarray(pixels)
-        image.thumbnail((SIDE, SIDE))
-        scale = SIDE / max(image.size)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.NEAREST)
+        image = ImageOps.contain(Image.fromarray(pixels), (SIDE, SIDE), Image.Resampling.BOX)
         page.paste(image, (left + GAP // 2, top + GAP // 2))
         percent = f"{100 * confidence:.0f}"
         lines = [label[:11], f"> {taken[:8]} {percent}"] if is_long else [f"{label} > {taken}, {percent} %"]

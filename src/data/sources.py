@@ -237,8 +237,6 @@ def download(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str], timeo
         MissingError: If no mirror gave all of the files; the message says why.
         DataError: If a file of another kind is in the way.
     """
-    published = [name for name in md5 if prefix and name.endswith((".gz", ".zip"))]
-    names = published or [f"{prefix}{name}.gz" for name in IDX_FILES]
     reasons = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -249,39 +247,43 @@ def download(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str], timeo
             except MissingError as error:
                 missing = str(error).rpartition("; ")[0]
             for mirror in mirrors:
-                with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as temporary:
-                    aside = Path(temporary)
-                    try:
-                        for name in names:
-                            _fetch(f"{mirror.rstrip('/')}/{name}", aside / name, md5.get(name), timeout, prefix)
-                        read_files(aside, md5, prefix)
-                    except (OSError, ValueError, HTTPException, zipfile.BadZipFile) as error:
-                        reasons.append(f"{mirror}: {error}")
-                        continue
-                    there = find_files(folder, prefix)
-                    for name, path in find_files(aside, prefix).items():
-                        if name not in there:
-                            path.rename(folder / path.name)
+                try:
+                    _download_from(mirror, folder, md5, timeout, prefix)
                     return True
+                except (OSError, ValueError, HTTPException, zipfile.BadZipFile) as error:
+                    reasons.append(f"{mirror}: {error}")
     except OSError as error:
         raise MissingError(f"cannot download to {folder}: {error}; choose another data.root") from error
     raise MissingError(f"{missing}; no mirror in data.mirrors delivered: {'; '.join(reasons) or 'the list is empty'}")
 
 
-def _fetch(url: str, path: Path, expected: str | None, timeout: float, prefix: str) -> None:
-    """Download a file; of a zip file the members of the prefix take its place, whatever their folders."""
-    log.info("downloading %s", url)
-    with urlopen(url, timeout=timeout) as reply, path.open("wb") as file:
-        shutil.copyfileobj(reply, file)
-    if path.suffix == ".zip":
-        if not check_integrity(path, expected):
-            raise DataError(f"{path.name} is damaged: expected the MD5 checksum {expected}")
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                member.filename = Path(member.filename).name
-                if member.filename.startswith(prefix):
-                    archive.extract(member, path.parent)
-        path.unlink()
+def _download_from(mirror: str, folder: Path, md5: Mapping[str, str], timeout: float, prefix: str) -> None:
+    published = [name for name in md5 if prefix and name.endswith((".gz", ".zip"))]
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as temporary:
+        aside = Path(temporary)
+        for name in published or [f"{prefix}{name}.gz" for name in IDX_FILES]:
+            url = f"{mirror.rstrip('/')}/{name}"
+            log.info("downloading %s", url)
+            with urlopen(url, timeout=timeout) as reply, (aside / name).open("wb") as file:
+                shutil.copyfileobj(reply, file)
+            if name.endswith(".zip"):
+                _unpack(aside / name, md5.get(name), prefix)
+        read_files(aside, md5, prefix)
+        there = find_files(folder, prefix)
+        for name, path in find_files(aside, prefix).items():
+            if name not in there:
+                path.rename(folder / path.name)
+
+
+def _unpack(path: Path, expected: str | None, prefix: str) -> None:
+    """Put a zip file's members of the prefix beside it, whatever their folders."""
+    if not check_integrity(path, expected):
+        raise DataError(f"{path.name} is damaged: expected the MD5 checksum {expected}")
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            member.filename = Path(member.filename).name
+            if member.filename.startswith(prefix):
+                archive.extract(member, path.parent)
 
 
 def read_package() -> Digits:
