@@ -4,18 +4,16 @@ import re
 from itertools import islice
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
-from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from src.engine.errors import ConfigError
 from src.engine.sweeps.launcher import require_count
 from src.engine.sweeps.sweep import running
+from src.engine.sweeps.sweeper import JobSweeper
 
 
-class OptunaSweeper(Sweeper):
+class OptunaSweeper(JobSweeper):
     """Asks a study for trials and tells it what came of their jobs.
 
     The search space is written in Hydra's syntax: ``interval(a, b)``, ``tag(log, interval(a, b))``,
@@ -33,28 +31,21 @@ class OptunaSweeper(Sweeper):
     """
 
     def __init__(
-        self,
-        n_trials: int,
-        n_jobs: int,
-        study_name: str | None,
-        storage: str | None,
-        sampler: Any,
-        pruner: Any,
-        params: Any,
-        keep: str = "all",
-    ) -> None:
+        self, n_trials: int, n_jobs: int, study_name: str | None, storage: str | None, sampler: Any, pruner: Any,
+        params: Any, keep: str = "all",
+    ) -> None:  # fmt: skip
+        super().__init__(params)
         require_count("n_trials", n_trials)  # Hydra says whose
         require_count("n_jobs", n_jobs)
         self.n_trials = n_trials
         self.n_jobs = n_jobs
         self.study = {"name": study_name, "storage": storage, "sampler": sampler, "pruner": pruner}
-        self.params = params or {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Make the launcher of ``hydra/launcher``.
 
         Raises:
-            ConfigError: If a password stands in the config or on the command line.
+            ConfigError: If a password stands in the config or on the command line, or the launcher is not to wait.
         """
         written = config.hydra.sweeper._get_node("storage")._value()
         if re.search(r"://[^/@:]*:(?!\$\{)[^@]+@|[?&]password=(?!\$\{)", str(written)):
@@ -62,11 +53,9 @@ class OptunaSweeper(Sweeper):
                 "hydra.sweeper.storage: a password in the open; put the URL into the environment, as STUDY_URL say, "
                 "and set hydra.sweeper.storage='${oc.env:STUDY_URL}'"
             )
-        self.hydra_context: HydraContext = hydra_context
-        self.config: DictConfig = config
-        self.launcher: Any = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
+        if config.hydra.launcher.get("wait") is False:
+            raise ConfigError("hydra.launcher.wait=false: a search needs its jobs' ends to choose more; leave it out")
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run trials until enough have finished, and test the best.
@@ -74,23 +63,14 @@ class OptunaSweeper(Sweeper):
         Raises:
             SweepError: If trials have failed, or the sweep cannot go on.
         """
-        from src.engine.sweeps.study import (  # here: only a search needs Optuna
-            Search,
-            draw_study,
-            make_space,
-            open_study,
-        )
+        from src.engine.sweeps import study  # here: only a search needs Optuna
 
-        parser = OverridesParser.create(self.hydra_context.config_loader)
-        overrides = parser.parse_overrides([*(f"{key}={value}" for key, value in self.params.items()), *arguments])
-        by_key = {override.get_key_element(): override for override in overrides}
-        swept = {key: override for key, override in by_key.items() if override.is_sweep_override()}
-        space = make_space(swept)
-        fixed = [str(override.input_line) for key, override in by_key.items() if key not in swept]
-        written = {key: str(override.input_line).partition("=")[2] for key, override in swept.items()}
+        overrides, written = self.parse(arguments)
+        space = study.make_space({key: overrides[key] for key in written})
+        fixed = [str(override.input_line) for key, override in overrides.items() if key not in written]
         with running(self.config, written) as folder:
-            study = open_study(folder.path, mode=self.config.mode, **self.study)
-            search = Search(study, folder, space, fixed, self.n_trials)
+            opened = study.open_study(folder.path, mode=self.config.mode, **self.study)
+            search = study.Search(opened, folder, space, fixed, self.n_trials)
             number = 0
             with search.alive():
                 while search.wants_more():
@@ -99,4 +79,4 @@ class OptunaSweeper(Sweeper):
                         jobs = list(islice(jobs, self.n_jobs))
                     number += len(self.launcher.launch(jobs, initial_job_idx=number))
                     search.tell(all_ended=True)
-            draw_study(study, folder.path)
+            study.draw_study(opened, folder.path)

@@ -151,7 +151,7 @@ def short_errors(cfg: DictConfig) -> Iterator[None]:
 
 
 def continue_if_requeued(cfg: DictConfig) -> None:
-    """Where Slurm has started this job once more, resume from the last checkpoint in its folder."""
+    """Where Slurm or torchrun has started this run once more, resume from the last checkpoint in its folder."""
     if not processes.is_requeued():
         return
     folder = Path(cfg.output_dir)

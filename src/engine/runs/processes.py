@@ -53,8 +53,8 @@ def is_shared_step() -> bool:
 
 
 def is_requeued() -> bool:
-    """Whether Slurm has started this job once more."""
-    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    """Whether Slurm has started this job once more, or torchrun its processes."""
+    return any(os.environ.get(f"{name}_RESTART_COUNT", "0") != "0" for name in ("SLURM", "TORCHELASTIC"))
 
 
 def is_started_from_outside() -> bool:

@@ -75,18 +75,14 @@ class Study(optuna.Study):
         """Whether a trial is this sweep's."""
         return user_attrs.get(OWNER) == self.folder
 
-    def id_of(self, number: int) -> int:
-        """What the storage calls a trial."""
-        return trial_id(self.storage, self.study_name, number)
-
     def stop(self) -> None:
         """Note that the sampler has tried all there is, which Optuna takes within ``optimize`` only."""
         self.exhausted = True
 
 
-def trial_id(storage: BaseStorage, study_name: str, number: int) -> int:
-    """What a storage calls a trial."""
-    return storage.get_trial_id_from_study_id_trial_number(storage.get_study_id_from_name(study_name), number)
+def trial_id(storage: BaseStorage, study: optuna.Study, number: int) -> int:
+    """What a storage calls a study's trial."""
+    return storage.get_trial_id_from_study_id_trial_number(storage.get_study_id_from_name(study.study_name), number)
 
 
 def open_storage(location: str) -> BaseStorage:
@@ -175,7 +171,7 @@ def open_trial(study_name: str, number: int) -> Trial:
     storage = open_storage(os.environ[STORAGE])
     study = optuna.load_study(study_name=study_name, storage=storage)
     study.pruner = instantiate(study.user_attrs["pruner"])
-    return Trial(study, trial_id(storage, study_name, number))
+    return Trial(study, trial_id(storage, study, number))
 
 
 class Search:
@@ -210,7 +206,9 @@ class Search:
         if not isinstance(study.storage, RDBStorage):  # there, it may be another sweep's
             for trial in running:
                 if OWNER not in trial.user_attrs:  # it was being asked for just then, and is asked for again
-                    study.storage.set_trial_state_values(study.id_of(trial.number), TrialState.WAITING)
+                    study.storage.set_trial_state_values(
+                        trial_id(study.storage, study, trial.number), TrialState.WAITING
+                    )
         self._beat()
 
     @contextmanager
@@ -232,7 +230,7 @@ class Search:
     def _beat(self) -> None:
         if isinstance(self.study.storage, RDBStorage):
             for number in [*self.orphans, *self.running.values()]:
-                self.study.storage.record_heartbeat(self.study.id_of(number))
+                self.study.storage.record_heartbeat(trial_id(self.study.storage, self.study, number))
 
     def wants_more(self) -> bool:
         """Whether trials are missing: not finished, nor being run by this sweep or another that is alive."""

@@ -1,7 +1,7 @@
 """What every sweep does before its jobs and after them, however the jobs are chosen and launched."""
 
 import os
-import re
+import shlex
 import socket
 import sys
 import time
@@ -94,10 +94,7 @@ def _raise_failures(jobs: Iterable[Job], path: Path) -> None:
 
 
 def _how_to_go_on(path: Path, verb: str = "resumes") -> str:
-    override = f"hydra.sweep.dir={report.shown(path)}"
-    if not re.fullmatch(r"[\w./=-]+", override):
-        override = f'"hydra.sweep.dir={quoted(report.shown(path))}"'
-    return f"the same command with {override} {verb}"
+    return f"the same command with {shlex.quote(f'hydra.sweep.dir={report.shown(path)}')} {verb}"
 
 
 class KeepLeaderboard(Callback):
@@ -126,9 +123,7 @@ class KeepLeaderboard(Callback):
         self._num_ended += 1
         job_return.cfg = job_return.hydra_cfg = None  # else all jobs' configs stay in memory
         is_due = time.monotonic() - self._drawn > INTERVAL or self._num_ended == 1
-        changed = None if is_due else config.hydra.sweep.subdir
-        board = make_board(folder, changed)
-        write_board(folder, board, changed)
+        board = renew(folder, None if is_due else config.hydra.sweep.subdir)
         statuses = [job.status for job in board.jobs if job.status != "waiting"]
         num_ended, num_jobs = sum(status in ENDED for status in statuses), max(len(board.jobs), self._target)
         if is_due:
@@ -139,9 +134,8 @@ class KeepLeaderboard(Callback):
         if board.best_job:
             line += f"; best: {board.best_job.name}, {board.monitor} {board.best_job.score:.4f}"
         if num_ended < num_jobs:
-            line += (
-                f"; about {_shown((num_jobs - num_ended) * (time.monotonic() - self._start) / self._num_ended)} left"
-            )
+            seconds = (time.monotonic() - self._start) / self._num_ended  # a job
+            line += f"; about {_duration((num_jobs - num_ended) * seconds)} left"
         print(line, flush=True)
 
 
@@ -149,7 +143,7 @@ def _this_process() -> tuple[str, int]:
     return socket.gethostname(), os.getpid()
 
 
-def _shown(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     """A duration, as in 40 s, 12 min, 3 h 05 min."""
     minutes = round(seconds / 60)
     if minutes < 2:
@@ -157,18 +151,18 @@ def _shown(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
-def make_board(folder: SweepFolder, changed: str | None = None) -> "Leaderboard":
-    """A sweep's leaderboard as it stands, or with only one job read anew."""
-    from src.engine.sweeps.leaderboard import Leaderboard  # here: Hydra imports this file at each command's start
+def renew(folder: SweepFolder, changed: str | None = None) -> "Leaderboard":
+    """Write a sweep's leaderboard as it stands: sweep.csv, sweep.md, sweep.png, TensorBoard.
+
+    Args:
+        folder: The sweep's.
+        changed: The only job to be read anew and shown in TensorBoard, without the figure; None: all that is new.
+    """
+    from src.engine.sweeps import figure  # here, as below: Hydra imports this file at each command's start
+    from src.engine.sweeps.leaderboard import Leaderboard
 
     plan = folder.plan
-    return Leaderboard(folder.jobs(changed), plan["monitor"], plan["mode"])
-
-
-def write_board(folder: SweepFolder, board: "Leaderboard", changed: str | None = None) -> None:
-    """Write a leaderboard: sweep.csv, sweep.md, sweep.png, TensorBoard; without the figure where one job changed."""
-    from src.engine.sweeps import figure  # here: as above
-
+    board = Leaderboard(folder.jobs(changed), plan["monitor"], plan["mode"])
     report.write_text(folder.path / "sweep.csv", board.to_csv())
     report.write_text(folder.path / "sweep.md", board.to_markdown(f"Sweep {folder.path.name}"))
     if changed is None:
@@ -178,12 +172,6 @@ def write_board(folder: SweepFolder, board: "Leaderboard", changed: str | None =
     for job in board.jobs:
         if job.status in ENDED and changed in (None, job.name):
             figure.log_hparams(folder.path / job.name, job, board.monitor)
-
-
-def renew(folder: SweepFolder) -> "Leaderboard":
-    """Write a sweep's leaderboard as it stands."""
-    board = make_board(folder)
-    write_board(folder, board)
     return board
 
 

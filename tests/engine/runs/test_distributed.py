@@ -118,6 +118,31 @@ def test_two_processes_that_were_stopped_resume_exactly(signum: signal.Signals, 
 
 
 @pytest.mark.slow
+def test_processes_that_torchrun_starts_once_more_resume_exactly(exact: Run, tmp_path: Path) -> None:
+    folder, released = tmp_path / "run", tmp_path / "released"
+    wait = f"+callbacks.wait={{_target_: tests.engine.faults.WaitAt, step: 35, path: {released}}}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    command = [*torchrun, "-m", "src.train", *EXACT, "logger=tensorboard", wait, f"hydra.run.dir={folder}"]
+    env = {**os.environ, **ENV, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # pytorch#135712
+    with (tmp_path / "stderr").open("wb") as stderr:
+        agent = subprocess.Popen(command, cwd=ROOT, env=env, stdout=stderr, stderr=stderr)
+    try:
+        wait_until(lambda: agent.poll() is not None or said(tmp_path).count("waiting in") == 2, seconds=240)
+        os.kill(max(living(str(folder)) - {agent.pid}), signal.SIGKILL)
+        released.touch()
+        wait_until(lambda: agent.poll() is not None, seconds=240)
+        assert agent.returncode == 0, said(tmp_path)
+    finally:
+        agent.kill()
+        agent.wait()
+        for process in living(str(folder)):
+            os.kill(process, signal.SIGKILL)
+    assert said(tmp_path).count(f"{folder}/checkpoints/last.ckpt, step ") == 1
+    assert not (folder / "error.txt").exists()
+    assert_same_run(exact.path, folder)
+
+
+@pytest.mark.slow
 def test_one_process_speaks_for_both(together: Run) -> None:
     assert [line.split()[:2] for line in together.stderr.splitlines()] == [["epoch", "1/2"], ["epoch", "2/2"]]
     assert together.stdout.count("trained and tested") == 1

@@ -259,6 +259,7 @@ REFUSED = {
     ("-m", "optimizer.lrr=0.1,0.2"): "error: optimizer.lrr: no such key; did you mean optimizer.lr?",
     ("-m", "sweep=rates"): "error: sweep=rates: no such file in conf/sweep/; there are: ",
     ("-m", "experiment=glob(zzz*)"): "error: experiment=glob(zzz*): nothing to run",
+    ("-m", "optimizer.lr=interval(0.1,1)"): "error: optimizer.lr=interval(0.1,1): a grid needs values, as choice(a,b)",
     ("sweep=lr",): "error: sweep=lr: a sweep needs -m: python -m src.train -m sweep=lr",
 }
 
