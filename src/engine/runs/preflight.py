@@ -8,11 +8,10 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
@@ -34,24 +33,10 @@ SLURM_LAUNCHER = "hydra_plugins.slurm_launcher.SlurmLauncher"  # as its option i
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
-@dataclass
-class ThisCommand:
-    """What this process knows of its command: Hydra calls its parts one by one, and hands nothing from one to the next.
-
-    Args:
-        full_error: What the user has set HYDRA_FULL_ERROR to.
-        check: The command's own check of its config.
-        made: The run's folder and those around it, as far as this process has made them.
-        is_refused: Whether the run has ended before it began, by what the user can mend.
-    """
-
-    full_error: str = ""
-    check: Callable[[DictConfig], None] | None = None
-    made: list[Path] = field(default_factory=list)
-    is_refused: bool = False
-
-
-this = ThisCommand()
+# What this process knows of its command: Hydra calls its parts one by one, and hands nothing from one to the next.
+# full_error: what the user has set HYDRA_FULL_ERROR to. check: the command's own check of its config. made: the run's
+# folder and those around it, as far as they were not there. is_refused: whether the user can mend what ended the run.
+this = SimpleNamespace(full_error="", check=None, made=[], is_refused=False)
 
 
 class Preflight(Callback):

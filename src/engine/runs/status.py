@@ -102,10 +102,8 @@ def is_checkpoint_of(folder: Path, override: str) -> bool:
     """Whether an override is a ``ckpt_path=`` of that run; one of another run is where this one has begun."""
     if not override.startswith("ckpt_path="):
         return False
-    value = OverridesParser.create().parse_override(override).value()
-    path = Path(str(value)).resolve()
-    is_own = path.parent == folder.resolve() / "checkpoints" or path in map(Path.resolve, list_checkpoints(folder))
-    return value is not None and is_own
+    path = Path(str(OverridesParser.create().parse_override(override).value())).resolve()
+    return path.parent == folder.resolve() / "checkpoints" or path in map(Path.resolve, list_checkpoints(folder))
 
 
 @contextmanager
