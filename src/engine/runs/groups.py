@@ -140,14 +140,14 @@ def divide(given: list[Any], entries: Sequence[Mapping[str, Any]], module: nn.Mo
             number, entry = next(fitting)
             is_spared = bool(entry.get("no_decay")) and parameter.dim() < 2
             new = {**group, **{key: value for key, value in entry.items() if key not in OWN}, "params": []}
-            new |= {"name": _name(entry), **({"weight_decay": 0.0} if is_spared else {})}
+            new |= {"name": f"{_name(entry)}/no_decay", "weight_decay": 0.0} if is_spared else {"name": _name(entry)}
             groups.setdefault((place, number, is_spared), new)["params"].append(parameter)
+    ordered = [groups[key] for key in sorted(groups)]
     count: Counter[str] = Counter()
-    for (*_, is_spared), group in sorted(groups.items(), key=lambda item: item[0]):  # each has a curve of its own
-        group["name"] += "/no_decay" if is_spared else ""
-        count[group["name"]] += 1
-        group["name"] += f"_{count[group['name']]}" if count[group["name"]] > 1 else ""
-    return [groups[key] for key in sorted(groups)]
+    for group in ordered:  # each has a curve of its own
+        count[name := group["name"]] += 1
+        group["name"] = f"{name}_{count[name]}" if count[name] > 1 else name
+    return ordered
 
 
 def _name(entry: Mapping[str, Any]) -> str:

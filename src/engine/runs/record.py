@@ -75,7 +75,7 @@ class Record(Callback):
 
     def _find_best(self, names: list[str]) -> dict[str, Any]:
         """What the run's ModelCheckpoint says is best, by the run's monitor if there are several; else the last."""
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = self.trainer.checkpoint_callbacks
         judges = [each for each in callbacks if isinstance(each, ModelCheckpoint) and each.best_model_path]
         for each in sorted(judges, key=lambda each: each.monitor != self.cfg.get("monitor")):
             path = Path(each.best_model_path)
