@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -295,6 +296,35 @@ def test_a_sweep_that_does_not_wait_is_collected_later(cluster: dict[str, str], 
     assert len(collected.tested()) == 1
     assert {path.name for path in (tmp_path / ".submitit").glob("[0-9]*")} == {*submitted.values(), first[0]}
     assert json.loads((tmp_path / "sweep.json").read_text())["submitted"] == {}
+
+
+def test_jobs_wait_for_a_drained_node_and_resume_after_one_that_was_down(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    def update(*settings: str) -> None:
+        ask(cluster, "scontrol", "update", f"NodeName={socket.gethostname()}", *settings)
+
+    first, second = (tmp_path / f"optimizer.lr={rate}" for rate in ("0.001", "0.01"))
+    arguments = ("optimizer.lr=0.001,0.01", "trainer=cpu", LONG[0], "test=false", slow(1, 1))
+    with started_sweep(cluster, tmp_path, *arguments, "hydra.launcher.array_parallelism=1") as process:
+        try:
+            wait_until(lambda: len(steps(first, 0)) > 22, 300)
+            update("State=DRAIN", "Reason=test")
+            wait_until((first / "metrics.json").exists, 300)
+            wait_until(lambda: ask(cluster, "sinfo", "--noheader", "--format=%T") == "drained")
+            assert set(queue(cluster, tmp_path.name).values()) == {"PENDING"}
+            update("State=RESUME")
+            wait_until(lambda: len(steps(second, 0)) > 22, 300)
+            update("State=DOWN", "Reason=test")
+        finally:
+            update("State=RESUME")
+        result = ended(tmp_path, process)
+    assert result.returncode == 0, result.stderr
+    assert result.statuses() == {first.name: "finished", second.name: "finished"}
+    assert steps(first, 0) == list(range(60))
+    again = steps(second, 1)
+    assert again == list(range(again[0], 60))
+    assert again[0] >= 20  # the second epoch's first
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130)])
