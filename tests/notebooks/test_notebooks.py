@@ -71,7 +71,7 @@ def check_rows(root: Path, outputs: list[NotebookNode]) -> None:
         expected.append((str(path.parent.relative_to(root / "logs")), rate, "val/acc", score))
     assert len(expected) == 2
     rows = [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in html.partition("<tbody>")[2].split("<tr>")[1:]]
-    found = [(run, float(rate), monitor, float(score)) for run, rate, monitor, score in rows]
+    found: list[object] = [(run, float(rate), monitor, float(score)) for run, rate, monitor, score in rows]
     assert found == [(*row[:3], pytest.approx(row[3], abs=1e-4)) for row in sorted(expected, key=lambda row: -row[3])]
 
 
