@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -85,7 +86,7 @@ def make_classifier(path: Path, folder: Path) -> tuple[dict[str, Any], Callable[
     lock = threading.Lock()  # one file, one net
 
     def classify(content: bytes) -> dict[str, Any]:
-        with lock:
+        with lock, warnings.catch_warnings(action="ignore"):  # you see for yourself what is drawn
             drawing.write_bytes(content)
             inputs = preprocess(torch.as_tensor(read(drawing))[:1], datamodule)
             layers, logits = trace(module, inputs)

@@ -6,8 +6,11 @@ import io
 import json
 import logging
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from inspect import signature
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +39,9 @@ AS_IN = "name files, folders or patterns, as in inputs='digits/*.png'"
 MAX_ROWS = 50  # of the table
 MAX_NAMED = 5  # files that could not be read, at the end
 MAX_CHARACTERS = 40  # of a cell of the table that is no file
-Reader = Callable[[Path], Any]  # from a file to its images, (N, ...)
+SURE = 0.95  # the probability from which an answer is to be trusted
+Settings = Mapping[str, Any]
+Reader = Callable[..., Any]  # from a file to its images, (N, ...)
 Rows = list[dict[str, Any]]  # a dict for each sample, by column
 CLASS_COLUMNS = ("class", "probability", "runner_up", "runner_up_probability")
 
@@ -58,7 +63,6 @@ def predict(cfg: DictConfig) -> Rows:
     # The run's folder of data need not be there, nor be trusted, where nothing is read from it.
     unread = None if cfg.inputs is None else f"{cfg.root_dir}/data"
     module, datamodule = restore(path), restore_datamodule(path, unread, **settings.get("data", {}))
-    files: list[Path] = []
     failed: list[Path] = []
     if cfg.inputs is None:
         rows = predict_batches(module, datamodule, settings["accelerator"])
@@ -66,13 +70,14 @@ def predict(cfg: DictConfig) -> Rows:
         files, others = find_inputs(settings["inputs"])
         if others:
             log.warning(f"left out: {describe(others)}")
-        rows, failed = predict_files(module, datamodule, files, cfg.batch_size, settings["accelerator"])
+        rows, failed = predict_files(module, datamodule, files, cfg.batch_size, settings["accelerator"], cfg.split)
     OmegaConf.save(cfg, Path(cfg.output_dir) / "config.yaml", resolve=True)
     if rows:
         write_rows(output, rows)
         print_rows(rows)
         facts = {"checkpoint": report.shown(path), "rows": f"{len(rows):,}", "written to": report.shown(output)}
-        report.print_table("predicted", facts)
+        unsure = sum(row.get("sure", "yes") != "yes" for row in rows)
+        report.print_table("predicted", facts | ({"not sure": f"{unsure:,}, see there why"} if unsure else {}))
     if failed:
         names = ", ".join(map(report.shown, failed[:MAX_NAMED])) + (", ..." if len(failed) > MAX_NAMED else "")
         raise SkippedError(f"{len(failed)} of {len(files)} files could not be read and were skipped: {names}")
@@ -151,7 +156,7 @@ def list_folder(folder: Path, others: Counter[str]) -> list[Path]:
 
 
 def predict_files(
-    module: Any, datamodule: Any, files: Sequence[Path], batch_size: int, accelerator: Mapping[str, Any]
+    module: Any, datamodule: Any, files: Sequence[Path], batch_size: int, accelerator: Settings, split: bool = False
 ) -> tuple[Rows, list[Path]]:
     """Predict what is in files; those that cannot be read are logged and skipped.
 
@@ -161,65 +166,72 @@ def predict_files(
         files: Image or IDX files.
         batch_size: Images that the module gets at a time, 1 or more.
         accelerator: ``accelerator``, ``devices`` (one) and ``precision``, as the Trainer takes them.
+        split: Whether several digits in a picture become a row each, from left to right.
 
     Returns:
-        A row for each image, in order, as ``make_rows`` returns them, and the files that could not be read. A row's
-        ``file`` ends with the image's number, from 0, if the file holds several: ``t10k-images-idx3-ubyte#17``.
+        A row for each image, in order, as ``make_rows`` returns them, with what ``read_images`` has warned of as
+        ``sure``, and the files that could not be read. A row's ``file`` ends with the image's number, from 0, if the
+        file holds several: ``t10k-images-idx3-ubyte#17``.
     """
     import torch
 
     from src.engine.runs.build import preprocess
 
-    names: list[str] = []
+    told: list[tuple[str, str]] = []
     failed: list[Path] = []
-    images = read_files(files, find_reader(datamodule), failed)
+    images = read_files(files, find_reader(datamodule, split), failed)
 
     def make_batches() -> Iterator["Tensor"]:
         while chunk := list(islice(images, batch_size)):
-            names.extend(name for name, _ in chunk)
-            yield preprocess(torch.stack([image for _, image in chunk]), datamodule)
+            told.extend((name, doubt) for name, _, doubt in chunk)
+            yield preprocess(torch.stack([image for _, image, _ in chunk]), datamodule)
 
     rows = predict_batches(module, datamodule, accelerator, make_batches())
-    if len(rows) != len(names):
-        raise ConfigError(f"predict_step: returned {len(rows)} predictions for {len(names)} images; expected one each")
-    return [{"file": name, **row} for name, row in zip(names, rows, strict=True)], failed
+    if len(rows) != len(told):
+        raise ConfigError(f"predict_step: returned {len(rows)} predictions for {len(told)} images; expected one each")
+    pairs = zip(told, rows, strict=True)
+    return [{"file": name, **row, **({"sure": doubt} if doubt else {})} for (name, doubt), row in pairs], failed
 
 
-def find_reader(datamodule: Any) -> Reader:
-    """The data module's ``read_images(path)``: the images of a file as its loaders yield them, (N, ...).
+def find_reader(datamodule: Any, split: bool = False) -> Reader:
+    """The data module's ``read_images(path)``, or ``read_images(path, split=True)``: a file's images, (N, ...).
 
     Raises:
         ConfigError: If it has none.
     """
     reader: Reader | None = getattr(datamodule, "read_images", None)
-    if reader is None:
+    if reader is None or (split and "split" not in signature(reader).parameters):
         raise ConfigError(
             f"{type(datamodule).__name__}, the checkpoint's data module, does not say how to read a file; give it a "
-            "method read_images(path), which returns images as its loaders yield them, (N, ...)"
+            f"method read_images(path{', split' * split}), which returns images as its loaders yield them, (N, ...)"
         )
-    return reader
+    return partial(reader, split=True) if split else reader
 
 
-def read_files(files: Sequence[Path], read: Reader, failed: list[Path]) -> Iterator[tuple[str, "Tensor"]]:
-    """Each image with its name, in order; files that cannot be read are logged and added to ``failed``."""
+def read_files(files: Sequence[Path], read: Reader, failed: list[Path]) -> Iterator[tuple[str, "Tensor", str]]:
+    """Each image with its name and what is doubtful; files that cannot be read are logged and added to ``failed``."""
     import torch
 
     console = Console(stderr=True)
     for file in track(files, "reading", console=console, transient=True, disable=not console.is_terminal):
         try:
-            images = torch.as_tensor(read(file))
+            with warnings.catch_warnings(record=True) as doubts:
+                warnings.simplefilter("always", UserWarning)
+                images = read(file)
+            images = torch.as_tensor(images)
         except Exception as error:  # whatever a decoder raises
             log.debug("stack trace:", exc_info=error)
             reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
             log.warning(f"{report.shown(file)}: skipped: {reason}")
             failed.append(file)
             continue
+        doubt = ", ".join(str(each.message) for each in doubts if issubclass(each.category, UserWarning))
         for index, image in enumerate(images):
-            yield f"{file}#{index}" if len(images) > 1 else str(file), image
+            yield f"{file}#{index}" if len(images) > 1 else str(file), image, doubt
 
 
 def predict_batches(
-    module: Any, datamodule: Any, accelerator: Mapping[str, Any], batches: "Iterator[Tensor] | None" = None
+    module: Any, datamodule: Any, accelerator: Settings, batches: "Iterator[Tensor] | None" = None
 ) -> Rows:
     """The rows of what a module predicts for batches, or for those of ``predict_dataloader`` or ``test_dataloader``.
 
@@ -256,7 +268,8 @@ def make_rows(prediction: Any, num_classes: int | None = None, classes: Sequence
     Args:
         prediction: What ``predict_step``, or ``forward`` in its place, has returned for a batch.
         num_classes: The module's attribute, if it has one and no ``predict_step`` of its own: predictions of shape
-            (B, num_classes) are then logits, and rows have CLASS_COLUMNS; the runner-up of one class is None.
+            (B, num_classes) are then logits, and rows have CLASS_COLUMNS, the runner-up of one class being None, and
+            ``sure``: "yes", or why not.
         classes: Their names: the data module's attribute, or numbers.
 
     Returns:
@@ -271,7 +284,8 @@ def make_rows(prediction: Any, num_classes: int | None = None, classes: Sequence
         best = prediction.float().softmax(dim=1).topk(min(2, prediction.shape[1]), dim=1)
         pairs = (zip(*pair, strict=True) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True))
         cells = ([cell for label, value in pair for cell in (classes[label], value)] for pair in pairs)
-        return [dict(zip_longest(CLASS_COLUMNS, row)) for row in cells]
+        rows = (dict(zip_longest(CLASS_COLUMNS, row)) for row in cells)
+        return [row | {"sure": "yes" if row["probability"] >= SURE else f"below {SURE}"} for row in rows]
     plain = apply_to_collection(prediction, (torch.Tensor, np.ndarray), lambda values: values.tolist())
     if isinstance(plain, list) and all(isinstance(sample, Mapping) for sample in plain):
         return [dict(sample) for sample in plain]
@@ -299,7 +313,7 @@ def write_rows(path: Path, rows: Rows) -> None:
         file.write(json.dumps(rows, indent=2, default=str).encode())
     else:
         text = io.StringIO()
-        writer = csv.DictWriter(text, find_columns(rows), lineterminator="\n")
+        writer = csv.DictWriter(text, dict.fromkeys(chain.from_iterable(rows)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         file.write(text.getvalue().encode(errors="surrogateescape"))  # a file's name can be any bytes
@@ -312,14 +326,9 @@ def readable(text: str) -> str:
     return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
-def find_columns(rows: Rows) -> list[str]:
-    """The keys of all rows, in order."""
-    return list(dict.fromkeys(chain.from_iterable(rows)))
-
-
 def print_rows(rows: Rows) -> None:
     """A table of the first MAX_ROWS rows: a file's name in full, the start of anything else that is long."""
-    columns = find_columns(rows[:MAX_ROWS])
+    columns = dict.fromkeys(chain.from_iterable(rows[:MAX_ROWS]))
     short: Any = {"justify": "right", "no_wrap": True, "max_width": MAX_CHARACTERS}
     table = Table()
     for name in columns:

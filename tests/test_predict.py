@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,52 @@ def test_files_are_read_as_the_data_module_says_and_predicted_as_the_module_does
         find_reader(pl.LightningDataModule())
 
 
+class Blurred(Photos):
+    """Its pictures are doubtful from number 8 on, and may hold two."""
+
+    def read_images(self, path: Path, split: bool = False) -> Tensor:
+        if int(path.stem) > 7:
+            warnings.warn("blurred", stacklevel=1)
+        return torch.full((1 + split, 3, 8, 8), float(path.stem))
+
+
+def test_what_the_data_module_warns_of_is_told_in_the_table() -> None:
+    files = [Path("7.jpg"), Path("8.jpg")]
+    rows, _ = predict_files(Detector(), Blurred(), files, 2, CPU)
+    assert [(row["file"], row.get("sure")) for row in rows] == [("7.jpg", None), ("8.jpg", "blurred")]
+    rows, _ = predict_files(Detector(), Blurred(), files, 3, CPU, split=True)
+    assert [(row["file"], row.get("sure")) for row in rows] == [
+        ("7.jpg#0", None), ("7.jpg#1", None), ("8.jpg#0", "blurred"), ("8.jpg#1", "blurred"),
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"Photos.* method read_images\(path, split\)"):
+        predict_files(Detector(), Photos(), files, 2, CPU, split=True)
+
+
+def test_answers_that_should_not_be_trusted_are_told(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digits = read_package().images[::100]
+    labels, probabilities = classify(trained, digits)
+    surest = sorted(range(len(digits)), key=lambda index: -probabilities[index])[:2]
+    page = Image.new("L", (900, 450), 255)
+    for place, index in enumerate(surest):
+        draw_large(digits[index], tmp_path / f"{place}.png")
+        page.paste(Image.open(tmp_path / f"{place}.png").crop((0, 0, 450, 450)), (450 * place, 0))
+    page.save(tmp_path / "two.png")
+    noise = np.random.default_rng(0).normal(128, 20, (90, 90)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    overrides = [f"ckpt_path={trained}", "accelerator=cpu", "overwrite=true"]
+    rows = predict(compose_cfg(tmp_path, *overrides, f"inputs={tmp_path}", config_name="predict"))
+    sure = {Path(row["file"]).name: row["sure"] for row in rows}
+    assert "no clear ink" in sure.pop("noise.png")
+    assert sure == {"0.png": "yes", "1.png": "yes", "two.png": "2 digits, read as one"}
+    assert "2, see there why" in capsys.readouterr().out
+    rows = predict(compose_cfg(tmp_path, *overrides, f"inputs={tmp_path}/two.png", "split=true", config_name="predict"))
+    assert [(Path(row["file"]).name, row["class"], row["sure"]) for row in rows] == [
+        (f"two.png#{place}", labels[index], "yes") for place, index in enumerate(surest)
+    ]
+
+
 class Sines(pl.LightningDataModule):
     """Batches are dicts."""
 
@@ -308,10 +355,10 @@ def test_rows_are_made_of_whatever_comes_out() -> None:
     assert make_rows("text") == [{"prediction": "text"}]
     logits = torch.tensor([[0.0, np.log(3.0)]])
     (row,) = make_rows(logits, 2, ("cat", "dog"))
-    assert (row["class"], row["runner_up"]) == ("dog", "cat")
+    assert (row["class"], row["runner_up"], row["sure"]) == ("dog", "cat", "below 0.95")
     assert (row["probability"], row["runner_up_probability"]) == pytest.approx((0.75, 0.25))
     assert make_rows(logits[:, :1], 1, range(1)) == [
-        {"class": 0, "probability": 1, "runner_up": None, "runner_up_probability": None}
+        {"class": 0, "probability": 1, "runner_up": None, "runner_up_probability": None, "sure": "yes"}
     ]
     assert make_rows(logits, 3) == [{"prediction": pytest.approx([0, np.log(3)])}]
 

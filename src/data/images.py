@@ -1,9 +1,7 @@
 """Pictures of digits from files of any kind, made to look as MNIST's do."""
 
-import logging
 import re
 import warnings
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +11,20 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from scipy import ndimage
 
-log = logging.getLogger(__name__)
-
 SIZE = 28
 BOX = 20  # a digit's longer side
 MASS_CENTRE = 14  # the pixel at which a digit's centre of mass lies, both ways: measured on MNIST
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # not all that Pillow opens: EPS starts a program
 PAPER_SIZE, WINDOW = 32, 22  # in pixels: the paper's brightness, and the part of it that is looked at for a pixel's
-FULL = 0.9  # of a row or column that is ink: a line from edge to edge
+FULL = 0.95  # of a row or column that is ink: a line from edge to edge
 SPECK = 0.15  # of the digit's longer side
 IDX = "idx[34][-_.]"  # in an IDX file's name, if it is of images
-WORK_SIZE = 256  # larger pictures are made smaller first, which also takes out most noise
+KEPT_SIZE = 1024  # larger pictures are made smaller first
+WORK_SIZE = 256  # at which a digit is looked for, which also takes out most noise
 MAX_PIXELS = 30_000_000  # to read so many takes 480 MB at most, of WebP
 OPAQUE = 240  # of 255
-MIN_CONTRAST = 32  # of 255; below, a picture is blank
+MIN_CONTRAST, FAINT = 32, 48  # of 255; below, a picture is blank, and its ink is faint
+CLEAR = 0.8  # of the variance lies between ink and paper: of grainy pages with a digit 0.83, of grain alone 0.75
 
 
 def is_idx(path: Path) -> bool:
@@ -34,8 +32,8 @@ def is_idx(path: Path) -> bool:
     return re.search(IDX, path.name) is not None
 
 
-def read_digits(path: Path) -> NDArray[np.uint8]:
-    """Read a picture of one digit.
+def read_digits(path: Path, split: bool = False) -> NDArray[np.uint8]:
+    """Read a picture of one digit, or of several side by side.
 
     A picture that is one of MNIST's already, by its size and what is in it, keeps its pixels (dark on light is turned
     into light on dark). Others become what MNIST's are: the digit fits into 20x20 pixels, its centre of mass in the
@@ -43,24 +41,38 @@ def read_digits(path: Path) -> NDArray[np.uint8]:
 
     Args:
         path: An image file, whose background is one colour.
+        split: Whether digits that stand side by side, and do not touch, are read one by one.
 
     Returns:
-        The digit, light (255) on dark (0), (1, 28, 28).
+        The digits from left to right, light (255) on dark (0), (N, 28, 28); without ``split`` one.
 
     Raises:
         ValueError: If it is no picture, damaged or blank; the message does not name the file.
         OSError: If it cannot be read.
+
+    Warns:
+        UserWarning: If what the picture shows is in doubt.
     """
-    ink = _find_ink(_open(path))
+    pixels = _open(path)
+    ink = _find_ink(_reduce(pixels))
+    if len(pixels) > len(ink) and (part := _find_part(ink)):
+        scale = len(pixels) / len(ink)
+        rows, columns = (slice(int(side.start * scale), int(side.stop * scale) + 1) for side in part)
+        ink = _find_ink(_reduce(pixels[rows, columns]))
     if np.ptp(ink) < MIN_CONTRAST:
         raise ValueError("blank: nothing in it stands out from its background")
     if _fits(ink):
         return ink[np.newaxis]
-    threshold = _otsu(ink)
-    ink, count = _find_digit(ink, threshold)
-    if count > 1:
-        log.warning("%s: seems to show %d digits, and is read as one", path, count)
-    return _normalise(ink, threshold)[np.newaxis]
+    threshold, clearness = _otsu(ink)
+    digits = _find_digits(ink, threshold)
+    if clearness < CLEAR:
+        warnings.warn("no clear ink", stacklevel=2)
+    if np.median(ink[ink > threshold]) < FAINT:
+        warnings.warn("faint ink", stacklevel=2)
+    if not split and len(digits) > 1:
+        warnings.warn(f"{len(digits)} digits, read as one", stacklevel=2)
+        digits = [np.max(digits, axis=0)]
+    return np.stack([_normalise(digit, threshold) for digit in digits])
 
 
 def read_like(path: Path, channels: int = 1) -> NDArray[np.uint8]:
@@ -73,13 +85,13 @@ def read_like(path: Path, channels: int = 1) -> NDArray[np.uint8]:
     Returns:
         (1, H, W), or (1, C, H, W) in colours.
     """
-    image = Image.fromarray(_open(path).astype(np.uint8)).convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
+    image = Image.fromarray(_open(path)).convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
     pixels = np.array(image)[np.newaxis]  # a copy, since torch warns of arrays that are read-only
     return pixels if channels == 1 else np.moveaxis(pixels, 3, 1)
 
 
-def _open(path: Path) -> NDArray[np.float32]:
-    """The picture upright, at most WORK_SIZE wide and high, as red, green, blue and opacity in 0..255, (H, W, 4)."""
+def _open(path: Path) -> NDArray[np.uint8]:
+    """The picture upright, at most KEPT_SIZE wide and high, as red, green, blue and opacity, (H, W, 4)."""
     with warnings.catch_warnings(), path.open("rb") as file:
         warnings.simplefilter("ignore")
         is_jpeg = file.read(2) == b"\xff\xd8"
@@ -92,20 +104,36 @@ def _open(path: Path) -> NDArray[np.float32]:
         except Image.DecompressionBombError as error:
             raise ValueError(str(error)) from error
         if "progressive" not in image.info:  # such a JPEG is held in full all the same
-            image.draft(None, (WORK_SIZE, WORK_SIZE))
+            image.draft(None, (KEPT_SIZE, KEPT_SIZE))
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels: expected {MAX_PIXELS:,} or fewer; make it smaller")
         if image.mode.startswith("I;"):  # these cannot be averaged, as those below
             image = image.convert("I")
         elif image.mode in ("1", "P") or "transparency" in image.info:
             image = image.convert("RGBA")
-        image.thumbnail((WORK_SIZE, WORK_SIZE), reducing_gap=3.0)  # before anything else: a copy of all pixels is large
+        image.thumbnail((KEPT_SIZE, KEPT_SIZE), reducing_gap=3.0)  # before anything else: a copy of all pixels is large
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode in ("I", "F"):  # more than 8 bits: from the darkest to the lightest
         values = np.asarray(image, np.float32)
         scale = 255 / max(float(np.ptp(values)), 1.0)
         image = Image.fromarray(((values - values.min()) * scale).round().astype(np.uint8))
-    return np.asarray(image.convert("RGBA"), np.float32)
+    return np.asarray(image.convert("RGBA"))
+
+
+def _reduce(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The picture at most WORK_SIZE wide and high, (H, W, 4)."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((WORK_SIZE, WORK_SIZE))
+    return np.asarray(image, np.float32)
+
+
+def _find_part(ink: NDArray[np.uint8]) -> tuple[slice, slice] | None:
+    """Where the ink lies, with a margin, if that is a small part of the picture, which deserves a closer look."""
+    box = ndimage.find_objects(np.int8(np.max(_find_digits(ink, _otsu(ink)[0]), axis=0) > 0))
+    if not box or (longer := max(side.stop - side.start for side in box[0])) > WORK_SIZE / 4:
+        return None
+    rows, columns = (slice(max(0, side.start - longer), side.stop + longer) for side in box[0])
+    return rows, columns
 
 
 def _find_ink(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -145,8 +173,8 @@ def _fits(ink: NDArray[np.uint8]) -> bool:
     return bool(17 <= longer <= BOX and is_central and ink.max() >= OPAQUE)
 
 
-def _find_digit(ink: NDArray[np.uint8], threshold: int) -> tuple[NDArray[np.uint8], int]:
-    """The ink without what is beside the digit, (H, W), and how many digits seem to stand side by side.
+def _find_digits(ink: NDArray[np.uint8], threshold: int) -> list[NDArray[np.uint8]]:
+    """The ink of each digit that stands beside others, from left to right, without what is beside them, (H, W).
 
     Lines from edge to edge go, marks that touch an edge while others do not, and specks.
     """
@@ -155,19 +183,25 @@ def _find_digit(ink: NDArray[np.uint8], threshold: int) -> tuple[NDArray[np.uint
     mask[:, mask.mean(axis=0) > FULL] = False
     labels, count = ndimage.label(mask, np.ones((3, 3)))
     if not count:
-        return ink, 1
+        return [ink]
     boxes = ndimage.find_objects(labels)
     lengths = np.array([max(part.stop - part.start for part in box) for box in boxes])
     edges = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
     inner = lengths * ~np.isin(np.arange(1, count + 1), edges)
     if inner.max() > SPECK * lengths.max():
         lengths = inner
-    is_kept = lengths > SPECK * lengths.max()
-    kept = ndimage.binary_dilation(np.append(False, is_kept)[labels], iterations=2)  # with the strokes' soft edges
-    tall = [box for box in np.array(boxes, object)[is_kept] if box[0].stop - box[0].start > lengths.max() / 2]
-    tall.sort(key=lambda box: box[1].start)
-    num_gaps = sum(left[1].stop < right[1].start for left, right in pairwise(tall))
-    return np.where(kept, ink, 0).astype(np.uint8), 1 + num_gaps
+    kept = np.flatnonzero(lengths > SPECK * lengths.max())
+    spans = [boxes[part][1] for part in kept if boxes[part][0].stop - boxes[part][0].start > lengths.max() / 2]
+    spans.sort(key=lambda span: span.start)
+    reached = np.maximum.accumulate([0, *(span.stop for span in spans)])[1:]
+    gaps = [(left + right.start) / 2 for left, right in zip(reached, spans[1:], strict=False) if right.start > left]
+    numbers = np.searchsorted(gaps, [(boxes[part][1].start + boxes[part][1].stop) / 2 for part in kept])
+    digits = []
+    for number in range(len(gaps) + 1):
+        own = np.isin(labels, kept[numbers == number] + 1)
+        near = ndimage.binary_dilation(own, iterations=2) & (own | ~mask)  # with the strokes' soft edges
+        digits.append(np.where(near, ink, 0).astype(np.uint8))
+    return digits
 
 
 def _normalise(ink: NDArray[np.uint8], threshold: int) -> NDArray[np.uint8]:
@@ -189,9 +223,12 @@ def _normalise(ink: NDArray[np.uint8], threshold: int) -> NDArray[np.uint8]:
     return result
 
 
-def _otsu(values: NDArray[np.uint8]) -> int:
-    """The threshold that tells two groups of values apart best: with the largest variance between them (Otsu, 1979)."""
+def _otsu(values: NDArray[np.uint8]) -> tuple[int, float]:
+    """The threshold that tells two groups of values apart best, and how well, in 0..1 (Otsu, 1979).
+
+    It has the largest variance between the groups, which is that share of the whole variance.
+    """
     counts = np.bincount(values.ravel(), minlength=256).astype(np.float64)
     below, sums = counts.cumsum(), (counts * np.arange(256)).cumsum()
     between = (sums[-1] * below / below[-1] - sums) ** 2 / np.maximum(below * (below[-1] - below), 1)
-    return int(between.argmax())
+    return int(between.argmax()), float(between.max() / max(values.var(), 1e-9))

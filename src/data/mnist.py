@@ -247,11 +247,12 @@ class MNISTDataModule(pl.LightningDataModule):
             images = AUGMENTATIONS[self.augment](images, background)
         return images, labels
 
-    def read_images(self, path: Path) -> NDArray[Any]:
+    def read_images(self, path: Path, split: bool = False) -> NDArray[Any]:
         """Read an image file, or an IDX file of many, as the loaders would yield what it shows.
 
         Args:
             path: The file. Only handwriting is fitted into MNIST's frame; other pictures must have the data set's size.
+            split: Whether several digits of handwriting, side by side, become as many images.
 
         Returns:
             Images, (N, H, W) or (N, C, H, W); of handwriting uint8 (N, 28, 28).
@@ -264,7 +265,7 @@ class MNISTDataModule(pl.LightningDataModule):
             images = sources.check_images(sources.parse_idx(path.read_bytes()))
             return sources.fit_images(images, self.input_size, self.transpose).numpy()
         if self.handwriting:
-            return read_digits(path)
+            return read_digits(path, split)
         image = torch.from_numpy(read_like(path, self.input_size[0]))
         if list(image.shape[-2:]) != self.image_size:
             height, width = self.image_size

@@ -94,13 +94,62 @@ def test_what_is_beside_the_digit_is_not_the_digit(kind: str, digits: Pixels, tm
     assert min(similarities) > 0.8
 
 
-def test_several_digits_are_told(digits: Pixels, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    page = redraw(digits[7], 8, (500, 300), (40, 60))
-    page.paste(redraw(digits[31], 8, (200, 300), (20, 60)), (260, 0))
-    page.save(tmp_path / "two.png")
-    read_digits(tmp_path / "two.png")
-    (record,) = caplog.records
-    assert "two.png: seems to show 2 digits" in record.getMessage()
+def draw_row(digits: Pixels, scale: int = 8) -> Image.Image:
+    """Digits side by side, of equal height, dark on light."""
+    page = Image.new("L", (len(digits) * 28 * scale, 36 * scale), 240)
+    for number, digit in enumerate(digits):
+        ink = redraw(digit, scale, (28 * scale, 36 * scale), (2 * scale, 5 * scale))
+        page.paste(paint(ink, (30, 30, 30), (240, 240, 240)), (number * 28 * scale, 0))
+    return page
+
+
+def test_several_digits_are_told(digits: Pixels, tmp_path: Path) -> None:
+    draw_row(digits[[7, 31]]).save(tmp_path / "two.png")
+    with pytest.warns(UserWarning, match="2 digits, read as one"):
+        assert read_digits(tmp_path / "two.png").shape == (1, 28, 28)
+
+
+def test_several_digits_are_split_from_left_to_right(digits: Pixels, tmp_path: Path) -> None:
+    for start in range(0, 40, 10):
+        chosen = digits[start : start + 10 : 3]
+        draw_row(chosen).save(tmp_path / "row.png")
+        found = read_digits(tmp_path / "row.png", split=True)
+        assert len(found) == len(chosen) == 4
+        for digit, expected in zip(found, chosen, strict=True):
+            assert similarity(digit, expected) > 0.9
+    Image.fromarray(digits[0]).save(tmp_path / "one.png")
+    np.testing.assert_array_equal(read_digits(tmp_path / "one.png", split=True), digits[:1])
+
+
+@pytest.mark.parametrize("side", [112, 256, 1024, 3000])
+def test_a_faint_digit_is_the_same_whatever_the_size_of_its_picture(side: int, digits: Pixels, tmp_path: Path) -> None:
+    for digit in digits[::10]:
+        ink = Image.new("L", (side, side))
+        ink.paste(Image.fromarray(digit).resize((112, 112), Image.Resampling.BICUBIC), ((side - 112) // 3,) * 2)
+        paint(ink, (190,) * 3, (230,) * 3).save(tmp_path / "faint.png", compress_level=1)
+        with pytest.warns(UserWarning, match="faint ink"):
+            (found,) = read_digits(tmp_path / "faint.png")
+        assert similarity(found, digit) > 0.9
+        paint(ink, (210,) * 3, (230,) * 3).save(tmp_path / "fainter.png", compress_level=1)
+        with pytest.raises(ValueError, match="blank"):
+            read_digits(tmp_path / "fainter.png")
+
+
+def test_noise_is_no_clear_ink(tmp_path: Path) -> None:
+    for seed, side in enumerate((28, 40, 100, 300)):
+        noise = np.random.default_rng(seed).normal(128, 20, (side, side)).clip(0, 255)
+        Image.fromarray(noise.astype(np.uint8)).save(tmp_path / "noise.png")
+        with pytest.warns(UserWarning) as told:  # noqa: PT030  (some is faint, too)
+            read_digits(tmp_path / "noise.png")
+        assert "no clear ink" in [str(each.message) for each in told]
+
+
+def test_a_digit_that_fills_its_picture_is_no_line(tmp_path: Path) -> None:
+    page = Image.new("L", (28, 28), 255)
+    ImageDraw.Draw(page).rectangle([10, 1, 16, 26], fill=0)
+    page.save(tmp_path / "one.png")
+    (found,) = read_digits(tmp_path / "one.png")  # which warns of nothing
+    assert found[4:24, 13:15].min() > 200
 
 
 def test_a_jpeg_may_have_more_pixels_than_would_fit(digits: Pixels, tmp_path: Path) -> None:
@@ -281,6 +330,8 @@ LARGE = [
     ("1", 9000, "bomb.png", f"9000x9000 {PIXELS}"),
     ("1", 13_500, "larger bomb.png", "exceeds limit of"),
     ("CMYK", 9000, "progressive bomb.jpg", f"9000x9000 {PIXELS}"),
+    ("L", 14_200, "progressive of 200 megapixels.jpg", f"14200x14200 {PIXELS}"),
+    ("L", 14_200, "of 200 megapixels.jpg", "blank"),
     ("1", 5400, "bilevel.png", "blank"),
     ("P", 5400, "palette.png", "blank"),
     ("LA", 5400, "opacity.png", "blank"),
