@@ -25,16 +25,21 @@ class Counts(Metric):
     """
 
     loss_sum: Tensor
+    loss_rest: Tensor
     confusion: Tensor
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.add_state("loss_sum", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("loss_rest", torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("confusion", torch.zeros(num_classes, num_classes, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Count a batch: its mean loss, a scalar, logits (B, num_classes), and labels (B,)."""
-        self.loss_sum += loss.detach() * len(labels)
+        # Kahan's sum: what rounding cuts off is added with the next batch. Not all devices have float64.
+        added = loss.detach().float() * len(labels) + self.loss_rest
+        total = self.loss_sum + added
+        self.loss_rest, self.loss_sum = added - (total - self.loss_sum), total
         ones = torch.ones_like(labels, dtype=torch.long)
         self.confusion.index_put_((labels, logits.argmax(dim=1)), ones, accumulate=True)
 

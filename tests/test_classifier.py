@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -62,6 +64,18 @@ def test_a_step_is_that_of_plain_pytorch() -> None:
     nn.functional.cross_entropy(plain(IMAGES[:16]), LABELS[:16]).backward()
     for ours, theirs in zip(module.net.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs - 0.1 * theirs.grad)  # type: ignore[operator]
+
+
+def test_the_sum_of_the_losses_does_not_drift_at_millions_of_images() -> None:
+    counts = Counts(3)
+    logits, labels = torch.eye(3)[:2], torch.zeros(2, dtype=torch.long)
+    batches = [2.0**24, *[0.3, 0.1, 0.7] * 300]  # in single precision 2**25 + 0.6 is 2**25
+    losses = torch.tensor(batches)
+    for loss in losses:
+        counts.update(loss, logits, labels)
+    exact = math.fsum(2 * loss for loss in losses.tolist())
+    assert float(counts.loss_sum) == pytest.approx(exact, abs=2)  # a unit in the last place is 4
+    assert exact - 2**25 > 600
 
 
 def test_cannot_be_trained_without_an_optimizer() -> None:
