@@ -138,7 +138,7 @@ def draw_architecture(path: Path) -> None:
             _draw_connection(axes, layers[number - 1], lefts[number - 1], layers[number], lefts[number])
         sum_of_all = f"total: {total:,}"
         axes.text(layers[0].width / 2, -top - 12, sum_of_all, ha="center", va="baseline", fontsize=11, color=GREY)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _draw_layer(axes: Axes, layer: Layer, left: float) -> None:
@@ -208,7 +208,7 @@ def draw_curves(log_dir: Path, path: Path) -> None:
             axes.legend(frameon=False, labelcolor=INK)
         panels[0].set_yscale("log")
         panels[0].yaxis.set_major_formatter("{x:g}")
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def draw_paper(results: dict[str, Sweep], path: Path) -> None:
@@ -270,10 +270,10 @@ def draw_paper(results: dict[str, Sweep], path: Path) -> None:
             axes.grid(color="#d1d9e0", lw=0.6)
             axes.spines[["top", "right"]].set_visible(False)
             axes.legend(frameon=False, labelcolor=INK)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write an SVG that is the same, byte for byte, each time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
