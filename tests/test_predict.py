@@ -355,7 +355,7 @@ def test_rows_are_made_of_whatever_comes_out() -> None:
     assert make_rows("text") == [{"prediction": "text"}]
     logits = torch.tensor([[0.0, np.log(3.0)]])
     (row,) = make_rows(logits, 2, ("cat", "dog"))
-    assert (row["class"], row["runner_up"], row["sure"]) == ("dog", "cat", "below 0.95")
+    assert (row["class"], row["runner_up"], row["sure"]) == ("dog", "cat", "below 0.9")
     assert (row["probability"], row["runner_up_probability"]) == pytest.approx((0.75, 0.25))
     assert make_rows(logits[:, :1], 1, range(1)) == [
         {"class": 0, "probability": 1, "runner_up": None, "runner_up_probability": None, "sure": "yes"}
