@@ -75,7 +75,7 @@ def test_the_readme_has_the_tables_of_the_results() -> None:
         assert line in README
 
 
-@pytest.mark.parametrize("name", ["baseline", "best", "fast", "paper1998", "paper1998_distorted"])
+@pytest.mark.parametrize("name", ["baseline", "baseline_fashion", "best", "fast", "paper1998", "paper1998_distorted"])
 def test_each_recipe_says_its_result(name: str) -> None:
     runs = results.read_results()[name]["runs"]
     assert len(runs) == 5
