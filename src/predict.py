@@ -230,9 +230,7 @@ def read_files(files: Sequence[Path], read: Reader, failed: list[Path]) -> Itera
             yield f"{file}#{index}" if len(images) > 1 else str(file), image, doubt
 
 
-def predict_batches(
-    module: Any, datamodule: Any, accelerator: Settings, batches: "Iterator[Tensor] | None" = None
-) -> Rows:
+def predict_batches(module: Any, datamodule: Any, accelerator: Settings, batches: Iterator[Any] | None = None) -> Rows:
     """The rows of what a module predicts for batches, or for those of ``predict_dataloader`` or ``test_dataloader``.
 
     Raises:
@@ -268,8 +266,7 @@ def make_rows(prediction: Any, num_classes: int | None = None, classes: Sequence
     Args:
         prediction: What ``predict_step``, or ``forward`` in its place, has returned for a batch.
         num_classes: The module's attribute, if it has one and no ``predict_step`` of its own: predictions of shape
-            (B, num_classes) are then logits, and rows have CLASS_COLUMNS, the runner-up of one class being None, and
-            ``sure``: "yes", or why not.
+            (B, num_classes) are then logits, and rows have CLASS_COLUMNS (None for lack of classes) and ``sure``.
         classes: Their names: the data module's attribute, or numbers.
 
     Returns:
@@ -302,12 +299,13 @@ def write_rows(path: Path, rows: Rows) -> None:
     """Write rows as CSV, JSON (a list of objects) or Parquet, as the path's suffix says; whole or not at all."""
     file = io.BytesIO()
     if path.suffix == ".parquet":
+        from lightning_utilities.core.apply_func import apply_to_collection
         from pyarrow import Table, parquet  # of the extra export
 
-        # A file's name can be any bytes, this format's texts cannot.
-        plain = [
-            {key: readable(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows
-        ]
+        def readable(text: str) -> str:  # a file's name can be any bytes, this format's texts cannot
+            return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+        plain = apply_to_collection(rows, str, readable)
         parquet.write_table(Table.from_pylist(plain), file)
     elif path.suffix == ".json":
         file.write(json.dumps(rows, indent=2, default=str).encode())
@@ -319,11 +317,6 @@ def write_rows(path: Path, rows: Rows) -> None:
         file.write(text.getvalue().encode(errors="surrogateescape"))  # a file's name can be any bytes
     path.parent.mkdir(parents=True, exist_ok=True)
     report.write_bytes(path, file.getvalue())
-
-
-def readable(text: str) -> str:
-    """Text whose bytes that are no UTF-8 are written as their codes."""
-    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def print_rows(rows: Rows) -> None:
