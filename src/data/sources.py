@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 IDX_FILES = tuple(f"{split}-{part}-ubyte" for split in ("train", "t10k") for part in ("images-idx3", "labels-idx1"))
 TYPES = {8: "u1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}  # of an IDX file's values, by its third byte
 CHANNELS = (1, 3, 4)
+NOTE = ".downloaded"  # beside the files: the names of those that were downloaded, a line each
 MAX_FRAME = 8 / 7  # an input that is larger than this times the images is not only filled up: they are enlarged
 
 
@@ -41,7 +42,7 @@ class Digits(NamedTuple):
 
 
 class MissingError(DataError):
-    """Files are missing, and none of the user's own are in the way: a download would bring them."""
+    """Files are missing, or were damaged since they were downloaded: another download would bring them."""
 
 
 def find_files(folder: Path, prefix: str = "") -> dict[str, Path]:
@@ -86,8 +87,8 @@ def read_files(folder: Path, md5: Mapping[str, str], prefix: str = "") -> tuple[
         Training and test split.
 
     Raises:
-        MissingError: If files are missing that ``download`` would bring. Without checksums the files are the user's
-            own, so that is only so where there is none.
+        MissingError: If files are missing that ``download`` would bring, or one that it brought is damaged. Without
+            checksums the files are the user's own, so that is only so where there is none.
         DataError: If a file is damaged or another, or images and labels do not belong together.
     """
     found = find_files(folder, prefix)
@@ -124,8 +125,15 @@ def _read_file(path: Path, name: str, md5: Mapping[str, str]) -> Tensor:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); mend that or set data.root") from error
     except DataError as error:
+        if _was_downloaded(path):
+            raise MissingError(f"{path} {error}; data.source=download moves it aside and downloads it anew") from error
         own = "move it away to download it anew, set data.md5=null to use files of your own, or " if md5 else "set "
         raise DataError(f"{path} {error}; nothing is put in its place: {own}another data.root") from error
+
+
+def _was_downloaded(path: Path) -> bool:
+    note = path.parent / NOTE
+    return note.is_file() and path.name in note.read_text("utf-8", "replace").splitlines()
 
 
 def _hash(content: bytes) -> str:
@@ -220,7 +228,7 @@ def download(folder: Path, mirrors: Sequence[str], md5: Mapping[str, str], timeo
     """Download those of the four IDX files that are missing, one process at a time.
 
     They arrive in a folder aside and are moved into place when all are there and their checksums are right. A file that
-    is there stays as it is.
+    is there stays as it is, unless it was downloaded and is damaged now: then it is renamed.
 
     Args:
         folder: Where they are to lie; made when missing.
@@ -271,8 +279,17 @@ def _download_from(mirror: str, folder: Path, md5: Mapping[str, str], timeout: f
         read_files(aside, md5, prefix)
         there = find_files(folder, prefix)
         for name, path in find_files(aside, prefix).items():
-            if name not in there:
-                path.rename(folder / path.name)
+            if name in there:
+                try:
+                    _read_file(there[name], name, md5)
+                    continue
+                except MissingError as error:
+                    other = there[name].with_name(f"{there[name].name}.damaged-{_hash(there[name].read_bytes())[:6]}")
+                    log.warning("%s; moved to %s and downloaded anew", str(error).rpartition("; ")[0], other.name)
+                    there[name].replace(other)
+            path.rename(folder / path.name)
+            with (folder / NOTE).open("a", encoding="utf-8") as note:
+                note.write(f"{path.name}\n")
 
 
 def _unpack(path: Path, expected: str | None, prefix: str) -> None:

@@ -27,7 +27,7 @@ import yaml
 from numpy.typing import NDArray
 from torchvision.datasets import MNIST
 
-from src.data.sources import IDX_FILES, download, parse_idx, read_files, read_package
+from src.data.sources import IDX_FILES, NOTE, MissingError, download, parse_idx, read_files, read_package
 from src.engine.errors import DataError
 from src.engine.settings.check import CONF
 from tests.mnist.files import NUM_TEST, NUM_TRAIN, Mirror, make_digits, write_digits, write_idx
@@ -246,8 +246,9 @@ BAD_MIRRORS = ["down", "silent", "lacks a file", "corrupts", "cuts short", "not 
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
-    """Content of every file by name, whatever its folder, but for the lock."""
-    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
+    """Content of every file by name, whatever its folder, but for the lock and the note."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock" and path.name != NOTE]
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def test_download_puts_the_files_in_place_and_nothing_aside(
@@ -256,7 +257,8 @@ def test_download_puts_the_files_in_place_and_nothing_aside(
     mirror = serve(mnist_files)
 
     assert download(target, [mirror.url + "/"], mnist_md5, timeout=5)
-    assert {path.name: path.read_bytes() for path in target.iterdir()} == mnist_files
+    assert files_below(target) == mnist_files
+    assert set((target / NOTE).read_text().splitlines()) == set(mnist_files)
     assert {path.name for path in target.parent.iterdir()} <= {"raw", ".raw.lock"}
     assert socket.getdefaulttimeout() is None
     assert mirror.fetched == [f"{name}.gz" for name in IDX_FILES]
@@ -269,6 +271,29 @@ def test_files_that_are_there_are_not_downloaded_again(
 
     assert not download(gzipped, [mirror.url], mnist_md5, timeout=5)
     assert mirror.fetched == []
+
+
+def test_a_damaged_download_is_moved_aside_and_fetched_anew(
+    serve: Callable[..., Mirror],
+    mnist_files: dict[str, bytes],
+    mnist_md5: dict[str, str],
+    target: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    mirror, name = serve(mnist_files), f"{TRAIN_IMAGES}.gz"
+    assert download(target, [mirror.url], mnist_md5, timeout=5)
+    moved = {}
+    for damaged in (b"damaged", b"again"):
+        (target / name).write_bytes(damaged)
+        moved[f"{name}.damaged-{hashlib.md5(damaged).hexdigest()[:6]}"] = damaged
+        with pytest.raises(MissingError, match="no mirror"):
+            download(target, [], mnist_md5, timeout=5)
+        assert (target / name).read_bytes() == damaged  # without another one in its place it stays
+
+        assert download(target, [mirror.url], mnist_md5, timeout=5)
+        assert files_below(target) == mnist_files | moved
+        assert re.search(rf"{target / name} .*{list(moved)[-1]} and downloaded anew", caplog.messages[-1])
+    assert not download(target, [mirror.url], mnist_md5, timeout=5)
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
