@@ -267,6 +267,8 @@ def test_without_pairs_and_an_example_it_is_said_what_is_missing(
     with pytest.raises(ConfigError, match=r"^Large: .*; set example_input_array in its constructor$"):
         export_module(Large(), datamodule, tmp_path / "a.onnx", "onnx", {})
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigError, match="LightningModule has no forward: there is nothing to export"):
+        export_module(pl.LightningModule(), None, tmp_path / "model.onnx", "onnx", {})
 
 
 @pytest.mark.parametrize("file_format", [*SLOW_FORMATS, "safetensors"])

@@ -420,6 +420,8 @@ def test_without_a_step_or_a_loader_forward_predicts_the_test_split() -> None:
     np.testing.assert_allclose([row["prediction"] for row in rows], expected, rtol=1e-6)
     with pytest.raises(ConfigError, match=r"Forward has no predict_step, and its forward takes no batch .* predict_st"):
         predict_batches(Forward().eval(), Dicts(), CPU)
+    with pytest.raises(ConfigError, match=r"LightningModule has no predict_step, and its forward takes no .*missing"):
+        predict_batches(pl.LightningModule(), Pairs(), CPU)
 
 
 def test_without_files_and_a_loader_it_is_said_what_is_missing() -> None:

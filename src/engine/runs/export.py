@@ -113,8 +113,10 @@ def make_graph(module: Any, datamodule: Any) -> Graph:
     """What is exported of a module: from what the test loader yields, or else from ``example_input_array``.
 
     Raises:
-        ConfigError: If ``forward`` takes neither.
+        ConfigError: If ``forward`` takes neither, or there is none.
     """
+    if not is_overridden("forward", module):
+        raise ConfigError(f"{type(module).__name__} has no forward: there is nothing to export")
 
     def read_batches() -> Iterator[tuple[Inputs, Any]]:
         for batch in chain.from_iterable(CombinedLoader(datamodule.test_dataloader()).flattened):
