@@ -116,7 +116,7 @@ def test_a_checkpoint_reads_no_environment_and_sends_nothing_to_its_own_address(
 ) -> None:
     monkeypatch.setenv("SECRET", "hunter2")
     node = {**DATA, "root": "data", "mirrors": ["http://127.0.0.1:9/${oc.env:SECRET}"]}
-    assert instantiate_stranger("x", "data", node).mirrors == []
+    assert list(instantiate_stranger("x", "data", node).mirrors) == []
     with pytest.raises(CheckpointError, match=r"data\.root=\$\{oc\.env:SECRET\}: a checkpoint may not choose"):
         instantiate_stranger("x", "data", {**DATA, "root": "${oc.env:SECRET}"})
 
