@@ -16,6 +16,7 @@ BOX = 20  # a digit's longer side
 MASS_CENTRE = 14  # the pixel at which a digit's centre of mass lies, both ways: measured on MNIST
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # not all that Pillow opens: EPS starts a program
 PAPER_SIZE, WINDOW = 32, 22  # in pixels: the paper's brightness, and the part of it that is looked at for a pixel's
+EVEN = 8  # of 255: the differences in one colour
 FULL = 0.95  # of a row or column that is ink: a line from edge to edge
 SPECK = 0.15  # of the digit's longer side
 IDX = "idx[34][-_.]"  # in an IDX file's name, if it is of images
@@ -154,7 +155,13 @@ def _find_ink(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def _find_background(colours: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The paper without what is on it, but with its shadows: the median around each pixel, (H, W, 3)."""
+    """The paper without what is on it, but with its shadows: the median around each pixel, (H, W, 3).
+
+    Where the picture's edge has one colour all around, that is the paper's; a thick digit has no share in it.
+    """
+    edge = np.concatenate([colours[0], colours[-1], colours[:, 0], colours[:, -1]])
+    if np.ptp(edge, axis=0).max() < EVEN:
+        return np.broadcast_to(np.median(edge, axis=0), colours.shape)
     height, width = colours.shape[:2]
     small = (min(width, PAPER_SIZE), min(height, PAPER_SIZE))
     reduced = Image.fromarray(colours.round().astype(np.uint8)).resize(small, Image.Resampling.BOX)

@@ -55,6 +55,14 @@ def test_28x28_pictures_keep_their_pixels(digits: Pixels, tmp_path: Path) -> Non
             np.testing.assert_array_equal(read_digits(tmp_path / "digit.png"), digit[np.newaxis])
 
 
+def test_a_thick_digit_keeps_its_pixels(tmp_path: Path) -> None:
+    page = Image.new("L", (28, 28))
+    ImageDraw.Draw(page).ellipse([4, 4, 23, 23], fill=255)  # more than half of what is around its middle
+    ImageDraw.Draw(page).ellipse([13, 12, 14, 15], fill=80)
+    page.save(tmp_path / "zero.png")
+    np.testing.assert_array_equal(read_digits(tmp_path / "zero.png"), np.asarray(page)[np.newaxis])
+
+
 @pytest.mark.parametrize("move", [(-6, 0), (0, 4)])
 def test_28x28_pictures_are_put_into_mnists_frame_where_they_are_not(
     move: tuple[int, int], digits: Pixels, tmp_path: Path
