@@ -147,6 +147,7 @@ class MNISTDataModule(pl.LightningDataModule):
         self.input_size = list(input_size or (1, *SIZE))
         self.image_size = [28, 28]  # height and width of the files', if they have been read
         self.splits: dict[str, Digits] = {}
+        self._files: Sequence[Digits] = ()
         self.used_source = self.fingerprint = ""
 
     @property
@@ -156,28 +157,33 @@ class MNISTDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download the files where the source asks for it; Lightning calls this on one process of a machine."""
-        is_whole = len(sources.find_files(self.folder, self.prefix)) == len(sources.IDX_FILES)
-        if self.splits or is_whole or self.source not in ("auto", "download"):
+        if self.splits or self.source not in ("auto", "download"):
             return
         try:
-            if self.source == "auto" and not (self.is_mnist and self.md5):
-                sources.read_files(self.folder, self.md5, self.prefix)  # says which is missing
-            elif sources.download(self.folder, self.mirrors, self.md5, self.timeout, self.prefix):
-                self.used_source = "download"
+            self._files = sources.read_files(self.folder, self.md5, self.prefix)  # kept for setup: read once
+            return
         except MissingError as error:
-            if self.source != "auto" or not self.is_mnist:
-                raise
-            log.warning(
-                "NOT ALL OF MNIST: this run uses the 5,000 digits of a Python package (4,000 / 500 / 500), so its "
-                f"accuracy compares with nothing published.\nFor all 70,000, put the four files into {self.folder} or "
-                f"mend the download: {error}"
-            )
+            reason = error
+        if self.source == "download" or (self.is_mnist and self.md5):
+            try:
+                if sources.download(self.folder, self.mirrors, self.md5, self.timeout, self.prefix):
+                    self.used_source = "download"
+                return
+            except MissingError as error:
+                reason = error
+        if self.source != "auto" or not self.is_mnist:
+            raise reason
+        log.warning(
+            "NOT ALL OF MNIST: this run uses the 5,000 digits of a Python package (4,000 / 500 / 500), so its "
+            f"accuracy compares with nothing published.\nFor all 70,000, put the four files into {self.folder} or "
+            f"mend the download: {reason}"
+        )
 
     def setup(self, stage: str | None = None) -> None:
         """Read and split the data, once."""
         if self.splits:
             return
-        files = self._read_files()
+        files, self._files = self._files or self._read_files(), ()
         self.used_source = self.used_source or ("files" if len(files) > 1 else "package")
         self.image_size = list(files[0].images.shape[-2:])
         images = [sources.fit_images(each.images, self.input_size, self.transpose) for each in files]

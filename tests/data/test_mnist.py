@@ -323,6 +323,26 @@ def test_auto_warns_once_and_takes_the_package(
     assert str(tmp_path / "MNIST" / "raw") in record.getMessage()
 
 
+def test_auto_downloads_a_damaged_download_anew_or_names_it(
+    serve: Callable[..., Mirror],
+    mnist_files: dict[str, bytes],
+    mnist_md5: dict[str, str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    mirrors = [serve(mnist_files).url]
+    whole = ready(tmp_path, source="auto", mirrors=mirrors, md5=mnist_md5)
+    damaged = tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte.gz"
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    before = snapshot(tmp_path)
+
+    assert ready(tmp_path, source="auto", md5=mnist_md5).used_source == "package"
+    assert f"{damaged} is damaged" in caplog.text
+    assert snapshot(tmp_path) == before
+    again = ready(tmp_path, source="auto", mirrors=mirrors, md5=mnist_md5)
+    assert (again.used_source, again.fingerprint) == ("download", whole.fingerprint)
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Content of every file by path, but for locks."""
     return {
