@@ -27,7 +27,7 @@ from src.engine.settings.check import ROOT
 
 log = logging.getLogger(__name__)
 
-OF_CLOCKS = ("per_second", "DeviceStatsMonitor")  # in the names of what differs from run to run
+NOT_COMPARED = ("per_second", "DeviceStatsMonitor", "best/")  # in names: what clocks say, what a sweep adds
 MAX_SHOWN = 5
 Curves = dict[str, dict[int, float]]  # value by step, by name
 
@@ -80,6 +80,8 @@ def train_again(run: Path, folder: Path) -> None:
         for number, argument in enumerate(arguments):
             if argument.startswith(("--config-", "hydra.searchpath=")):  # in the code of then
                 arguments[number] = argument.replace(f"{ROOT}{os.sep}", f"{tree}{os.sep}")
+        if (config.get("callbacks") or {}).get("summary", "") is None:  # as in a sweep's job
+            arguments.append("callbacks.summary=null")
         command = [sys.executable, "-m", "src.train", *arguments, f"seed={config['seed']}"]
         environment = {
             **user_environment(), REPRODUCES: str(run), "OMP_NUM_THREADS": str(status["threads"]),
@@ -173,12 +175,12 @@ def read_curves(folder: Path) -> Curves:
         for row in csv.DictReader(path.read_text().splitlines()):
             for name in [name for name in row if name != "step" and row[name]]:
                 curves.setdefault(f"{name} ({path.relative_to(folder)})", {})[int(row["step"])] = float(row[name])
-    return {name: values for name, values in curves.items() if not any(word in name for word in OF_CLOCKS)}
+    return {name: values for name, values in curves.items() if not any(word in name for word in NOT_COMPARED)}
 
 
 def _read_metrics(folder: Path) -> dict[str, float]:
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    return {name: value for name, value in metrics["metrics"].items() if not any(word in name for word in OF_CLOCKS)}
+    return {name: value for name, value in metrics["metrics"].items() if not any(word in name for word in NOT_COMPARED)}
 
 
 def _compare(values: dict[str, float], others: dict[str, float]) -> str:
