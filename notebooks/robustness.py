@@ -16,6 +16,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from notebooks.draw import DISTORTED, FIGURES, INK, TRAIN, VAL, save_figure
+from src.engine.errors import CheckpointError, ConfigError, DataError
 from src.engine.runs.build import preprocess, restore, restore_datamodule
 
 STRENGTHS = {  # and their units
@@ -102,7 +103,13 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("checkpoints", nargs="+", type=Path, help="as in logs/.../best/checkpoints/last.ckpt")
     parser.add_argument("--root", help="folder of the data, if it is not the run's")
     args = parser.parse_args(None if arguments is None else list(arguments))
-    measured = {path.resolve().parents[1].name: measure(path, args.root) for path in args.checkpoints}
+    paths = {path.resolve().parents[1].name: path for path in args.checkpoints}
+    if len(paths) < len(args.checkpoints):
+        parser.error("two checkpoints of runs whose folders have one name: rename one")
+    try:
+        measured = {name: measure(path, args.root) for name, path in paths.items()}
+    except (CheckpointError, ConfigError, DataError) as error:
+        parser.error(str(error))
     draw(measured, FIGURES / "robustness.svg")
     print("\n".join(make_table(measured)))
 

@@ -52,6 +52,13 @@ def test_the_table_is_of_the_classifiers_answers(
     assert (tmp_path / "robustness.svg").is_file()
 
 
+def test_what_cannot_be_compared_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for names, reason in ((["a/x/b.ckpt"], "b.ckpt"), (["a/x/b.ckpt", "a/x/last.ckpt"], "have one name")):
+        with pytest.raises(SystemExit):
+            robustness.main([str(tmp_path / name) for name in names])
+        assert reason in capsys.readouterr().err
+
+
 def test_the_readme_has_a_row_for_each_strength() -> None:
     text = (ROOT / "notebooks" / "README.md").read_text()
     for kind, (strengths, unit) in STRENGTHS.items():
