@@ -184,10 +184,10 @@ def _texts(node: Any, path: str = "") -> list[tuple[str, str]]:
 
 def _check_target(key: str, target: Any) -> None:
     said = f"{key}._target_={target}"
+    if isinstance(target, str) and target in _targets:
+        return
     if not isinstance(target, str) or re.search(r"\b_", target) or _is_within(target, NEVER):
         raise ConfigError(f"{said}: not among what a checkpoint may build")
-    if target in _targets:
-        return
     if not _is_within(target, LIBRARIES):
         raise ConfigError(f"{said}: a checkpoint may build what conf/ names; if it is yours, name it in a file there")
     found = locate(key, target)

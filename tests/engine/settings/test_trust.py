@@ -13,6 +13,7 @@ import pytest
 import torch
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import OmegaConf
+from pytorch_lightning.demos.boring_classes import BoringModel
 from torch import nn
 
 from src.engine.errors import CheckpointError
@@ -91,6 +92,16 @@ def test_a_checkpoint_of_a_class_that_has_moved_is_built_from_where_it_is_now(mo
     admit(TINY_CONF)
     assert type(instantiate_stranger("x", "model", renamed(node))[0]).__name__ == "TinyNet"
     assert renamed({"model": node, "note": "gone.", "seed": 1})["note"] == "gone."
+
+
+def test_what_the_users_own_model_names_is_built_whatever_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.engine.settings.trust._targets", set())
+    node = {"_target_": "pytorch_lightning.demos.boring_classes.BoringModel"}
+    admit({"callbacks": {"mine": node}})
+    with pytest.raises(CheckpointError, match="not among what a checkpoint may build"):
+        instantiate_stranger("x", "model", node)
+    admit({"model": node})
+    assert isinstance(instantiate_stranger("x", "model", node), BoringModel)
 
 
 def test_the_libraries_layers_are_built() -> None:
