@@ -1,6 +1,7 @@
 """200 random damages to the files: each is found and named, unless nothing could tell it from what it was."""
 
 import hashlib
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -99,21 +100,45 @@ def test_damage_is_found_and_named(gzipped: bool, checksums: bool, tmp_path: Pat
         assert found["gzip" if gzipped else "length"] > NUM_EACH / 2
 
 
-def test_damaged_download_is_named_and_left_where_it_is(
-    serve: Callable[..., Mirror], mnist_files: dict[str, bytes], mnist_md5: dict[str, str], tmp_path: Path
+def test_damaged_download_is_fetched_again(
+    serve: Callable[..., Mirror],
+    mnist_files: dict[str, bytes],
+    mnist_md5: dict[str, str],
+    mnist_root: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     mirror = serve(mnist_files)
-    settings = {"md5": mnist_md5, "mirrors": [mirror.url]}
-    read(tmp_path, source="download", **settings)
+    folder = tmp_path / "MNIST" / "raw"
+    truth = read(mnist_root, source="files").splits
+    rng = np.random.default_rng(0)
+    kept: list[bytes] = []
+
+    for _ in range(5):
+        settings = {"source": str(rng.choice(["auto", "download"])), "md5": mnist_md5, "mirrors": [mirror.url]}
+        assert read(tmp_path, **settings).used_source == ("files" if kept else "download")
+        caplog.clear()
+        path = folder / str(rng.choice(list(mnist_files)))
+        kept.append(damage(mnist_files[path.name], rng)[1])
+        path.write_bytes(kept[-1])
+
+        datamodule = read(tmp_path, **settings)
+        assert datamodule.used_source == "download"
+        assert differences(datamodule.splits, truth) == 0
+        (record,) = caplog.records
+        assert record.levelno == logging.WARNING
+        assert str(path) in record.getMessage()
+    assert sorted(each.read_bytes() for each in folder.glob("*.damaged*")) == sorted(kept)
+
+
+def test_damage_that_no_mirror_can_mend_is_named(
+    serve: Callable[..., Mirror], mnist_files: dict[str, bytes], mnist_md5: dict[str, str], tmp_path: Path
+) -> None:
+    read(tmp_path, source="download", md5=mnist_md5, mirrors=[serve(mnist_files).url])
     path = tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte.gz"
     path.write_bytes(mnist_files[path.name][:-1])
 
-    for source in ("auto", "download"):
-        with pytest.raises(DataError, match=f"{re.escape(str(path))} is damaged.*move it away to download") as error:
-            read(tmp_path, source=source, **settings)
-        assert len(explain(error.value).splitlines()) == 1
+    with pytest.raises(DataError, match=f"{re.escape(str(path))} is damaged.*no mirror") as error:
+        read(tmp_path, source="download", md5=mnist_md5)
+    assert len(explain(error.value).splitlines()) == 1
     assert path.read_bytes() == mnist_files[path.name][:-1]
-    assert sorted(mirror.fetched) == sorted(mnist_files)
-    path.rename(tmp_path / "aside")
-    read(tmp_path, source="auto", **settings)
-    assert path.read_bytes() == mnist_files[path.name]

@@ -32,7 +32,7 @@ def test_each_yaml_block_does_what_is_said(tmp_path: Path, monkeypatch: pytest.M
     module: Any = build_module(cfg)
     assert torch.equal(module.net.layer4[1].bn2.weight, weights["layer4.1.bn2.weight"])
     assert module.net.fc.weight.shape == (3, 512)
-    assert list(module.val_metrics.keys()) == ["val/f1"]
+    assert set(module.val_metrics.keys()) == {"val/f1", "val/ece"}
     assert module.loss.weight.tolist() == [1, 1, 5]
     optimizer = module.optimizer(module.parameters())
     found = {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
