@@ -216,7 +216,7 @@ class Sentences(pl.LightningDataModule):
         return DataLoader(rows, batch_size=1)
 
 
-@pytest.mark.parametrize("file_format", ["onnx", SLOW_FORMATS[1], "safetensors"])
+@pytest.mark.parametrize("file_format", [*SLOW_FORMATS, "safetensors"])
 @pytest.mark.parametrize("datamodule", [Sentences(), None], ids=["dicts", "none"])
 def test_a_module_that_is_no_classifier_is_exported_with_its_example(
     file_format: str, datamodule: pl.LightningDataModule | None, tmp_path: Path

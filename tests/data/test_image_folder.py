@@ -176,6 +176,7 @@ def test_resnet18_is_fine_tuned(root: Path, tmp_path: Path) -> None:
     check_run(root, tmp_path, "torchvision.models.resnet18", torchvision.models.resnet18().state_dict())
 
 
+@pytest.mark.slow
 def test_a_batch_is_mixed_up_to_train_on_only(root: Path) -> None:
     node = compose_cfg(root, "data=image_folder", f"data.root={root}").data
     OmegaConf.update(node, "batch_transform", {"_target_": "torchvision.transforms.v2.MixUp", "num_classes": 3})

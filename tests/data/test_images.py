@@ -129,7 +129,7 @@ def test_several_digits_are_split_from_left_to_right(digits: Pixels, tmp_path: P
     np.testing.assert_array_equal(read_digits(tmp_path / "one.png", split=True), digits[:1])
 
 
-@pytest.mark.parametrize("side", [112, 256, 1024, 3000])
+@pytest.mark.parametrize("side", [112, 256, 1024, pytest.param(3000, marks=pytest.mark.slow)])
 def test_a_faint_digit_is_the_same_whatever_the_size_of_its_picture(side: int, digits: Pixels, tmp_path: Path) -> None:
     for digit in digits[::10]:
         ink = Image.new("L", (side, side))

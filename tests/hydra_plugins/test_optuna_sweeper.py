@@ -1,7 +1,6 @@
 """``sweep=optuna``: real searches, read back by plain Optuna."""
 
 import csv
-import importlib.util
 import json
 import os
 import time
@@ -230,7 +229,7 @@ def test_a_number_that_cannot_be_is_refused(setting: str, tmp_path: Path) -> Non
     assert result.errors == f"error: hydra.sweeper.{setting}: expected a whole number of 1 or more\n"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="needs pip install -e '.[slurm]'")
+@pytest.mark.slurm
 def test_a_search_that_does_not_wait_for_its_jobs_is_refused(tmp_path: Path) -> None:
     result = search(tmp_path, "hydra/launcher=submitit_slurm", "hydra.launcher.wait=false")
     assert result.returncode == 1

@@ -28,6 +28,7 @@ LIBRARIES = (
 # These come from the user's config: some of them write where they are told to.
 USERS = ("callbacks", "logger", "trainer", "hydra")
 NEVER = ("src.engine", "src.callbacks", "hydra_plugins", "hydra", "pytorch_lightning", "lightning_fabric")
+DEMOS = "pytorch_lightning.demos."  # modules, such as BoringModel
 # A path that may lead out of the project, an address, an interpolation.
 PLACE = re.compile(r"^[/~\\]|^\w:[\\/]|://|(^|[\\/])\.\.([\\/]|$)|\$\{")
 
@@ -184,10 +185,11 @@ def _texts(node: Any, path: str = "") -> list[tuple[str, str]]:
 
 def _check_target(key: str, target: Any) -> None:
     said = f"{key}._target_={target}"
-    if isinstance(target, str) and target in _targets:
-        return
-    if not isinstance(target, str) or re.search(r"\b_", target) or _is_within(target, NEVER):
+    is_open = isinstance(target, str) and not re.search(r"\b_", target)
+    if not is_open or (_is_within(target, NEVER) and not target.startswith(DEMOS)):
         raise ConfigError(f"{said}: not among what a checkpoint may build")
+    if target in _targets:
+        return
     if not _is_within(target, LIBRARIES):
         raise ConfigError(f"{said}: a checkpoint may build what conf/ names; if it is yours, name it in a file there")
     found = locate(key, target)
