@@ -44,6 +44,17 @@ def test_nothing_of_the_template_is_left(project: Path) -> None:
         assert [link for link in links if not ((project / name).parent / link).exists()] == [], name
 
 
+def test_its_page_on_the_configuration_tells_of_what_is_there(project: Path) -> None:
+    text, conf = (project / "conf" / "README.md").read_text(), project / "conf"
+    rows = re.findall(r"^\| `(\w+)` \| (`\w+`(?:, `\w+`)*) \|", text, re.MULTILINE)
+    told = {group: sorted(options.replace("`", "").split(", ")) for group, options in rows}
+    assert told == {group: sorted(path.stem for path in (conf / group).glob("*.yaml")) for group in told}
+    assert {"data", "model", "optimizer", "experiment", "sweep"} <= told.keys()
+    own, _, elsewhere = text.partition("## Coming from lightning-hydra-template")
+    assert elsewhere
+    assert not re.search("mnist|lenet|<!--", own, re.IGNORECASE)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

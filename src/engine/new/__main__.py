@@ -29,6 +29,8 @@ MNIST = (
 TESTS = ("tests/__init__.py", "tests/compose.py", "tests/conftest.py", "tests/test_classifier.py")
 # The package where it is named, and no attribute, no part of a security policy, no src="..." of a page.
 PACKAGE = re.compile(r"(?<![-.\w])(?<!attribute\(\")src(?![-\w=|])")
+MARKED = re.compile(r"(?s)<!-- MNIST -->\n(.*?)<!-- /MNIST -->\n")  # what a README says of these
+GROUP = re.compile(r"(?m)^\| `(\w+)` \| (`\w+`(?:, `\w+`)*) (\|.*\n)")  # a row of conf/README.md: its options
 LINK = re.compile(r"\[([^\]]+)\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -65,9 +67,12 @@ def new(name: str, folder: Path, keep_mnist: bool = False) -> None:
             shutil.copy(source, target)
     for package in () if keep_mnist else ("models", "data"):
         (folder / name / package / "__init__.py").touch()
-    for target in [path for path in folder.rglob("*") if path.suffix not in (".txt", ".ckpt", ".png", ".svg")]:
+    for target in [path for path in folder.rglob("*") if path.suffix not in (".txt", ".ckpt", ".gif", ".png", ".svg")]:
         if target.is_file():
             target.write_text(_adapt(target.read_text(), target.relative_to(folder).as_posix(), name, keep_mnist))
+    readme = folder / "conf" / "README.md"
+    text = MARKED.sub(r"\1" if keep_mnist else "", readme.read_text())
+    readme.write_text(GROUP.sub(partial(_list_options, folder / "conf"), text))
     for target in folder.rglob("*.md"):
         target.write_text(LINK.sub(partial(_mend, target.parent), target.read_text()))
     for arguments in (["check", "--quiet", "--fix", "--select", "I"], ["format", "--quiet"]):
@@ -119,6 +124,13 @@ def _replace(text: str, old: str, new: str) -> str:
     if old not in text:
         raise ValueError(f"the template has changed: {old!r} is not there")
     return text.replace(old, new)
+
+
+def _list_options(conf: Path, row: re.Match[str]) -> str:
+    """The row of a group with the options that are there."""
+    there = [f"`{path.stem}`" for path in sorted((conf / row[1]).glob("*.yaml"))]
+    named = [option for option in row[2].split(", ") if option in there]
+    return f"| `{row[1]}` | {', '.join(dict.fromkeys([*named, *there]))} {row[3]}"
 
 
 def _mend(home: Path, link: re.Match[str]) -> str:
