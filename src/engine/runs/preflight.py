@@ -102,7 +102,8 @@ def describe_place(cfg: DictConfig) -> str:
         device = "cpu"
     if device == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        device += f", {os.environ.get('OMP_NUM_THREADS') or cores} threads"
+        threads = os.environ.get("OMP_NUM_THREADS") or str(cores)
+        device += f", {threads} thread{'' if threads == '1' else 's'}"
     return f"run {shown(cfg.output_dir)} · {device} · loading torch"
 
 

@@ -214,10 +214,11 @@ class Summary(callbacks.ModelSummary):
     ) -> None:  # fmt: skip
         """Print the parts' names, classes, parameters and outputs."""
         columns = {name: cells for name, cells in summary_data if name in ("Name", "Type", "Params", "Out sizes")}
-        title = f"{total_parameters:,} parameters, {trainable_parameters:,} of them trained"
-        table = Table(*columns, title=title, title_justify="left")
+        table = Table(*columns)
         for name, *cells in zip(*columns.values(), strict=True):
             if name not in self._metrics:
                 known = ["" if cell == "?" else cell.replace("[", r"\[") for cell in cells]  # what forward leaves out
                 table.add_row(name, *known)
-        Console().print(table)
+        console = Console(highlight=False)  # the line is no title, which would be as narrow as the table
+        console.print(f"{total_parameters:,} parameters, {trainable_parameters:,} of them trained")
+        console.print(table)

@@ -13,7 +13,7 @@ from tests.engine.tiny import TINY
 from tests.terminal import train_on_terminal
 
 ARGUMENTS = (*TINY, "trainer.max_epochs=2", "data.num_rows=4000", "logger=[]")
-FIRST = re.compile(r"run (\S+) · cpu, \d+ threads · loading torch")
+FIRST = re.compile(r"run (\S+) · cpu, \d+ threads? · loading torch")
 
 
 @pytest.mark.slow

@@ -265,6 +265,6 @@ def test_the_summary_has_no_metrics(capsys: pytest.CaptureFixture[str]) -> None:
     loader = DataLoader(make_rows(24, drawn_by=0), 8)
     make_trainer([Summary(2)]).fit(module, loader, loader)
     shown = capsys.readouterr().out
-    assert "10 parameters, 10 of them" in shown
+    assert "10 parameters, 10 of them trained" in shown
     assert "Linear" in shown
     assert "counted" not in shown
