@@ -64,6 +64,10 @@ def prepare(trainer: Trainer, checkpoint: dict[str, Any]) -> dict[str, Any]:
 def resume(trainer: Trainer, loaded: dict[str, Any]) -> dict[str, list[Tensor]]:
     """Take over where a checkpoint was written, and warn of what is not exact.
 
+    Args:
+        trainer: At the start of its training.
+        loaded: What ``prepare`` has returned; nothing of a checkpoint without callbacks' states.
+
     Returns:
         Running means, to be added where each is logged again.
     """
@@ -77,7 +81,7 @@ def resume(trainer: Trainer, loaded: dict[str, Any]) -> dict[str, list[Tensor]]:
     if is_in_epoch:  # its end is to be as ever: Lightning would not let ReduceLROnPlateau step
         loop._restarting = False
         _count_as_loader(trainer)
-        if loaded["is_cut"] and steps._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
+        if loaded.get("is_cut") and steps._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
             steps._batches_that_stepped -= 1  # Lightning is about to pass by this validation, and counts it
     else:  # nothing of the last epoch is left to do
         if is_lightnings:
@@ -88,9 +92,9 @@ def resume(trainer: Trainer, loaded: dict[str, Any]) -> dict[str, list[Tensor]]:
             each.on_iteration_done()
     if restart := _describe_restart(trainer) if is_in_epoch else "":
         warn(trainer, restart)
-    if loaded["in_step"]:
+    if loaded.get("in_step"):
         warn(trainer, "an exception had ended the run within a step, which it repeats with other random numbers")
-    processes = loaded["processes"] or []
+    processes = loaded.get("processes") or []
     if len(processes) != trainer.world_size:
         was = f"trainer.devices, num_nodes: the run had {len(processes) or 'an unknown number of'} processes"
         warn(trainer, f"{was}, now {trainer.world_size}: each draws random numbers of its own")

@@ -48,7 +48,8 @@ ALLOWED = (
     ("timeout", "99999999999999999999.5"),
     ("devices", "[1,2]"),
     ("version", "5"),
-    *(("max_lr", number) for number in ("-1e999", "-inf", "-0.1")),
+    *(("max_lr", number) for number in ("-1e999", "-inf", "-0.1", "nan")),
+    ("pct_start", "nan"),
 )  # torch takes them
 BROKEN = ["=1", "={key}", "{key}", "{key}=[", "{key}=]", "{key}={{a: 1", "{key}='", '{key}="a', "{key}=(1", "{key}=a,b",
           "{key}=[1,", "{key}=range(", "{key}=choice(1,2)", "{key}=range(3)", "++=1", "~", "{key} 1",
