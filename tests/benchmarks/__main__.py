@@ -200,7 +200,7 @@ def bench_start(data: Data, turns: int, quick: bool) -> list[dict[str, Any]]:
             "hydra": lambda: run("-c", "import hydra").seconds,
             "--help": lambda: run("-m", "src.train", "--help").seconds,
             "--cfg job": lambda: run("-m", "src.train", "--cfg", "job").seconds,
-            "a rejected setting": lambda: run("-m", "src.train", "optimizer.lr=-1", status=1).seconds,
+            "a misspelt key": lambda: run("-m", "src.train", "optimizer.lrr=1", status=1).seconds,
             "imports": lambda: run("-c", IMPORTS).seconds,
             "template": lambda: run_template(data, ends=True).first_step,
             "bare": lambda: run_bare(data, "--batches", "1").first_step,
@@ -208,7 +208,7 @@ def bench_start(data: Data, turns: int, quick: bool) -> list[dict[str, Any]]:
     )
     figures = [
         compare(name, "s", found[name], "import hydra", found["hydra"], "at most 2")
-        for name in ("--help", "--cfg job", "a rejected setting")
+        for name in ("--help", "--cfg job", "a misspelt key")
     ]
     for peer in ("imports", "bare"):
         figures.append(compare("Enter to first step", "s", found["template"], peer, found[peer], "imports + 0.5 s"))
