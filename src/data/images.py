@@ -25,7 +25,7 @@ WORK_SIZE = 256  # at which a digit is looked for, which also takes out most noi
 MAX_PIXELS = 30_000_000  # to read so many takes 480 MB at most, of WebP
 OPAQUE = 240  # of 255
 MIN_CONTRAST, FAINT = 32, 48  # of 255; below, a picture is blank, and its ink is faint
-CLEAR = 0.8  # of the variance lies between ink and paper: of grainy pages with a digit 0.83, of grain alone 0.75
+CLEAR = 0.8  # of the variance lies between ink and paper: of grainy pages with a digit 0.83, of only grain 0.75
 
 
 def is_idx(path: Path) -> bool:

@@ -86,9 +86,12 @@ def complete_prediction(module: Any, source: Any) -> None:
                 if not isinstance(batch, list | tuple):
                     raise
             return module(batch[0])
+        # What torch and Python raise of a forward that is missing, or written for other arguments; a fault in its own
+        # code may be of these kinds, too, so the message names the error.
         except (TypeError, AttributeError, NotImplementedError) as error:
             raise ConfigError(
-                f"{type(module).__name__} has no predict_step, and its forward takes no batch ({error}): give it a "
+                f"{type(module).__name__} has no predict_step, and its forward takes no batch "
+                f"({type(error).__name__}: {error}; HYDRA_FULL_ERROR=1 shows where): give it a "
                 "predict_step(batch, batch_idx)"
             ) from error
 

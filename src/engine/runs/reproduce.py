@@ -143,9 +143,9 @@ def compare_runs(run: Path, again: Path) -> tuple[str, str]:
         if parted := _compare(*pair):
             found.append(f"the curves part at step {step}: {parted}")
             break
-    for place, alone in {"there": curves.keys() - others.keys(), "here": others.keys() - curves.keys()}.items():
-        if alone:
-            found.append(f"curves only {place}: {', '.join(sorted(alone)[:MAX_SHOWN])}")
+    for place, extra in {"there": curves.keys() - others.keys(), "here": others.keys() - curves.keys()}.items():
+        if extra:
+            found.append(f"curves only {place}: {', '.join(sorted(extra)[:MAX_SHOWN])}")
     metrics = _read_metrics(run)
     if parted := _compare(metrics, _read_metrics(again)):
         found.append(f"the last metrics differ: {parted}")
