@@ -59,7 +59,7 @@ bench: $(DEV) ## time everything beside hand-written peers, twenty minutes (ARGS
 	@$(RUN) tests.benchmarks $(ARGS)
 
 new: $(DEV) ## a project of your own: NAME=myproject DIR=../myproject, with LeNet-5 and MNIST: KEEP=mnist
-	@.venv/bin/python src/engine/new $(NAME) "$(DIR)" $(if $(KEEP),--keep $(KEEP))
+	@.venv/bin/python src/engine/new "$(NAME)" "$(DIR)" $(if $(KEEP),--keep $(KEEP))
 
 install: $(DEV) ## only install: what running needs, and what the tests need
 

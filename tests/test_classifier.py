@@ -5,7 +5,6 @@ import pytorch_lightning as pl
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, roc_auc_score
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import AUROC, F1Score
 from torchvision.transforms.v2 import MixUp
@@ -83,15 +82,6 @@ def test_cannot_be_trained_without_an_optimizer() -> None:
         _classifier().configure_optimizers()
 
 
-def test_the_loss_may_be_arguments_of_cross_entropy() -> None:
-    module = _classifier(loss={"weight": [1, 1, 5], "label_smoothing": 0.1})
-    logits, labels = torch.randn(4, 3), torch.tensor([2, 0, 2, 1])
-    expected = F.cross_entropy(logits, labels, torch.tensor([1.0, 1.0, 5.0]), label_smoothing=0.1)
-    torch.testing.assert_close(module.loss(logits, labels), expected)
-    assert list(module.state_dict())[-1] == "loss.weight"  # it goes where the module goes
-
-
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_a_loss_with_parameters_is_trained() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:

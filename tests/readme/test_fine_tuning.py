@@ -43,7 +43,7 @@ def test_each_yaml_block_does_what_is_said(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_weights_of_classes_are_a_word_on_the_command_line(tmp_path: Path) -> None:
-    cfg = compose_cfg(tmp_path, "+model.loss.weight=[1,1,1,1,1,1,1,1,1,5]")
+    cfg = compose_cfg(tmp_path, "model.loss.weight=[1,1,1,1,1,1,1,1,1,5]")
     check(cfg)
     check_values(cfg)
     module: Any = build_module(cfg)

@@ -20,8 +20,6 @@ ELSEWHERE = {
     "key",
     "weights_only",
     "install",
-    "model.loss",
-    "model.loss.weight",
 }  # no settings of a command, or none that a file has
 PUBLIC = {"_replace", "_asdict", "_fields", "_exit"}  # documented: of named tuples and of os
 

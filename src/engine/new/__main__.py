@@ -6,10 +6,12 @@ It needs nothing but Python and git: ``python src/engine/new myproject ../myproj
 import argparse
 import keyword
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -45,11 +47,11 @@ def new(name: str, folder: Path, keep_mnist: bool = False) -> None:
     Raises:
         ValueError: If the name or the folder will not do.
     """
-    taken = {path.name for path in ROOT.iterdir()} | sys.stdlib_module_names
-    if not re.fullmatch("[a-z][a-z0-9_]*", name) or keyword.iskeyword(name) or name in taken:
-        raise ValueError(
-            f"NAME={name}: expected a name that neither Python nor the template has, of small letters, digits and _"
-        )
+    packages = re.findall("(?m)^[a-z][^=]*", (ROOT / "requirements-dev.txt").read_text().replace("-", "_"))
+    taken = {*packages, *sys.stdlib_module_names, *(path.name for path in ROOT.iterdir())}
+    is_name = re.fullmatch("[a-z][a-z0-9_]*", name) and not keyword.iskeyword(name)
+    if not is_name or name in taken or find_spec(name):
+        raise ValueError(f"NAME={name}: expected small letters, digits and _, and no package or folder that is there")
     if folder.resolve().is_relative_to(ROOT) or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise ValueError(f"DIR={folder}: expected a new or empty folder outside of the template")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -151,7 +153,11 @@ def main() -> None:
         new(arguments.name, arguments.folder, arguments.keep == "mnist")
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(f"{arguments.folder}: begun, as a git repository; next: cd {arguments.folder} && make train")
+    except OSError as error:
+        shutil.rmtree(arguments.folder, ignore_errors=True)
+        sys.exit(f"error: DIR={arguments.folder}: {error.strerror}")
+    folder = shlex.quote(str(arguments.folder))
+    print(f"{arguments.folder}: begun, as a git repository; next: cd {folder} && make train")
 
 
 if __name__ == "__main__":

@@ -115,9 +115,9 @@ def _check_node(key: str, node: Mapping[str, Any], target: Any) -> None:
             annotation, default = named[argument].annotation, named[argument].default
             if not takes(annotation, value) and not (value is None and default is None):
                 raise ConfigError(f"{key}.{argument}={value}: expected {describe(annotation)}")
-        elif not takes_others:
+        elif not takes_others and value is not None:
             close = difflib.get_close_matches(argument, named, n=1)
-            hint = f"; did you mean {key}.{close[0]}?" if close else ""
+            hint = f"; did you mean {key}.{close[0]}?" if close else "; null leaves it out"
             raise ConfigError(f"{key}.{argument}: {name} takes no such argument{hint}")
     if "_args_" in node or (node.get("_partial_") and key not in ADDED):
         return
@@ -191,7 +191,8 @@ def build(config: Any, **kwargs: Any) -> Any:
     """Hydra's ``instantiate``; what an annotation takes in another form is given in that one.
 
     Lists and dicts are plain ones, unless the node's ``_convert_`` says otherwise. A list of numbers becomes a tensor
-    of floats where the annotation says Tensor, and 1e3 a whole number where it says int.
+    of floats where the annotation says Tensor, and 1e3 a whole number where it says int. A null for an argument that
+    the target does not take is left out: in a file, that is how an argument of the file before is taken back.
 
     Args:
         config: A node of the user's own config; None is None.
@@ -203,9 +204,13 @@ def build(config: Any, **kwargs: Any) -> Any:
     OmegaConf.set_struct(config, False)
     OmegaConf.resolve(config)
     for key, node in find_nodes(OmegaConf.to_container(config)):
-        for name, parameter in parameters_of(locate(key, node["_target_"])).items():
-            if name in node and (fitted := _fit(parameter.annotation, node[name])) is not node[name]:
+        parameters = parameters_of(locate(key, node["_target_"]))
+        takes_others = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+        for name, value in node.items():
+            if name in parameters and (fitted := _fit(parameters[name].annotation, value)) is not value:
                 OmegaConf.update(config, f"{key}.{name}".lstrip("."), fitted, merge=False)
+            elif value is None and not (name in parameters or takes_others or name.startswith("_")):
+                (OmegaConf.select(config, key) if key else config).pop(name)
     return hydra.utils.instantiate(config, **{**kwargs, "_convert_": config.get("_convert_", "object")})
 
 

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from pytorch_lightning.demos.boring_classes import BoringModel
 from torch import nn
 
-from src.engine.errors import CheckpointError
+from src.engine.errors import CheckpointError, ConfigError
+from src.engine.settings.arguments import check_arguments
 from src.engine.settings.check import ROOT
 from src.engine.settings.trust import RENAMED, admit, instantiate, plain_config, recall, remember, renamed, tame
 from tests import forks
@@ -274,6 +275,18 @@ def test_a_list_becomes_a_tensor_where_the_annotation_says_tensor() -> None:
     assert config.loss.weight == [1, 2.5]
     adam = {"_target_": "torch.optim.Adam", "_partial_": True, "lr": 0.1, "betas": [0.9, 0.99]}
     assert instantiate(adam).keywords == {"lr": 0.1, "betas": [0.9, 0.99]}
+
+
+def test_a_null_that_a_target_does_not_take_takes_an_argument_back() -> None:
+    base = OmegaConf.create({"loss": {"_target_": "torch.nn.CrossEntropyLoss", "weight": None, "label_smoothing": 0.1}})
+    with pytest.raises(ConfigError, match=r"loss\.label_smoothing: torch\.nn.*NLLLoss takes no such argument"):
+        check_arguments(
+            {"model": OmegaConf.to_container(OmegaConf.merge(base, {"loss": {"_target_": "torch.nn.NLLLoss"}}))}
+        )
+    config = OmegaConf.merge(base, {"loss": {"_target_": "torch.nn.NLLLoss", "label_smoothing": None}})
+    check_arguments({"model": OmegaConf.to_container(config)})
+    assert type(instantiate(config.loss)) is torch.nn.NLLLoss
+    assert instantiate({"_target_": "builtins.dict", "kept": None}) == {"kept": None}
 
 
 def test_a_whole_number_may_be_written_with_a_power_of_ten() -> None:
