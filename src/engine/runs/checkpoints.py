@@ -133,11 +133,10 @@ def find_checkpoint(folder: Path) -> Path | None:
     Raises:
         CheckpointError: If there are some, and all of them are damaged.
     """
-    paths = list_checkpoints(folder)
+    paths, reasons = list_checkpoints(folder), []
     # A best.ckpt may be younger, but Lightning writes it before all that belongs to its step is done.
-    paths.sort(key=lambda path: (path.name == "last.ckpt", path.stat().st_mtime), reverse=True)
-    reasons = []
-    for path in paths:
+    paths.sort(key=lambda path: path.name == "last.ckpt")
+    for path in reversed(paths):
         try:
             check_checkpoint(path)
         except CheckpointError as error:

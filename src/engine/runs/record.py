@@ -67,9 +67,9 @@ class Record(Callback):
 
     def _note(self, path: Path | None = None) -> None:
         """Note which checkpoints there are, a new one among them, and which is the one to use."""
-        paths = [path, *list_checkpoints(self._folder)] if path else list_checkpoints(self._folder)
-        paths.sort(key=lambda path: path.stat().st_mtime_ns)
-        names = list(dict.fromkeys(map(self._relative, paths)))
+        saved = [self._relative(path)] if path else []
+        before = dict.fromkeys(map(self._relative, list_checkpoints(self._folder)))
+        names = [*(name for name in before if name not in saved), *saved]
         self.best = self._find_best(names)
         add_to_status(self._folder, {"checkpoints": names, "best": self.best})
 

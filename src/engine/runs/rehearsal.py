@@ -18,6 +18,7 @@ from src.engine.runs.checkpoint_io import is_plain
 log = logging.getLogger(__name__)
 
 OF_VALIDATION = re.compile(r"(val|valid|validation|test)[/_.-]")  # the beginning of what training does not log
+BETWEEN = ("every_n_train_steps", "train_time_interval")  # when ModelCheckpoint saves, if not after a validation
 LOW = re.compile(r"(loss|error|mae|mse|nll|perplexity|rmse)(_epoch|_step|/dataloader_idx_\d+)?$")  # what is good if low
 HIGH = re.compile(r"(acc|accuracy|auc|auroc|f1|iou|precision|recall)(_epoch|_step|/dataloader_idx_\d+)?$")
 BEGINNING = re.compile(r".*?[/_.-]")
@@ -59,7 +60,7 @@ class Rehearsal(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where there is no validation, nothing may wait for it but checkpoints: the last is kept.
 
-        Warns of the highest loss, or the lowest accuracy, as the best.
+        Warns of the highest loss, or the lowest accuracy, as the best, and of weights with another step's validation.
 
         Raises:
             ConfigError: If something does.
@@ -69,6 +70,11 @@ class Rehearsal(Callback):
             if (mode == "max" and LOW.search(monitor)) or (mode == "min" and HIGH.search(monitor)):
                 end, other = ("highest", "min") if mode == "max" else ("lowest", "max")
                 log.warning(f"{key}={mode}: takes the {end} {monitor} for the best; did you mean {key}={other}?")
+        for name, node in (self.config.get("callbacks") or {}).items() if trainer.is_global_zero else ():
+            given = [each for each in BETWEEN if node and node.get(each)]
+            if given and OF_VALIDATION.match(monitor := str(node.get("monitor"))):
+                said = f"callbacks.{name}.{given[0]}: ranks weights by the {monitor} of the validation before them"
+                log.warning(f"{said}; leave it out and set trainer.val_check_interval to rank them by their own")
         for key, monitor, callback in [] if trainer.enable_validation else self._monitors(trainer):
             if OF_VALIDATION.match(monitor) and not isinstance(callback, Checkpoint):
                 reason = "this run has no validation (limit_val_batches=0, no validation_step or no val_dataloader)"

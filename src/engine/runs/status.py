@@ -7,7 +7,7 @@ import signal
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,18 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 def write_status(folder: Path, state: str, facts: Mapping[str, Any] | None = None) -> None:
     """Write a run's state and, where they are given, further facts; what else is in the file stays."""
-    since = datetime.now(UTC).isoformat(timespec="milliseconds")
-    own = {"state": state, "since": since, "process": os.getpid(), "host": socket.gethostname()}
+    own = {"state": state, "since": _now(), "process": os.getpid(), "host": socket.gethostname()}
     add_to_status(folder, {**(facts or {}), **own})
+
+
+def _now() -> str:
+    """The time, later than all that the project's runs have written, also if the clock was set back: it orders them."""
+    now, clock = datetime.now(UTC), Path(os.environ.get("PROJECT_ROOT", "."), "logs", ".clock")
+    with suppress(OSError, ValueError):  # of a first run, or while another one writes it
+        now = max(now, datetime.fromisoformat(clock.read_text()) + timedelta(milliseconds=1))
+    with suppress(OSError):
+        clock.write_text(now.isoformat())
+    return now.isoformat(timespec="milliseconds")
 
 
 def add_to_status(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -138,9 +147,10 @@ def tracked(folder: Path, start: Mapping[str, Any]) -> Iterator[None]:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run that are there, by its record, which may name other folders, and in its own folder."""
+    """The checkpoints of a run that are there, the newest last: those of its record, and others in its own folder."""
     recorded = [folder / name for name in read_status(folder).get("checkpoints", [])]
-    return sorted({*filter(Path.is_file, recorded), *folder.glob("checkpoints/*.ckpt")})
+    others = sorted(folder.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    return list(dict.fromkeys(filter(Path.is_file, [*recorded, *others])))
 
 
 def _times(folder: Path) -> dict[Path, int]:

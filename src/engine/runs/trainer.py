@@ -1,6 +1,8 @@
 """From a config to a Trainer, with what the engine adds to it; the curves of a run that resumes are cut to its step."""
 
 import csv
+import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,8 @@ def _build_logger(node: DictConfig, first_step: int | None) -> Any:
     """A logger; of the curves that it has, what a run that resumes has not come to is dropped."""
     is_tensorboard = node._target_.endswith(".TensorBoardLogger") and first_step is not None
     logger = instantiate(node, **({"purge_step": first_step} if is_tensorboard else {}))
+    if is_tensorboard and not get_name():
+        _put_before_now(Path(logger.log_dir))
     if isinstance(logger, CSVLogger) and first_step is not None and not get_name():
         path = Path(logger.log_dir) / "metrics.csv"
         before = path.with_name(".metrics.csv")  # the logger deletes what is there, and a kill may follow at once
@@ -91,3 +95,11 @@ def _build_logger(node: DictConfig, first_step: int | None) -> Any:
             write_text(path, "".join(line for line, step in zip(lines, steps, strict=True) if step < first_step))
         before.unlink(missing_ok=True)
     return logger
+
+
+def _put_before_now(folder: Path) -> None:
+    """Rename event files that a clock has dated later than now: TensorBoard reads them in the order of their names."""
+    paths = sorted(folder.glob("events.out.tfevents.*"))
+    if paths and int(paths[-1].name.split(".")[3]) >= int(time.time()):
+        for number, path in enumerate(paths):
+            path.rename(path.with_name(re.sub(r"\d+", f"{number:010}", path.name, count=1)))

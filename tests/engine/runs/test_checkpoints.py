@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,17 @@ def test_the_last_checkpoint_is_preferred_to_a_younger_one(tmp_path: Path) -> No
     (folder / "older.ckpt").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r": last\.ckpt: not .*; older\.ckpt: not .*; start the run anew"):
         find_checkpoint(tmp_path)
+
+
+def test_of_damaged_ones_the_last_saved_is_taken_whatever_its_date(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    names = [f"checkpoints/{name}.ckpt" for name in ("b", "a", "last")]
+    for number, name in enumerate(names):
+        torch.save({}, tmp_path / name)
+        os.utime(tmp_path / name, (10 - number, 10 - number))  # of a clock that goes back
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"")
+    write_status(tmp_path, "interrupted", {"checkpoints": names})
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoints" / "a.ckpt"
 
 
 def write_run(folder: Path, state: str = "finished", name: str | None = "checkpoints/best.ckpt", **facts: Any) -> Path:
@@ -81,6 +93,28 @@ def test_runs_that_are_not_worth_it_are_passed_over_and_named(
 def test_a_run_at_work_is_passed_over(tmp_path: Path) -> None:
     with tracked(tmp_path / "train" / "new", {}), pytest.raises(ConfigError, match=r"new \(still at work\)"):
         choose_newest(tmp_path)
+
+
+def test_the_newest_run_is_so_though_the_clock_was_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ahead(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Ahead":
+            return super().now(tz) + timedelta(hours=1)
+
+    def write(name: str) -> Path:
+        path = tmp_path / "logs" / "train" / name / "checkpoints" / "last.ckpt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        write_status(path.parents[1], "finished", {"best": {"checkpoint": "checkpoints/last.ckpt"}})
+        return path
+
+    monkeypatch.setenv("PROJECT_ROOT", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr("src.engine.runs.status.datetime", Ahead)
+        write("first")
+    for name in ("second", "third"):
+        path = write(name)
+        assert choose_newest(tmp_path / "logs")[0] == path
 
 
 def test_if_the_newest_has_no_checkpoint_none_is_taken(tmp_path: Path) -> None:

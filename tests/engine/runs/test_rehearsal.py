@@ -153,6 +153,19 @@ def test_you_are_warned_where_the_worst_is_taken_for_the_best(tmp_path: Path, ca
     ]
 
 
+def test_you_are_warned_where_weights_are_ranked_by_an_earlier_validation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    by_steps = "+callbacks.checkpoint.every_n_train_steps=5"
+    fit(tmp_path / "a", by_steps)
+    fit(tmp_path / "b", by_steps, "callbacks.checkpoint.monitor=train/loss", "callbacks.checkpoint.mode=min")
+    fit(tmp_path / "c", by_steps, "callbacks.checkpoint.monitor=null")
+    assert [record.getMessage() for record in caplog.records if record.name == "src.engine.runs.rehearsal"] == [
+        "callbacks.checkpoint.every_n_train_steps: ranks weights by the val/acc of the validation before them; "
+        "leave it out and set trainer.val_check_interval to rank them by their own"
+    ]
+
+
 def test_a_module_without_a_test_is_not_tested(caplog: pytest.LogCaptureFixture) -> None:
     class NoTest(pl.LightningModule):
         pass

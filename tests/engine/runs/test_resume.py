@@ -125,6 +125,18 @@ def test_a_killed_run_ends_as_the_uninterrupted_one_to_the_bit(
     assert_same_run(whole, runs.path(name))
 
 
+def test_a_clock_that_goes_back_between_kills_changes_no_curve(
+    runs: Runs, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(runs.env, "CLOCK_AHEAD", "7200")
+    runs.kill("clock", STEPS + 20)
+    monkeypatch.setitem(runs.env, "CLOCK_AHEAD", "3600")
+    runs.end(runs.start(f"resume={runs.path('clock')}", f"{KILL}.step={2 * STEPS + 20}"), status=-signal.SIGKILL)
+    monkeypatch.delitem(runs.env, "CLOCK_AHEAD")
+    runs.resume("clock", f"{KILL}=null")
+    assert_same_run(whole, runs.path("clock"))
+
+
 @pytest.mark.slow
 def test_twenty_kills_in_a_row_change_nothing(runs: Runs) -> None:
     longer = ("trainer.max_epochs=16", "callbacks.last.every_n_steps=3")
