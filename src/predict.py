@@ -19,7 +19,6 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from rich.text import Text
 
 from src.engine.errors import ConfigError, SkippedError
 from src.engine.runs import report
@@ -325,11 +324,11 @@ def print_rows(rows: Rows) -> None:
     short: Any = {"justify": "right", "no_wrap": True, "max_width": MAX_CHARACTERS}
     table = Table()
     for name in columns:
-        table.add_column(Text(name), overflow="fold", **({} if name == "file" else short))
+        table.add_column(report.cell(name), overflow="fold", **({} if name == "file" else short))
     for row in rows[:MAX_ROWS]:
         values = ("-" if row.get(name) is None else row[name] for name in columns)
         cells = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in values)
-        table.add_row(*(Text(report.printable(cell)) for cell in cells))  # its brackets are no markup
+        table.add_row(*map(report.cell, cells))
     console = report.make_console()
     console.print(table)
     if len(rows) > MAX_ROWS:

@@ -1,6 +1,7 @@
 """What a run says at its end, on the console and in files."""
 
 import json
+import logging
 import re
 import shlex
 import shutil
@@ -12,6 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
+
+
+class PrintableFormatter(logging.Formatter):
+    """Log messages for a terminal: what they quote of a checkpoint or a file must not steer it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message, printable line by line."""
+        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -58,25 +68,30 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
+def cell(value: Any) -> "Text":
+    """A cell of a table: its brackets are text, as in a path, no markup, and it is printable."""
+    from rich.text import Text  # here: a config that is rejected needs no tables
+
+    return Text(printable(str(value)))
+
+
 def print_table(title: str, rows: Mapping[str, Any]) -> None:
-    """A table of two columns; brackets in names and values are text, as in a path, no markup."""
-    from rich.table import Table  # here: a config that is rejected needs no tables
-    from rich.text import Text
+    """A table of two columns."""
+    from rich.table import Table
 
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column()
     table.add_column(overflow="fold")  # a path is to be copied whole
     for name, value in rows.items():
-        table.add_row(Text(name), Text(f"{value:.4f}" if isinstance(value, float) else str(value)))
+        table.add_row(cell(name), cell(f"{value:.4f}" if isinstance(value, float) else value))
     make_console().print(table)
 
 
 def print_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[Any] | None = None) -> None:
     """Accuracy per class and the confusion matrix, (num_classes, num_classes), a row a true class."""
     from rich.table import Table
-    from rich.text import Text
 
-    names = [Text(str(name)) for name in classes or range(len(confusion))]  # brackets are no markup
+    names = [cell(name) for name in classes or range(len(confusion))]
     table = Table(title="confusion matrix (row: true class, column: predicted)", title_justify="left")
     table.add_column("class")
     for name in names:

@@ -29,8 +29,9 @@ LIBRARIES = (
 USERS = ("callbacks", "logger", "trainer", "hydra")
 NEVER = ("src.engine", "src.callbacks", "hydra_plugins", "hydra", "pytorch_lightning", "lightning_fabric")
 DEMOS = "pytorch_lightning.demos."  # modules, such as BoringModel
-# A path that may lead out of the project, an address, an interpolation.
-PLACE = re.compile(r"^[/~\\]|^\w:[\\/]|://|(^|[\\/])\.\.([\\/]|$)|\$\{")
+# A path that may lead out of the project; an address, a drive of another system, an interpolation.
+LEADING_OUT = re.compile(r"^[/~\\]|(^|[\\/])\.\.([\\/]|$)")
+ELSEWHERE = re.compile(r"^\w[\w.+-]*:[\\/]|://|\$\{")
 
 # Where the classes are that checkpoints name, by the beginning of their name: {"src.models.net": "src.models.nets.net"}
 RENAMED: dict[str, str] = {}
@@ -205,12 +206,12 @@ def _is_within(name: str, modules: tuple[str, ...]) -> bool:
 def _find_places(node: Any) -> list[str]:
     """The folders outside of the project, addresses and interpolations in a node."""
     roots = [ROOT, Path(os.environ.get("PROJECT_ROOT", ROOT)).resolve()]
-    found = [text for key, text in _texts(node) if not key.startswith(USERS) and PLACE.search(text)]
-    return [
-        text
-        for text in found
-        if "${" in text or not any(Path(text).expanduser().resolve().is_relative_to(root) for root in roots)
-    ]
+
+    def is_outside(text: str) -> bool:
+        return not any(Path(text).expanduser().resolve().is_relative_to(root) for root in roots)
+
+    texts = [text for key, text in _texts(node) if not key.startswith(USERS)]
+    return [text for text in texts if ELSEWHERE.search(text) or (LEADING_OUT.search(text) and is_outside(text))]
 
 
 def _find_unknown(node: Any) -> list[str]:

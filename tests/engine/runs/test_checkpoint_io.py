@@ -1,4 +1,5 @@
 import random
+import shutil
 import time
 import zipfile
 from collections.abc import Callable
@@ -182,12 +183,27 @@ def test_a_moved_runs_best_checkpoint_is_found(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_is_larger_inside_is_refused_unread(tmp_path: Path) -> None:
-    plain, bomb = tmp_path / "plain.ckpt", tmp_path / "bomb.ckpt"
+    plain, bomb, many = (tmp_path / f"{name}.ckpt" for name in ("plain", "bomb", "many"))
     torch.save({"state_dict": {"weight": torch.zeros(1_000_000)}, "hyper_parameters": {"model": {}}}, plain)
+    check_checkpoint(plain)
     with zipfile.ZipFile(plain) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target:
         for entry in source.infolist():
             target.writestr(entry.filename, source.read(entry))
+    shutil.copy(plain, many)
+    with zipfile.ZipFile(many, "a") as target:  # its directory names each part 20 times
+        target.filelist *= 20
+        target.comment = b"so that it is written anew"
     assert bomb.stat().st_size < plain.stat().st_size / 100
-    check_checkpoint(plain)
-    with pytest.raises(CheckpointError, match=r"bomb\.ckpt: damaged \(of compressed parts, 4,\d{3},\d{3} bytes in all"):
-        check_checkpoint(bomb)
+    assert many.stat().st_size < plain.stat().st_size * 1.1
+    for path, num_bytes in ((bomb, r"4,\d{3},\d{3}"), (many, r"8\d,\d{3},\d{3}")):
+        with pytest.raises(CheckpointError, match=rf"{path.name}: damaged \(of compressed parts, {num_bytes} bytes in"):
+            check_checkpoint(path)
+
+
+def test_a_part_that_is_compressed_is_refused_whatever_its_size(tmp_path: Path) -> None:
+    noise = tmp_path / "noise.ckpt"
+    with zipfile.ZipFile(noise, "w", zipfile.ZIP_DEFLATED) as target:
+        target.writestr("archive/data.pkl", random.Random(0).randbytes(10_000))
+    assert sum(entry.file_size for entry in zipfile.ZipFile(noise).infolist()) < noise.stat().st_size
+    with pytest.raises(CheckpointError, match=r"noise\.ckpt: damaged \(of compressed parts"):
+        check_checkpoint(noise)

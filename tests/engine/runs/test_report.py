@@ -1,13 +1,26 @@
 import json
+import logging.config
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from sklearn.metrics import recall_score
 
-from src.engine.runs.report import class_accuracies, describe_data, print_next, print_table, shown, write_json
+from src.engine.runs.report import (
+    class_accuracies,
+    describe_data,
+    print_confusion,
+    print_next,
+    print_table,
+    shown,
+    write_json,
+)
+from src.engine.settings.check import CONF
 
 
 def test_class_accuracies_are_sklearns_recalls() -> None:
@@ -69,3 +82,22 @@ def test_brackets_in_names_and_paths_are_shown_as_they_are(
     for name in names:
         for text in (f" the {name} ", f" logs/{name} ", f"  python {name}  # try {name}\n"):
             assert text in said
+
+
+STEERING = "red\x1b[31m\x07"
+
+
+def test_what_a_checkpoint_says_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names of classes and what is logged may be a stranger's."""
+    print_confusion([[1, 0], [0, 1]], [STEERING, "b"])
+    print_table("tested", {STEERING: STEERING})
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert said.count(r"red\x1b[31m\x07") == 4
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config: Any = OmegaConf.to_container(compose("test", return_hydra_config=True).hydra.job_logging, resolve=False)
+    formatter = config["formatters"][config["handlers"]["console"]["formatter"]]
+    record = logging.makeLogRecord({"msg": f"it has {STEERING}\nin two lines"})
+    assert logging.config.DictConfigurator({}).configure_formatter(formatter).format(record) == (
+        "it has red\\x1b[31m\\x07\nin two lines"
+    )

@@ -112,6 +112,11 @@ def test_an_endless_value_is_cut() -> None:
     assert explain(ConfigError(f"root={path}: no such folder")) == f"error: root={path}: no such folder"
 
 
+def test_an_error_cannot_steer_the_terminal() -> None:
+    assert explain(ConfigError("model.\x1b[2J\x07=1: no")) == r"error: model.\x1b[2J\x07=1: no"
+    assert explain(SweepError("two:\n  \x9b31m")) == "error: two:\n  \\x9b31m"  # lines stay
+
+
 def test_an_error_of_a_kind_of_ours_is_told_as_ours() -> None:
     class LostError(DataError):
         """One that a data module tells apart."""

@@ -135,7 +135,8 @@ def test_a_checkpoint_reads_no_environment_and_sends_nothing_to_its_own_address(
 @needs_mnist
 def test_a_checkpoint_chooses_no_folder_outside_of_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROJECT_ROOT", str(ROOT))
-    for root in (str(tmp_path / "victim"), "../../victim", "~/victim", "${oc.env:HOME}", f"{ROOT}/../victim"):
+    for root in (str(tmp_path / "victim"), "../../victim", "~/victim", "${oc.env:HOME}", f"{ROOT}/../victim",
+                 f"file:{tmp_path}", "C:\\victim"):  # fmt: skip
         with pytest.raises(CheckpointError, match=r"^ckpt_path=x: data\.root=.*: a checkpoint may not choose a folder"):
             instantiate_stranger("x", "data", {**DATA, "root": root})
     assert instantiate_stranger("x", "data", {**DATA, "root": "/x"}, root=str(tmp_path)).folder.is_relative_to(tmp_path)
