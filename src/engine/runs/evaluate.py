@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import chain
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **
     Returns:
         What ``metrics.json`` holds: ``metrics`` by name, of all test loaders; ``confusion`` (rows: true classes) and
         ``class_accuracy`` (a list), each None unless the module has a tensor ``confusion`` after the test;
-        ``classes``, the data module's, their names or None; ``data``, ``checkpoint`` and the environment.
+        ``classes``, the data module's, their names or None; ``data``, the environment, and ``checkpoint``, by its path
+        from ``output_dir`` if that lies in its run's folder.
 
     Raises:
         ConfigError: If the module has no ``test_step``.
@@ -50,13 +52,15 @@ def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **
     matrix = None if confusion is None else confusion.tolist()
     names = getattr(datamodule, "classes", None)
     is_named = matrix is not None and isinstance(names, list | tuple) and len(names) == len(matrix)
+    run = output_dir.parent  # of a sweep's job
+    is_in_run = (run / "status.json").is_file() and path.is_relative_to(run)
     result = {
         "metrics": {name: value for metrics in tested for name, value in metrics.items()},
         "class_accuracy": report.class_accuracies(matrix) if matrix else None,
         "confusion": matrix,
         "classes": list(map(str, names or ())) if is_named else None,
         "data": describe_data(datamodule),
-        "checkpoint": str(path),
+        "checkpoint": relpath(path, output_dir) if is_in_run else str(path),
         **environment(),
     }
     if tester.is_global_zero:

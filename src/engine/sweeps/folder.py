@@ -38,7 +38,7 @@ class Job(NamedTuple):
         score: The best value of the sweep's monitored metric, or the last; None if there is none.
         metrics: The last metrics by name.
         tests: The test's, if the job was tested.
-        checkpoint: The file with the best weights.
+        checkpoint: The file with the best weights, by its path from the sweep's folder.
         seconds: How long it took.
         error: Why it failed.
         is_best: Whether the score is the best of the job's, not its last.
@@ -160,10 +160,10 @@ class SweepFolder:
             # By another measure than the sweep's, "best" says nothing here.
             is_best = best.get("monitor", self.monitor) == self.monitor
             score = best.get("score") if is_best else metrics.get(self.monitor)
-            checkpoint = best.get("checkpoint") and str(folder / best["checkpoint"])
+            checkpoint = best.get("checkpoint") and Path(name, best["checkpoint"]).as_posix()
             tests = _read_record(folder / "test" / "metrics.json").get("metrics", {})
             status, seconds = "pruned" if record.get("pruned") else "finished", record.get("seconds")
-            checkpoint = checkpoint if checkpoint and Path(checkpoint).exists() else None
+            checkpoint = checkpoint if checkpoint and (self.path / checkpoint).exists() else None
             return Job(name, values, status, score, metrics, tests, checkpoint, seconds, is_best=is_best)
         if (folder / "error.txt").is_file():
             error = (folder / "error.txt").read_text(encoding="utf-8", errors="replace")

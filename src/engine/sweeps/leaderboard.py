@@ -5,6 +5,7 @@ import io
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.markup import escape
@@ -142,8 +143,12 @@ class Leaderboard:
             rows.append([str(rank), *values, *number, score, *found, status])
         return [header, *rows]
 
-    def summary(self) -> list[str]:
-        """What came out: the best job, its checkpoint, its test, and what failed."""
+    def summary(self, folder: str | Path = "") -> list[str]:
+        """What came out: the best job, its checkpoint, its test, and what failed.
+
+        Args:
+            folder: The sweep's, where the checkpoint's path is to begin with it.
+        """
         lines = [] if self.monitor else ["monitor=null: jobs are not ranked; name a metric that they log"]
         job = self.best_job
         if job and self.winner:
@@ -154,22 +159,22 @@ class Leaderboard:
                     f"{top.name} has a better mean, {top.mean:.4f}, of fewer seeds, {len(top.scores)} beside "
                     f"{len(self.winner.scores)}: settings with more finished seeds win"
                 )
-            lines.append(f"checkpoint: {report.shown(job.checkpoint) if job.checkpoint else 'none'}")
+            lines.append(f"checkpoint: {report.shown(Path(folder, job.checkpoint)) if job.checkpoint else 'none'}")
             for name, tests in self.winner.tests.items():
                 lines.append(f"{_test_name(name)}: {shown_mean(tests)}" + (f" (n={len(tests)})" if tests[1:] else ""))
             lines += self._lead(self.winner)
         failed = [job for job in self.jobs if job.status == "failed"]
         return lines + [f"{job.status}: {job.name}: {job.error.partition(chr(10))[0]}" for job in failed]
 
-    def show(self, title: str) -> None:
-        """Print the table and the summary."""
+    def show(self, folder: Path) -> None:
+        """Print the table and the summary of the sweep in a folder."""
         header, *rows = self.table()
-        table = Table(*map(escape, header), title=title, title_justify="left")
+        table = Table(*map(escape, header), title=f"sweep {report.shown(folder)}", title_justify="left")
         for row in rows:
             table.add_row(*map(escape, row))
         console = report.make_console()
         console.print(table)
-        for line in self.summary():
+        for line in self.summary(folder):
             console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
     def _lead(self, winner: Setting) -> list[str]:

@@ -44,7 +44,8 @@ class Study(optuna.Study):
     Args:
         storage: Where it is, under the name.
         name: Its name.
-        folder: The sweep's folder, noted with each trial that the sweep asks for.
+        folder: The sweep's folder, noted with each trial that the sweep asks for; ``.`` for a study in that folder,
+            which may be moved.
         sampler: Config of a sampler. Its seed is varied by the number of trials that this sweep has asked for, so that
             a search that was killed proposes what it would have; but not for samplers that follow one sequence.
         pruner: Config of a pruner, or None.
@@ -73,7 +74,7 @@ class Study(optuna.Study):
 
     def is_mine(self, user_attrs: Mapping[str, Any]) -> bool:
         """Whether a trial is this sweep's."""
-        return user_attrs.get(OWNER) == self.folder
+        return OWNER in user_attrs and self.folder in (".", user_attrs[OWNER])
 
     def stop(self) -> None:
         """Note that the sampler has tried all there is, which Optuna takes within ``optimize`` only."""
@@ -155,11 +156,12 @@ def open_study(folder: Path, name: str | None, storage: str | None, mode: str, s
     if storage is None:
         _mend(folder / "study.journal")
     os.environ[STORAGE] = storage or str(folder / "study.journal")
-    name = name or folder.name
     backend = open_storage(os.environ[STORAGE])
+    own = [] if storage else optuna.get_all_study_names(backend)  # the folder may have been renamed
+    name = name or next(iter(own), folder.name)
     direction = StudyDirection.MAXIMIZE if mode == "max" else StudyDirection.MINIMIZE
     optuna.create_study(study_name=name, storage=backend, direction=direction, load_if_exists=True)
-    study = Study(backend, name, folder, sampler, pruner)
+    study = Study(backend, name, folder if storage else Path(), sampler, pruner)
     if study.direction != direction:
         raise ConfigError(f"mode={mode}: the study {name} has the other; choose another hydra.sweeper.study_name")
     study.set_user_attr("pruner", OmegaConf.to_container(pruner, resolve=True) if pruner else None)

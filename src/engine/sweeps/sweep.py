@@ -67,7 +67,7 @@ def running(config: DictConfig, space: Mapping[str, str]) -> Iterator[SweepFolde
             _test(folder, board.jobs if config.test == "all" else board.winner.jobs, shared)
         drop_checkpoints(folder, board, keep)
         board = renew(folder)
-    board.show(f"sweep {report.shown(path)}")
+    board.show(path)
     _raise_failures(board.jobs, path)
 
 
@@ -80,7 +80,7 @@ def _test(folder: SweepFolder, jobs: Iterable[Job], config: DictConfig) -> None:
             trainer["devices"] = 1  # more would be processes, which would start the sweep again
             if trainer["accelerator"] != "cpu":  # the jobs may have run on another machine
                 trainer["accelerator"] = "auto"
-            test_checkpoint(Path(job.checkpoint), output_dir, trainer)
+            test_checkpoint(folder.path / job.checkpoint, output_dir, trainer)
             folder.forget(job.name)
 
 

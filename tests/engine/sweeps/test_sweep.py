@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
+from src.engine.runs.checkpoints import find_best
 from src.engine.sweeps.folder import SweepFolder
 from src.engine.sweeps.sweep import KeepLeaderboard
 from tests.engine.tiny import TINY
@@ -121,7 +123,7 @@ def test_the_table_has_the_jobs_own_numbers(rates: Sweep) -> None:
         assert float(row["seconds"]) == record["seconds"]
         own = [f"seed={row['seed']}", f"optimizer.lr={row['optimizer.lr']}"]
         assert [override for override in record["arguments"] if override.split("=")[0] in row] == own
-        assert Path(row["checkpoint"]).samefile(rates.path / row["job"] / "checkpoints" / "best.ckpt")
+        assert row["checkpoint"] == f"{row['job']}/checkpoints/best.ckpt"
     assert (rates.path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -149,6 +151,18 @@ def test_the_winners_seeds_alone_are_tested(rates: Sweep) -> None:
         assert bool(row["test/acc"]) == (row["optimizer.lr"] == winner)
     tests = [rates.record(f"{name}/test")["metrics"]["test/acc"] for name in rates.tested()]
     assert f"test/acc: {statistics.mean(tests):.4f} ± {statistics.stdev(tests):.4f} (n=5)" in rates.result.stdout
+
+
+def test_a_sweep_that_was_moved_tells_right_paths(rates: Sweep, tmp_path: Path) -> None:
+    moved = shutil.copytree(rates.path, tmp_path / "moved")
+    best = find_best(moved)
+    assert best.is_relative_to(moved)
+    assert f"- checkpoint: {best.relative_to(moved).as_posix()}\n" in (moved / "sweep.md").read_text()
+    tests = list(moved.glob("*/test/metrics.json"))
+    assert [(test.parent / json.loads(test.read_text())["checkpoint"]).is_file() for test in tests] == [True] * 5
+    for path in (*tests, *moved.glob("sweep.*")):
+        if path.suffix != ".png":
+            assert str(rates.path) not in path.read_text(), path
 
 
 @pytest.mark.slow
