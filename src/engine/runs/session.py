@@ -2,6 +2,7 @@
 
 import logging
 import random
+import sys
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities.types import LRSchedulerConfig
 from torch import Tensor
 
 from src.engine.runs.checkpoint_io import AtomicCheckpointIO
@@ -28,6 +30,7 @@ class Session(Callback):
     - The loss is scaled where processes have unequal shares of a batch, since the plain mean of their gradients is
       taken: for train loaders with a method ``share(batch_idx)``. So it is in an epoch's last window of accumulated
       gradients, which Lightning divides by the batches of a whole one.
+    - In a run that is counted in steps, a schedule that waits for a metric counts validations, not epochs.
     - It keeps when each metric was logged: Lightning's are those of all epochs.
 
     Args:
@@ -40,6 +43,7 @@ class Session(Callback):
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
         self.logged: dict[str, dict[str, int]] = {}
+        self._plateaus: list[LRSchedulerConfig] = []  # what is stepped here
         self._seen: dict[str, Tensor] = {}  # the metrics whose epochs are known
         self._loaded: dict[str, float] = {}  # a checkpoint's metrics
         self._since: list[str] = []  # those of them whose epochs are not yet known
@@ -66,6 +70,10 @@ class Session(Callback):
             if trainer.enable_validation or not OF_VALIDATION.match(name):  # else they would rank what has none
                 trainer.callback_metrics[name] = torch.tensor(value)  # Lightning's books, which it hands out
         self._seen = {name: value for name, value in trainer.callback_metrics.items() if name not in self._since}
+        schedulers = trainer.lr_scheduler_configs if self.config.get("unit") == "step" else []
+        self._plateaus = [each for each in schedulers if each.reduce_on_plateau and each.interval == "epoch"]
+        for scheduler in self._plateaus:
+            scheduler.frequency = sys.maxsize  # of epochs, which may have no end
         if trainer.accumulate_grad_batches > 1 and trainer.num_training_batches == float("inf"):
             key = f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}"
             log.warning(f"{key}: the train loader has no length, so an epoch's last gradient may be too short")
@@ -101,9 +109,11 @@ class Session(Callback):
         self._ended = _place(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the metrics of a validation."""
+        """Note the metrics of a validation, and step what waits for one."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._note_metrics(trainer)
+            for config in self._plateaus:
+                pl_module.lr_scheduler_step(config.scheduler, trainer.callback_metrics[config.monitor])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the last metrics."""

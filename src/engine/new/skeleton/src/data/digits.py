@@ -17,7 +17,7 @@ class Digits(pl.LightningDataModule):
         split_seed: Of the division into training, validation and test images.
     """
 
-    def __init__(self, batch_size: int = 32, split_seed: int = 0) -> None:
+    def __init__(self, batch_size: int = 24, split_seed: int = 0) -> None:
         super().__init__()
         self.batch_size = batch_size
         self.split_seed = split_seed
