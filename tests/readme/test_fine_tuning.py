@@ -34,7 +34,8 @@ def test_each_yaml_block_does_what_is_said(tmp_path: Path, monkeypatch: pytest.M
     assert module.net.fc.weight.shape == (3, 512)
     assert set(module.val_metrics.keys()) == {"val/f1", "val/ece"}
     assert module.loss.weight.tolist() == [1, 1, 5]
-    optimizer = module.optimizer(module.parameters())
+    module.scheduler = None
+    optimizer = module.configure_optimizers()
     found = {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
     assert found == {
         "net.fc": (1e-3, 0.1), "net.fc/no_decay": (1e-3, 0.0), "net.layer4": (1e-4, 0.1), "bias": (0.1, 0.0),

@@ -17,7 +17,7 @@ from torch import nn
 
 from src.engine.errors import CheckpointError, ConfigError
 from src.engine.runs.checkpoints import check_checkpoint
-from src.engine.runs.groups import GroupedOptimizer, Schedule, equip
+from src.engine.runs.groups import Schedule, equip, group_optimizers
 from src.engine.runs.init import COMPILED, load_weights
 from src.engine.runs.processes import get_name, is_started_from_outside
 from src.engine.settings.arguments import check_arguments, parameters_of
@@ -57,7 +57,7 @@ def build_module(cfg: DictConfig) -> pl.LightningModule:
     Its constructor gets what stands in ``cfg.model``, lists and dicts as plain ones. It gets ``cfg.optimizer`` and
     ``cfg.scheduler`` too if it takes arguments of these names and ``cfg.model`` does not have them itself; a group that
     it does not get is set to null in ``cfg``. A scheduler's ``total_steps`` that is null is filled in with the run's
-    number of optimizer steps when the scheduler is made. An optimizer divides its parameters by
+    number of optimizer steps when the scheduler is made. Its optimizers divide their parameters by
     ``cfg.optimizer_groups``, and the weights are those of ``cfg.init``, unless a checkpoint is about to replace them.
     """
     takes, arguments = _parameters(cfg.model), {}
@@ -72,15 +72,14 @@ def build_module(cfg: DictConfig) -> pl.LightningModule:
     for name, node in cfg.model.items():
         if OmegaConf.is_dict(node) and node.get("_partial_"):
             arguments[str(name)] = instantiate(node, _convert_="object")
-    factories: list[Schedule | GroupedOptimizer] = []
-    arguments = equip(arguments, entries, factories)
+    schedules: list[Schedule] = []
+    arguments = equip(arguments, schedules)
     module: pl.LightningModule = instantiate(cfg.model, _convert_="object", **arguments)
     _check_origin("model", cfg.model, module, pl.LightningModule)
-    for factory in factories:
-        factory.module = module
-    if entries and not any(isinstance(factory, GroupedOptimizer) for factory in factories):
-        kind = cfg.model._target_
-        raise ConfigError(f"optimizer_groups: {kind} makes its optimizer itself; have it take `optimizer`")
+    for schedule in schedules:
+        schedule.module = module
+    if entries:
+        group_optimizers(module, entries)
     if init.get("weights") and not cfg.get("ckpt_path"):
         for line in load_weights(module, **init):
             if not get_name():

@@ -5,8 +5,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import partial, wraps
 from typing import Any
+from unittest.mock import patch
 
 import pytorch_lightning as pl
 from torch import nn
@@ -44,28 +45,19 @@ def require_match(key: str, patterns: str | Sequence[str], names: Iterable[str])
             raise ConfigError(f"{key}={pattern}: fits no name in the module; {nearest(pattern, sorted(known - {''}))}")
 
 
-def equip(value: Any, entries: Sequence[Mapping[str, Any]], made: list[Any], key: str = "") -> Any:
-    """Replace the factories in ``value`` that need to know the run, its data or its module.
+def equip(value: Any, made: list["Schedule"]) -> Any:
+    """Replace the schedulers' factories in ``value`` that need to know the run or the optimizer's groups.
 
     Args:
         value: What is built of a config; dictionaries are looked into.
-        entries: Of ``optimizer_groups``.
         made: The new factories are added here: each must be told its ``module``.
-        key: Where the value stands.
     """
     if isinstance(value, dict):
-        return {name: equip(child, entries, made, name) for name, child in value.items()}
-    if not isinstance(value, partial):
-        return value
-    if key == "optimizer" or (isinstance(value.func, type) and issubclass(value.func, Optimizer)):
-        kind: Any = GroupedOptimizer if entries else None
-    else:
-        kind = Schedule if value.keywords.get("total_steps", 0) is None or "max_lr" in value.keywords else None
-    if kind is None:
-        return value
-    made.append(kind(value.func, *value.args, **value.keywords))
-    made[-1].entries = entries
-    return made[-1]
+        return {name: equip(child, made) for name, child in value.items()}
+    if isinstance(value, partial) and (value.keywords.get("total_steps", 0) is None or "max_lr" in value.keywords):
+        value = Schedule(value.func, *value.args, **value.keywords)
+        made.append(value)
+    return value
 
 
 class Schedule(partial):
@@ -86,30 +78,53 @@ class Schedule(partial):
         return super().__call__(*args, **kwargs)
 
 
-class GroupedOptimizer(partial):
-    """An optimizer's factory that divides what it is given into groups."""
+def group_optimizers(module: pl.LightningModule, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Let each optimizer that ``module.configure_optimizers`` makes have groups by name, however it makes it.
 
-    module: pl.LightningModule
-    entries: Sequence[Mapping[str, Any]]
-    is_shown = False
+    A schedule that is made of the optimizer then finds the groups. The first time, they are logged with their sizes.
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Optimizer:
-        """Make the optimizer; the first time, log its groups and their sizes."""
-        given, *rest = [kwargs.pop("params")] if "params" in kwargs else args
-        groups = divide(list(given), self.entries, self.module)
-        optimizer: Optimizer = super().__call__(groups, *rest, **kwargs)
-        known = [*OWN, *optimizer.defaults]
-        for number, entry in enumerate(self.entries):
-            for option in entry.keys() - {*known}:
-                key, kind = f"optimizer_groups[{number}].{option}", type(optimizer).__name__
-                raise ConfigError(f"{key}: {kind} has no such option; {nearest(option, known)}")
-        if not self.is_shown and not get_name():
-            self.is_shown = True
-            for group in optimizer.param_groups:
+    Args:
+        module: Whose method is replaced.
+        entries: Of ``optimizer_groups``.
+    """
+    configure, make, kind = module.configure_optimizers, Optimizer.__init__, type(module).__name__
+    is_shown = bool(get_name())  # the first process does
+
+    @wraps(configure)
+    def configure_in_groups() -> Any:
+        nonlocal is_shown
+        rates: dict[Optimizer, list[float]] = {}
+
+        def make_in_groups(optimizer: Optimizer, params: Any, defaults: dict[str, Any]) -> None:
+            _check_options(entries, type(optimizer), defaults)
+            make(optimizer, divide(list(params), entries, module), defaults)
+            rates[optimizer] = [group.get("lr", 0.0) for group in optimizer.param_groups]
+            for group in [] if is_shown else optimizer.param_groups:
                 size = sum(parameter.numel() for parameter in group["params"])
-                decay = f", weight_decay={group['weight_decay']:g}" if "weight_decay" in group else ""
-                log.info(f"group {group['name']}: {size:,} parameters, lr={group['lr']:g}{decay}")
-        return optimizer
+                options = [f"{name}={group[name]:g}" for name in ("lr", "weight_decay") if name in group]
+                log.info(", ".join([f"group {group['name']}: {size:,} parameters", *options]))
+
+        with patch.object(Optimizer, "__init__", make_in_groups):
+            configured = configure()
+        is_shown = True
+        if not rates:
+            raise ConfigError(f"optimizer_groups: {kind}.configure_optimizers makes no optimizer of torch")
+        for optimizer, own in rates.items():
+            peaks = [group.get("max_lr", group.get("initial_lr", group.get("lr"))) for group in optimizer.param_groups]
+            if len({*peaks}) < len({*own}):
+                each = "[group['lr'] for group in optimizer.param_groups]"
+                raise ConfigError(f"optimizer_groups: {kind}'s schedule gives all groups one rate; give it {each}")
+        return configured
+
+    module.configure_optimizers = configure_in_groups  # type: ignore[method-assign]
+
+
+def _check_options(entries: Sequence[Mapping[str, Any]], kind: type[Optimizer], defaults: Mapping[str, Any]) -> None:
+    known = [*OWN, *defaults]
+    for number, entry in enumerate(entries):
+        for option in entry.keys() - {*known}:
+            key = f"optimizer_groups[{number}].{option}"
+            raise ConfigError(f"{key}: {kind.__name__} has no such option; {nearest(option, known)}")
 
 
 def divide(given: list[Any], entries: Sequence[Mapping[str, Any]], module: nn.Module) -> list[dict[str, Any]]:

@@ -113,7 +113,8 @@ class Session(Callback):
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._note_metrics(trainer)
             for config in self._plateaus:
-                pl_module.lr_scheduler_step(config.scheduler, trainer.callback_metrics[config.monitor])
+                if (value := trainer.callback_metrics.get(str(config.monitor))) is not None:
+                    pl_module.lr_scheduler_step(config.scheduler, value)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the last metrics."""

@@ -13,8 +13,8 @@ from src.engine.errors import ConfigError
 from src.engine.runs.build import build_module, load_checkpoint, seed_everything
 from src.engine.runs.groups import divide
 from src.train import train
-from tests.engine.runs.test_build import OWN, UPSTREAM, UpstreamTask
-from tests.engine.tiny import TinyData, TinyNet, compose_tiny
+from tests.engine.runs.test_build import UPSTREAM, UpstreamTask
+from tests.engine.tiny import TinyData, TinyNet, TinyTask, compose_tiny
 
 # The last layer's own rate, no decay for any bias; the first layer's weights are left to the optimizer.
 GROUPS = "optimizer_groups=[{match: net.3, lr: 0.5, no_decay: true}, {match: '*.bias', weight_decay: 0, name: biases}]"
@@ -60,11 +60,22 @@ class Constant(UpstreamTask):
         return self.hparams["optimizer"](params=self.parameters())
 
 
+class InCode(TinyTask):
+    """Makes its optimizer and a schedule in code, of pairs of names and parameters, as torch takes them, too."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(
+            params=self.named_parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1
+        )
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)]
+
+
+IN_CODE = (f"model._target_={__name__}.InCode",)
 CONSTANT = (f"model._target_={__name__}.Constant", *(word for word in UPSTREAM[1:3]), "+model.scheduler=null")
 
 
 @pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of")
-@pytest.mark.parametrize("settings", [SGD, (*CONSTANT, *ITS_OWN)], ids=["TinyTask", "upstream"])
+@pytest.mark.parametrize("settings", [SGD, (*CONSTANT, *ITS_OWN), IN_CODE], ids=["TinyTask", "upstream", "in code"])
 def test_each_group_is_trained_as_by_hand(
     settings: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -139,9 +150,35 @@ def test_what_fits_nothing_is_named_before_the_first_step(groups: str, said: str
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_a_module_that_makes_its_optimizer_itself_cannot_be_given_groups(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"OwnOptimizer makes its optimizer itself; have it take `optimizer`"):
-        build_module(compose_tiny(tmp_path, *OWN, GROUPS))
+class OneRate(TinyTask):
+    """Has a schedule that sets the rate, of all groups, and not the optimizer."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=24)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+class NoOptimizer(TinyTask):
+    def configure_optimizers(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (OneRate, r"optimizer_groups: OneRate's schedule gives all groups one rate; give it \[group\['lr'\] for group"),
+        (NoOptimizer, r"optimizer_groups: NoOptimizer\.configure_optimizers makes no optimizer of torch"),
+    ],
+)
+def test_groups_that_would_do_nothing_are_told(kind: type, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        train(compose_tiny(tmp_path, f"model._target_={__name__}.{kind.__name__}", GROUPS))
+
+
+def test_other_optimizers_have_no_groups_by_name(tmp_path: Path) -> None:
+    build_module(compose_tiny(tmp_path, *IN_CODE, GROUPS)).configure_optimizers()
+    assert len(torch.optim.SGD(TinyNet().parameters(), lr=0.1).param_groups) == 1
 
 
 def test_a_resumed_run_has_the_groups_that_it_had(tmp_path: Path) -> None:
