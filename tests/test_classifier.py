@@ -1,12 +1,13 @@
 import math
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, roc_auc_score
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import AUROC, F1Score
+from torchmetrics import AUROC, CalibrationError, F1Score
 from torchvision.transforms.v2 import MixUp
 
 from src.classifier import Counts, ImageClassifier
@@ -109,10 +110,11 @@ def test_counts_are_sums_that_several_processes_can_add_up() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_further_metrics_are_those_of_sklearn_in_each_split() -> None:
+def test_further_metrics_are_those_of_sklearn_and_of_a_definition_in_each_split() -> None:
     metrics = {
         "f1": F1Score(task="multiclass", num_classes=3, average="macro"),
         "auroc": AUROC(task="multiclass", num_classes=3),
+        "ece": CalibrationError(task="multiclass", num_classes=3),
     }
     module = _classifier(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0), metrics=metrics)
     trainer = pl.Trainer(max_epochs=2, log_every_n_steps=1, **QUIET)  # type: ignore[arg-type]
@@ -121,7 +123,10 @@ def test_further_metrics_are_those_of_sklearn_in_each_split() -> None:
     (tested,) = trainer.test(module, LOADER, verbose=False)
     with torch.no_grad():
         probabilities = module(IMAGES).softmax(dim=1).numpy()
+    chances, is_right = probabilities.max(axis=1), probabilities.argmax(axis=1) == LABELS.numpy()
+    gaps = np.bincount((15 * chances).astype(int), is_right - chances)  # in 15 bins
     expected = {
+        "ece": np.abs(gaps).sum() / len(LABELS),
         "f1": f1_score(LABELS, probabilities.argmax(axis=1), average="macro"),
         "auroc": roc_auc_score(LABELS, probabilities, multi_class="ovr", average="macro"),
     }
