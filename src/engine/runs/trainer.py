@@ -99,7 +99,7 @@ def _build_logger(node: DictConfig, first_step: int | None) -> Any:
 
 def _put_before_now(folder: Path) -> None:
     """Rename event files that a clock has dated later than now: TensorBoard reads them in the order of their names."""
-    paths = sorted(folder.glob("events.out.tfevents.*"))
-    if paths and int(paths[-1].name.split(".")[3]) >= int(time.time()):
+    paths = sorted(folder.glob("events.out.tfevents.[0-9]*"))
+    if paths and paths[-1].name >= f"events.out.tfevents.{int(time.time()):010}":
         for number, path in enumerate(paths):
             path.rename(path.with_name(re.sub(r"\d+", f"{number:010}", path.name, count=1)))
