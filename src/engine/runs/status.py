@@ -22,6 +22,7 @@ from src.engine.settings.check import CONF
 
 log = logging.getLogger(__name__)
 
+CLOCK = ".clock"  # in logs/, the latest time that a run has written
 LOCK = ".lock"
 INTERRUPTED = 128  # exit statuses above it are signals
 REPRODUCES = "REPRODUCES_RUN"  # in the environment of a run that src.reproduce starts: the other run
@@ -55,7 +56,7 @@ def write_status(folder: Path, state: str, facts: Mapping[str, Any] | None = Non
 
 def _now() -> str:
     """The time, later than all that the project's runs have written, also if the clock was set back: it orders them."""
-    now, clock = datetime.now(UTC), Path(os.environ.get("PROJECT_ROOT", "."), "logs", ".clock")
+    now, clock = datetime.now(UTC), Path(os.environ.get("PROJECT_ROOT", "."), "logs", CLOCK)
     with suppress(OSError, ValueError):  # of a first run, or while another one writes it
         now = max(now, datetime.fromisoformat(clock.read_text()) + timedelta(milliseconds=1))
     with suppress(OSError):
