@@ -6,6 +6,7 @@ import pytorch_lightning as pl
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, roc_auc_score
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import AUROC, CalibrationError, F1Score
 from torchvision.transforms.v2 import MixUp
@@ -146,3 +147,14 @@ def test_images_that_are_mixed_up_are_trained_as_in_plain_pytorch_and_counted_by
     torch.testing.assert_close(loss, -(labels * module(images).log_softmax(dim=1)).sum(dim=1).mean())
     expected = accuracy_score(labels.argmax(dim=1), module(images).argmax(dim=1))
     assert module.train_counts.compute()[1].item() == pytest.approx(expected)
+
+
+def test_the_loss_may_be_arguments_of_cross_entropy() -> None:
+    module = _classifier(loss={"weight": [1, 1, 5], "label_smoothing": 0.1})
+    logits, labels = torch.randn(4, 3), torch.tensor([2, 0, 2, 1])
+    expected = F.cross_entropy(logits, labels, torch.tensor([1.0, 1.0, 5.0]), label_smoothing=0.1)
+    torch.testing.assert_close(module.loss(logits, labels), expected)
+    assert list(module.state_dict())[-1] == "loss.weight"  # it goes where the module goes
+    plain = _classifier(loss={"weight": None})
+    torch.testing.assert_close(plain.loss(logits, labels), F.cross_entropy(logits, labels))
+    assert not [name for name in plain.state_dict() if "loss." in name]
