@@ -60,7 +60,7 @@ class ImageClassifier(pl.LightningModule):
             ``scheduler`` that makes the scheduler of an optimizer. None or empty: the learning rate stays.
         input_size: (C, H, W) of an image, for the graph in TensorBoard and the shapes in the model summary.
         loss: Mean loss, a scalar, of logits (B, num_classes) and labels (B,); of soft labels, (B, num_classes), too,
-            where batches are mixed up to train on.
+            where batches are mixed up to train on. Or arguments of torch's cross-entropy: ``weight``, a number a class.
         metrics: By name, what else is logged of each split: of probabilities (B, num_classes) and labels (B,).
 
     Attributes:
@@ -74,7 +74,7 @@ class ImageClassifier(pl.LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         scheduler: dict[str, Any] | None = None,
         input_size: tuple[int, int, int] | None = None,
-        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        loss: Callable[[Tensor, Tensor], Tensor] | dict[str, Any] = F.cross_entropy,
         metrics: dict[str, Metric] | None = None,
     ) -> None:
         super().__init__()
@@ -83,7 +83,10 @@ class ImageClassifier(pl.LightningModule):
         self.num_classes = num_classes  # by which predict, export and demo know a classifier
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.loss = loss
+        if not callable(loss):
+            weight = None if loss.get("weight") is None else torch.tensor(loss["weight"]).float()
+            loss = nn.CrossEntropyLoss(**{**loss, "weight": weight})
+        self.loss: Callable[[Tensor, Tensor], Tensor] = loss
         self.example_input_array = torch.zeros(1, *input_size) if input_size else None
         self.train_counts, self.val_counts, self.test_counts = (Counts(num_classes) for _ in range(3))
         # Groups of metrics share states, which a run that is resumed within an epoch would not find.

@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +17,7 @@ from src.engine.errors import ConfigError
 from src.engine.runs import report
 from src.engine.runs.checkpoints import newest_checkpoint
 from src.engine.runs.command import run_function
-from src.predict import find_reader
+from src.predict import find_reader, read_with_doubt
 
 # Functions import torch and what needs it: a bad setting is answered without.
 log = logging.getLogger(__name__)
@@ -60,7 +59,6 @@ def make_classifier(path: Path, folder: Path) -> tuple[dict[str, Any], Callable[
     Raises:
         ConfigError: If the checkpoint is not of an image classifier.
     """
-    import torch
     from PIL import Image
 
     from src.callbacks.layers import BETWEEN, Layer, describe_shape, draw_values, trace
@@ -86,9 +84,10 @@ def make_classifier(path: Path, folder: Path) -> tuple[dict[str, Any], Callable[
     lock = threading.Lock()  # one file, one net
 
     def classify(content: bytes) -> dict[str, Any]:
-        with lock, warnings.catch_warnings(action="ignore"):  # you see for yourself what is drawn
+        with lock:
             drawing.write_bytes(content)
-            inputs = preprocess(torch.as_tensor(read(drawing))[:1], datamodule)
+            images, doubt = read_with_doubt(read, drawing)
+            inputs = preprocess(images[:1], datamodule)
             layers, logits = trace(module, inputs)
         shown = []
         for name, values in (Layer("input", inputs), *layers):
@@ -96,7 +95,7 @@ def make_classifier(path: Path, folder: Path) -> tuple[dict[str, Any], Callable[
             Image.fromarray(draw_values(values[0], TILE)).save(file, "PNG", transparency=BETWEEN)
             picture = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
             shown.append({"name": name.removeprefix("net."), "shape": describe_shape(values[0]), "picture": picture})
-        return {"probabilities": logits[0].softmax(dim=0).tolist(), "layers": shown}
+        return {"probabilities": logits[0].softmax(dim=0).tolist(), "doubt": doubt, "layers": shown}
 
     return about, classify
 

@@ -209,24 +209,29 @@ def find_reader(datamodule: Any, split: bool = False) -> Reader:
 
 def read_files(files: Sequence[Path], read: Reader, failed: list[Path]) -> Iterator[tuple[str, "Tensor", str]]:
     """Each image with its name and what is doubtful; files that cannot be read are logged and added to ``failed``."""
-    import torch
-
     console = Console(stderr=True)
     for file in track(files, "reading", console=console, transient=True, disable=not console.is_terminal):
         try:
-            with warnings.catch_warnings(record=True) as doubts:
-                warnings.simplefilter("always", UserWarning)
-                images = read(file)
-            images = torch.as_tensor(images)
+            images, doubt = read_with_doubt(read, file)
         except Exception as error:  # whatever a decoder raises
             log.debug("stack trace:", exc_info=error)
             reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
             log.warning(f"{report.shown(file)}: skipped: {reason}")
             failed.append(file)
             continue
-        doubt = ", ".join(str(each.message) for each in doubts if issubclass(each.category, UserWarning))
         for index, image in enumerate(images):
             yield f"{file}#{index}" if len(images) > 1 else str(file), image, doubt
+
+
+def read_with_doubt(read: Reader, file: Path) -> tuple["Tensor", str]:
+    """A file's images, (N, ...), and what the reader has warned of."""
+    import torch
+
+    with warnings.catch_warnings(record=True) as doubts:
+        warnings.simplefilter("always", UserWarning)
+        images = torch.as_tensor(read(file))
+    told = dict.fromkeys(str(each.message) for each in doubts if issubclass(each.category, UserWarning))
+    return images, ", ".join(told)
 
 
 def predict_batches(module: Any, datamodule: Any, accelerator: Settings, batches: Iterator[Any] | None = None) -> Rows:

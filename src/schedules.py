@@ -5,11 +5,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 
 
 def warmup_cosine(
-    optimizer: Optimizer,
-    total_steps: int | None,
-    warmup: float = 0.05,
-    start_factor: float = 0.01,
-    eta_min: float = 0.0,
+    optimizer: Optimizer, total_steps: int | None, warmup: float = 0.05, start_factor: float = 0.01, eta_min: float = 0
 ) -> LRScheduler:
     """Linear warm-up to each group's own rate, then half a cosine down to ``eta_min``.
 

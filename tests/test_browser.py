@@ -401,7 +401,7 @@ def test_a_dot_is_no_digit_and_what_was_drawn_can_be_undone(pages: Pages, demo: 
     canvas.send_keys(Keys.ESCAPE)
     assert said.text == "Draw one digit."
     canvas.click()  # a dot
-    pages.wait(lambda: said.text == "Not a digit?")
+    pages.wait(lambda: said.text == "Not sure: perhaps no digit.")
     undo.click()
     assert said.text == "Draw one digit."
     canvas.send_keys(Keys.CONTROL, "z")

@@ -1,12 +1,14 @@
 import math
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, roc_auc_score
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import AUROC, F1Score
+from torchmetrics import AUROC, CalibrationError, F1Score
 from torchvision.transforms.v2 import MixUp
 
 from src.classifier import Counts, ImageClassifier
@@ -109,10 +111,11 @@ def test_counts_are_sums_that_several_processes_can_add_up() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_further_metrics_are_those_of_sklearn_in_each_split() -> None:
+def test_further_metrics_are_those_of_sklearn_and_of_a_definition_in_each_split() -> None:
     metrics = {
         "f1": F1Score(task="multiclass", num_classes=3, average="macro"),
         "auroc": AUROC(task="multiclass", num_classes=3),
+        "ece": CalibrationError(task="multiclass", num_classes=3),
     }
     module = _classifier(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0), metrics=metrics)
     trainer = pl.Trainer(max_epochs=2, log_every_n_steps=1, **QUIET)  # type: ignore[arg-type]
@@ -121,7 +124,10 @@ def test_further_metrics_are_those_of_sklearn_in_each_split() -> None:
     (tested,) = trainer.test(module, LOADER, verbose=False)
     with torch.no_grad():
         probabilities = module(IMAGES).softmax(dim=1).numpy()
+    chances, is_right = probabilities.max(axis=1), probabilities.argmax(axis=1) == LABELS.numpy()
+    gaps = np.bincount((15 * chances).astype(int), is_right - chances)  # in 15 bins
     expected = {
+        "ece": np.abs(gaps).sum() / len(LABELS),
         "f1": f1_score(LABELS, probabilities.argmax(axis=1), average="macro"),
         "auroc": roc_auc_score(LABELS, probabilities, multi_class="ovr", average="macro"),
     }
@@ -141,3 +147,14 @@ def test_images_that_are_mixed_up_are_trained_as_in_plain_pytorch_and_counted_by
     torch.testing.assert_close(loss, -(labels * module(images).log_softmax(dim=1)).sum(dim=1).mean())
     expected = accuracy_score(labels.argmax(dim=1), module(images).argmax(dim=1))
     assert module.train_counts.compute()[1].item() == pytest.approx(expected)
+
+
+def test_the_loss_may_be_arguments_of_cross_entropy() -> None:
+    module = _classifier(loss={"weight": [1, 1, 5], "label_smoothing": 0.1})
+    logits, labels = torch.randn(4, 3), torch.tensor([2, 0, 2, 1])
+    expected = F.cross_entropy(logits, labels, torch.tensor([1.0, 1.0, 5.0]), label_smoothing=0.1)
+    torch.testing.assert_close(module.loss(logits, labels), expected)
+    assert list(module.state_dict())[-1] == "loss.weight"  # it goes where the module goes
+    plain = _classifier(loss={"weight": None})
+    torch.testing.assert_close(plain.loss(logits, labels), F.cross_entropy(logits, labels))
+    assert not [name for name in plain.state_dict() if "loss." in name]

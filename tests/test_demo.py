@@ -123,6 +123,11 @@ def test_a_drawing_gets_the_checkpoints_probabilities_and_maps(
     assert np.abs(picture.astype(int) - layers.draw_values(c1, tile=56)).max() <= 1
 
 
+def test_what_the_reader_doubts_is_told(server: DemoServer) -> None:
+    assert classify(server, ONE)["doubt"] == ""
+    assert classify(server, stroke([(130, 140), (150, 140)]))["doubt"] == "perhaps no digit"
+
+
 def test_many_at_once_get_their_own_answers(server: DemoServer) -> None:
     alone = [classify(server, drawing)["probabilities"] for drawing in (ONE, SEVEN)]
     with ThreadPoolExecutor(8) as pool:

@@ -1,5 +1,6 @@
 """The pictures of each validation, for all loggers, and what only TensorBoard shows beside them."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from src.callbacks.layers import Layer, draw_layers, find_filters, to_pixels
-from src.callbacks.pictures import Pictures, find_loggers, find_writers, show
-from src.callbacks.speed import logged_step
+from src.callbacks.layers import Layer, draw_layers, find_filters, to_pixels, trace
+from src.callbacks.pictures import Pictures, find_loggers, find_writers, logged_step, show
+
+log = logging.getLogger(__name__)
 
 CELL = 29  # pixels of the confusion matrix: ten and the margins are 350 wide, as TensorBoard shows a picture
 MARGIN = 30
@@ -85,7 +87,25 @@ class HardestImages(Pictures):
             show(self.loggers, "val/hardest_images", draw_predictions(images, labels, logits, self.name), step)
 
 
-class FeatureMaps(Pictures):
+class Layers(Pictures):
+    """Looks into the module's ``net``."""
+
+    _can_trace = True
+
+    def trace(self, pl_module: pl.LightningModule, images: Tensor) -> list[Layer]:
+        """What each layer of ``net`` makes of images; nothing without one, or if it does not take images only."""
+        net = getattr(pl_module, "net", None)
+        if not isinstance(net, nn.Module) or not self._can_trace:
+            return []
+        try:
+            return trace(net, images)[0]
+        except Exception as error:  # whatever your net raises
+            self._can_trace = False
+            log.warning("no pictures of the net's layers: %s", str(error).strip().split("\n")[0])
+            return []
+
+
+class FeatureMaps(Layers):
     """Draws the first convolution's filters and the feature maps of the first validation image.
 
     So that you can watch them form. For modules with a ``net`` of images, as ``Pictures`` describes it; a net without
@@ -137,7 +157,7 @@ class Weights(Pictures):
                 writer.add_histogram(f"weights/{name}", values, step, bins=NUM_BINS)
 
 
-class Embedding(Pictures):
+class Embedding(Layers):
     """Puts what the last hidden layer (LeNet-5's F6) makes of validation images into TensorBoard's projector.
 
     At the end of the training, with the images, their labels and the classes that they were taken for in the last

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from torch import nn
-from torch.optim import Optimizer
 
 from src.engine.errors import ConfigError
 
@@ -29,53 +29,40 @@ class Freeze(Callback):
     def __init__(self, match: str | Sequence[str], until_epoch: int | None = None) -> None:
         self.match = [match] if isinstance(match, str) else list(match)
         self.until_epoch = until_epoch
-        self._frozen: dict[str, nn.Parameter] = {}  # those that were to be trained
-        self._still: list[nn.Module] = []  # those with statistics, in training mode before
+        self._is_frozen = True
+        self._parameters: list[nn.Parameter] = []  # those that would be trained
+        self._modules: list[nn.Module] = []  # those that would change their statistics
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Freeze for good, before an optimizer or a strategy looks at the parameters."""
-        names = [name for name, _ in [*pl_module.named_parameters(), *pl_module.named_buffers()]]
+        """Find what is frozen, before an optimizer or a strategy looks at the parameters."""
+        parameters = dict(pl_module.named_parameters())
+        names = [*parameters, *dict(pl_module.named_buffers())]
         for pattern in self.match:
             if not any(_fits(name, [pattern]) for name in names):
                 raise ConfigError(f"callbacks.freeze.match={pattern}: fits no name in the module, as {names[0]} would")
-        if stage == "fit" and self.until_epoch is None:
-            self._freeze(pl_module, drops=False)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Freeze or not, also in an epoch that is resumed."""
-        if self.until_epoch is not None and trainer.current_epoch >= self.until_epoch:
-            self._thaw()
+        if stage != "fit":
             return
-        self._freeze(pl_module, drops=self.until_epoch is not None and trainer.world_size > 1)
+        self._parameters = [each for name, each in parameters.items() if each.requires_grad and _fits(name, self.match)]
         for path, module in pl_module.named_modules():
-            names = [f"{path}.{name}".lstrip(".") for name, _ in module.named_buffers(recurse=False)]
-            if module.training and names and all(_fits(name, self.match) for name in names):
-                module.training = False  # of this one only, not of those in it
-                self._still.append(module)
+            buffers = [f"{path}.{name}".lstrip(".") for name, _ in module.named_buffers(recurse=False)]
+            if module.training and buffers and all(_fits(name, self.match) for name in buffers):
+                self._modules.append(module)
+        for parameter in self._parameters if self.until_epoch is None else ():
+            parameter.requires_grad_(False)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The same at the beginning of each epoch; a module may have called ``train``."""
-        self.on_train_start(trainer, pl_module)
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Freeze or not: an epoch may be resumed, and a module may have called ``train``."""
+        self._is_frozen = self.until_epoch is None or trainer.current_epoch < self.until_epoch
+        has_gradients = not self._is_frozen or (self.until_epoch is not None and trainer.world_size > 1)
+        for parameter in self._parameters:
+            parameter.requires_grad_(has_gradients)
+        for module in self._modules:
+            module.training = not self._is_frozen  # of this one only, not of those in it
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Drop the gradients that there are."""
-        for parameter in self._frozen.values():
+        for parameter in self._parameters if self._is_frozen else ():
             parameter.grad = None
-
-    def _freeze(self, module: nn.Module, drops: bool) -> None:
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad and _fits(name, self.match):
-                parameter.requires_grad_(drops)
-                self._frozen[name] = parameter
-
-    def _thaw(self) -> None:
-        for parameter in self._frozen.values():
-            parameter.requires_grad_(True)
-        for module in self._still:
-            module.training = True
-        self._frozen, self._still = {}, []
 
 
 def _fits(name: str, patterns: Sequence[str]) -> bool:

@@ -1,6 +1,5 @@
-"""What the callbacks that draw have in common, and how a picture gets to any logger."""
+"""What callbacks have in common: when to draw, how a picture gets to any logger, and at which step."""
 
-import logging
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,12 +11,8 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-
-from src.callbacks.layers import Layer, trace
-
-log = logging.getLogger(__name__)
 
 GROWTH = 1.1  # from one validation that is drawn to the next; the first twelve all are
 
@@ -47,7 +42,6 @@ class Pictures(Callback):
         self.image: Tensor | None = None  # the first one of the validation, (1, C, H, W)
         self.seen: list[tuple[Tensor, ...]] = []  # what ``look`` keeps of the validation
         self.num_validations = 0
-        self._can_trace = True
 
     def state_dict(self) -> dict[str, int]:
         """The number of validations so far, for a run that is resumed."""
@@ -110,18 +104,6 @@ class Pictures(Callback):
         """The class of a number."""
         return str(self.classes[label] if label < len(self.classes) else label)
 
-    def trace(self, pl_module: pl.LightningModule, images: Tensor) -> list[Layer]:
-        """What each layer of ``net`` makes of images; nothing without one, or if it does not take images only."""
-        net = getattr(pl_module, "net", None)
-        if not isinstance(net, nn.Module) or not self._can_trace:
-            return []
-        try:
-            return trace(net, images)[0]
-        except Exception as error:  # whatever your net raises
-            self._can_trace = False
-            log.warning("no pictures of the net's layers: %s", str(error).strip().split("\n")[0])
-            return []
-
 
 def show(loggers: Iterable[Logger], name: str, picture: NDArray[np.uint8], step: int) -> None:
     """Log a picture: to TensorBoard, and to each logger with ``log_image(key, images, step)``, as W&B's has it.
@@ -167,3 +149,11 @@ def find_step(trainer: pl.Trainer) -> int:
         return loop.total_batch_idx + (not is_within_batch)
     has_stepped = trainer.is_last_batch or (loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
     return trainer.global_step - (is_within_batch and has_stepped)
+
+
+def logged_step(trainer: pl.Trainer) -> int | None:
+    """The step that an optimizer is about to take, as Lightning counts it, if training logs at it."""
+    is_automatic = trainer.lightning_module.automatic_optimization  # else several optimizers may step in a batch
+    step = trainer.global_step if is_automatic else trainer.fit_loop.epoch_loop.total_batch_idx
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return step if every and (step + 1) % every == 0 else None

@@ -10,6 +10,8 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
+from src.callbacks.pictures import logged_step
+
 RATE = "train/samples_per_second"
 
 
@@ -95,11 +97,3 @@ def measure(batch: Any) -> int:
         return num_graphs
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
     return next(filter(None, map(measure, parts)), 0)
-
-
-def logged_step(trainer: pl.Trainer) -> int | None:
-    """The step that an optimizer is about to take, as Lightning counts it, if training logs at it."""
-    is_automatic = trainer.lightning_module.automatic_optimization  # else several optimizers may step in a batch
-    step = trainer.global_step if is_automatic else trainer.fit_loop.epoch_loop.total_batch_idx
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return step if every and (step + 1) % every == 0 else None

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from src.data.sources import read_package
 from src.engine.settings.check import ROOT
 
 Pixels = NDArray[np.uint8]
+pytestmark = pytest.mark.filterwarnings("ignore:perhaps ")  # of one digit in a hundred
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +118,53 @@ def test_several_digits_are_told(digits: Pixels, tmp_path: Path) -> None:
     draw_row(digits[[7, 31]]).save(tmp_path / "two.png")
     with pytest.warns(UserWarning, match="2 digits, read as one"):
         assert read_digits(tmp_path / "two.png").shape == (1, 28, 28)
+
+
+def test_digits_that_touch_are_perhaps_several(digits: Pixels, tmp_path: Path) -> None:
+    cropped = [digit[:, digit.any(axis=0)] for digit in digits[[10, 15, 20, 25, 40]]]  # 2, 3, 4, 5, 8
+    for one, other in pairwise(cropped):
+        page = np.hstack([one, other])
+        page[13:15, one.shape[1] - 6 : one.shape[1] + 6] = 255
+        Image.fromarray(np.pad(page, 4)).resize((page.shape[1] * 8 + 64, 288)).save(tmp_path / "two.png")
+        with pytest.warns(UserWarning, match="perhaps several digits"):
+            read_digits(tmp_path / "two.png")
+
+
+def draw_shape(kind: str, draw: ImageDraw.ImageDraw) -> None:
+    """What is no digit, on 280x280 pixels."""
+    if kind == "flower":
+        for angle in np.arange(0, 2 * np.pi, np.pi / 3):
+            column, row = 140 + 58 * np.cos(angle), 140 + 58 * np.sin(angle)
+            draw.ellipse([column - 34, row - 34, column + 34, row + 34], outline=0, width=8)
+    elif kind == "house":
+        draw.line([(70, 220), (70, 120), (210, 120), (210, 220), (70, 220)], fill=0, width=8)
+        draw.line([(70, 120), (140, 50), (210, 120)], fill=0, width=8)
+        draw.rectangle([125, 160, 155, 220], outline=0, width=8)
+    elif kind == "star":
+        points = [(140 + 100 * np.sin(angle), 140 - 100 * np.cos(angle)) for angle in np.arange(6) * 0.8 * np.pi]
+        draw.line(points, fill=0, width=8, joint="curve")
+    else:
+        draw.ellipse([130, 130, 150, 150], fill=0)
+
+
+@pytest.mark.parametrize("kind", ["flower", "house", "star", "dot"])
+def test_a_shape_that_hardly_any_digit_has_is_doubted(kind: str, tmp_path: Path) -> None:
+    page = Image.new("L", (280, 280), 255)
+    draw_shape(kind, ImageDraw.Draw(page))
+    page.save(tmp_path / "shape.png")
+    with pytest.warns(UserWarning, match="perhaps no digit"):
+        read_digits(tmp_path / "shape.png")
+
+
+def test_hardly_any_digit_is_doubted(tmp_path: Path) -> None:
+    images, doubted = read_package().images[3::10].numpy(), 0
+    for image in images:
+        Image.fromarray(image).save(tmp_path / "digit.png")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            read_digits(tmp_path / "digit.png")
+        doubted += bool(told)
+    assert doubted <= 0.04 * len(images)
 
 
 def test_several_digits_are_split_from_left_to_right(digits: Pixels, tmp_path: Path) -> None:

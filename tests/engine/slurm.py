@@ -40,8 +40,11 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 KillWait=30
 MpiDefault=none
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 NodeName={host} NodeAddr=127.0.0.1 CPUs=8
-PartitionName=test Nodes=ALL Default=YES MaxTime=60
+PartitionName=test Nodes=ALL Default=YES MaxTime=60 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=60 PriorityTier=2
 """
 
 

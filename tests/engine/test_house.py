@@ -107,20 +107,39 @@ def test_the_engine_names_no_class_of_the_front_rooms(name: str) -> None:
     assert [text for text in texts if any(f"{text}.".startswith(f"{front}.") for front in FRONT)] == []
 
 
+def _needed(path: Path) -> set[str]:
+    """The project's modules that a file of tests needs to be collected, by way of other files of tests, too."""
+    top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+    named = {f"{node.module}{name}" for node in top for name in ("", *(f".{each.name}" for each in node.names))}
+    others = [ROOT.joinpath(*name.split(".")).with_suffix(".py") for name in named if name.startswith("tests.")]
+    return named.intersection(MODULES).union(*(_needed(other) for other in others if other.is_file()))
+
+
+def _with_its_own(name: str) -> set[str]:
+    """A module and all that it imports."""
+    return {name}.union(*(_with_its_own(imported) for imported in _own(name)))
+
+
 def test_a_test_imports_no_front_room_but_its_own() -> None:
-    """You may delete a room in front with its tests; src/data takes those of the commands along (conftest.py)."""
+    """You may delete a module in front, or a room, with its tests: test_<module>.py, test_<module>_<more>.py."""
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        mirrored = path.relative_to(ROOT / "tests").with_name(path.name.removeprefix("test_"))
-        room = "src." + ".".join(mirrored.with_suffix("").parts)
-        allowed = ["src.train", room, *_own(room)] if room in TREES else ["src.train"]
-        if len(mirrored.parts) > 1:
-            allowed += [name for name in FRONT if name.startswith(f"src.{mirrored.parts[0]}.")]
-        elif mirrored.stem in ("demo", "export", "predict", "test"):
-            allowed += [name for name in FRONT if name.startswith("src.data.")]
-        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
-        named = {f"{node.module}{name}" for node in top for name in ("", *(f".{each.name}" for each in node.names))}
-        others = named & {*FRONT, *DOORS} - set(allowed)
-        assert mirrored.parts[0] == "mnist" or others == set(), f"{path.name} imports {', '.join(sorted(others))}"
+        room, stem = path.parent.relative_to(ROOT / "tests").parts, path.stem.removeprefix("test_")
+        names = {name: name.rpartition(".")[2] for name in MODULES if name.split(".")[1:-1] == [*room]}
+        own = [name for name, last in names.items() if f"{stem}_".startswith(f"{last}_")]
+        allowed = {"src.train"}.union(*map(_with_its_own, own))
+        if room == ("data",) and stem not in ("image_folder", "loader"):
+            allowed |= _with_its_own("src.data.mnist")  # MNIST's files go together
+        elif own and own[0] in DOORS:
+            allowed |= {name for name in FRONT if name.startswith("src.data.")}  # of the commands (conftest.py)
+        others = _needed(path) & {*FRONT, *DOORS} - allowed
+        assert room[:1] in (("mnist",), ("benchmarks",)) or not others, f"{path.name} needs {', '.join(sorted(others))}"
+
+
+def test_the_callbacks_share_pictures_only() -> None:
+    """Each may be deleted without the others; figures draws the layers that the demo shows, too."""
+    arrows = {(name, imported) for name in FRONT if name.startswith("src.callbacks.") for imported in _own(name)}
+    shared = {"src.callbacks.pictures", ERRORS}
+    assert {arrow for arrow in arrows if arrow[1] not in shared} == {("src.callbacks.figures", "src.callbacks.layers")}
 
 
 @pytest.mark.slow

@@ -49,3 +49,10 @@ def test_weights_of_classes_are_a_word_on_the_command_line(tmp_path: Path) -> No
     check_values(cfg)
     module: Any = build_module(cfg)
     assert module.loss.weight.tolist() == [1] * 9 + [5]
+
+
+def test_another_loss_needs_no_weight_of_classes(tmp_path: Path) -> None:
+    cfg = compose_cfg(tmp_path, "+model.loss={_target_: torch.nn.MultiMarginLoss, margin: 2, weight: null, beta: null}")
+    check_values(cfg)
+    module: Any = build_module(cfg)
+    assert isinstance(module.loss, torch.nn.MultiMarginLoss)

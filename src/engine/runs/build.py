@@ -47,7 +47,7 @@ def build_datamodule(cfg: DictConfig) -> pl.LightningDataModule | None:
     datamodule: pl.LightningDataModule | None = None
     if cfg.get("data"):
         datamodule = instantiate(cfg.data, _convert_="object")
-        _check_origin("data", cfg.data, datamodule, pl.LightningDataModule)
+        check_kind("data", cfg.data, datamodule, pl.LightningDataModule)
     return datamodule
 
 
@@ -75,7 +75,7 @@ def build_module(cfg: DictConfig) -> pl.LightningModule:
     schedules: list[Schedule] = []
     arguments = equip(arguments, schedules)
     module: pl.LightningModule = instantiate(cfg.model, _convert_="object", **arguments)
-    _check_origin("model", cfg.model, module, pl.LightningModule)
+    check_kind("model", cfg.model, module, pl.LightningModule)
     for schedule in schedules:
         schedule.module = module
     if entries:
@@ -88,15 +88,22 @@ def build_module(cfg: DictConfig) -> pl.LightningModule:
     return module
 
 
-def _check_origin(key: str, node: Any, built: Any, expected: type) -> None:
-    """The package lightning has classes of the same names, which pytorch_lightning's Trainer does not know."""
+def check_kind(key: str, node: Any, built: Any, expected: type) -> None:
+    """Check what was built; the package lightning has classes of the same names, which are not pytorch_lightning's.
+
+    Raises:
+        ConfigError: If it is something else than its place is for. Data may be of any kind: a loader will do.
+    """
+    if isinstance(built, expected):
+        return
     said = f"{key}._target_={node['_target_']}"
     for base in type(built).__mro__:
-        if base.__name__ == expected.__name__ and base is not expected:
+        if base.__name__ == expected.__name__:
             theirs = f"{base.__module__}.{base.__name__}"
             raise ConfigError(f"{said}: its base class is {theirs}; import the one of pytorch_lightning, its twin")
-    if key == "model" and not isinstance(built, expected):
-        raise ConfigError(f"{said}: a {type(built).__name__}; expected a pytorch_lightning.LightningModule")
+    if key != "data":
+        name = f"{expected.__module__.partition('.')[0]}.{expected.__name__}"
+        raise ConfigError(f"{said}: a {type(built).__name__}; expected a {name}")
 
 
 def _plain(node: Any) -> Any:

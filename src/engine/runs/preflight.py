@@ -23,7 +23,7 @@ from src.engine.errors import ConfigError
 from src.engine.runs.checkpoints import check_checkpoint, choose_newest, find_best
 from src.engine.runs.processes import GRACE, SWEEP_PARENT, get_name, is_first_of_host, is_started_from_outside
 from src.engine.runs.report import shown
-from src.engine.runs.status import REPRODUCES, describe_start, write_status
+from src.engine.runs.status import CLOCK, REPRODUCES, describe_start, write_status
 from src.engine.settings.check import check, check_values
 from src.engine.settings.explain import explain
 from src.engine.settings.trust import admit, recall
@@ -179,6 +179,8 @@ def remove_folders() -> None:
         shutil.rmtree(this.made[0])
         with suppress(OSError):  # another run is in there by now
             for folder in this.made[1:]:
+                if [path.name for path in folder.iterdir()] == [CLOCK]:
+                    (folder / CLOCK).unlink()
                 folder.rmdir()
 
 

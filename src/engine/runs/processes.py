@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import logging
 import os
+import re
 import select
 import signal
 import socket
@@ -74,8 +75,8 @@ def exit_on_signals(signals: Iterable[int] = STOP_SIGNALS) -> None:
     """End with 128 + signal on those that stop a run; on SIGINT and SIGTERM, Lightning would end with 1 and with 0.
 
     Lightning's child leaves it to its parent, which would not get to its own exit status if a child went before. On
-    Slurm, SIGUSR1 says that the time is nearly up (``sbatch --signal=USR1@60``): the job is queued again. What nohup,
-    or a script that runs this in the background, has had ignored stays so.
+    Slurm, SIGUSR1 says that the time is nearly up (``sbatch --signal=USR1@60``): the job is queued again, and so is one
+    that is preempted. What nohup, or a script that runs this in the background, has had ignored stays so.
     """
     main = os.getpid()
 
@@ -93,10 +94,20 @@ def exit_on_signals(signals: Iterable[int] = STOP_SIGNALS) -> None:
 
 @cache  # once, though a second signal comes
 def _requeue(signum: int) -> None:
-    """After SIGUSR1, have Slurm queue this process's job again; the run's first process does it for all."""
-    if signum == getattr(signal, "SIGUSR1", None) and "SLURM_JOB_ID" in os.environ and not get_name():
-        with suppress(OSError):  # Slurm's programs may not be at hand
-            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
+    """Have Slurm queue this process's job again after SIGUSR1 or a preemption; the first process does it for all.
+
+    A preempted job gets SIGTERM and a time of grace. Slurm takes a job that ends within that time for a failed one.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or get_name():
+        return
+    with suppress(OSError):  # Slurm's programs may not be at hand
+        is_due = signum == getattr(signal, "SIGUSR1", None)
+        if signum == signal.SIGTERM:
+            show = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=False)
+            is_due = bool(re.search(r"\bPreemptTime=\d", show.stdout))
+        if is_due:
+            subprocess.run(["scontrol", "requeue", job], check=False)
 
 
 def insist_on_signals() -> None:

@@ -1,6 +1,7 @@
 """How a run stands: ``status.json`` in its folder, and the lock of the process that works there."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -19,6 +20,9 @@ from src.engine.errors import ConfigError
 from src.engine.runs.report import write_json
 from src.engine.settings.check import CONF
 
+log = logging.getLogger(__name__)
+
+CLOCK = ".clock"  # in logs/, the latest time that a run has written
 LOCK = ".lock"
 INTERRUPTED = 128  # exit statuses above it are signals
 REPRODUCES = "REPRODUCES_RUN"  # in the environment of a run that src.reproduce starts: the other run
@@ -52,7 +56,7 @@ def write_status(folder: Path, state: str, facts: Mapping[str, Any] | None = Non
 
 def _now() -> str:
     """The time, later than all that the project's runs have written, also if the clock was set back: it orders them."""
-    now, clock = datetime.now(UTC), Path(os.environ.get("PROJECT_ROOT", "."), "logs", ".clock")
+    now, clock = datetime.now(UTC), Path(os.environ.get("PROJECT_ROOT", "."), "logs", CLOCK)
     with suppress(OSError, ValueError):  # of a first run, or while another one writes it
         now = max(now, datetime.fromisoformat(clock.read_text()) + timedelta(milliseconds=1))
     with suppress(OSError):
@@ -119,6 +123,8 @@ def is_checkpoint_of(folder: Path, override: str) -> bool:
 def tracked(folder: Path, start: Mapping[str, Any]) -> Iterator[None]:
     """Keep ``status.json`` while a run is at work, and other runs out of its folder.
 
+    You are warned where the file system has no locks; on NFS they hold across machines, as far as its server locks.
+
     An attempt to resume that leaves no checkpoint, since it was refused, say, changes nothing in how the run was
     started; had it finished, it still has.
 
@@ -126,7 +132,9 @@ def tracked(folder: Path, start: Mapping[str, Any]) -> Iterator[None]:
         ConfigError: If another run is in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _held(folder):
+    with _held(folder) as is_locked:
+        if not is_locked:
+            log.warning(f"hydra.run.dir={folder}: a file system without locks: start no other run there meanwhile")
         before, checkpoints = read_status(folder), _times(folder)
         write_status(folder, "running", start)
         state = "failed"
@@ -170,8 +178,12 @@ def is_held(folder: Path) -> bool:
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """A lock in the folder that ends with the process, killed though it be: a loader's workers do not have it."""
+def _held(folder: Path) -> Iterator[bool]:
+    """A lock in the folder that ends with the process, killed though it be: a loader's workers do not have it.
+
+    Yields:
+        Whether there is one: some file systems have no locks.
+    """
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -182,6 +194,6 @@ def _held(folder: Path) -> Iterator[None]:
     except OSError:  # a file system without locks, or that takes no files
         pass
     try:
-        yield
+        yield lock.is_locked
     finally:
         lock.release()

@@ -14,14 +14,15 @@ from pytorch_lightning.callbacks import Checkpoint, DeviceStatsMonitor, Learning
 from pytorch_lightning.loggers import CSVLogger
 
 from src.engine.errors import ConfigError
-from src.engine.runs.build import load_checkpoint, naming
+from src.engine.runs.build import check_kind, load_checkpoint, naming
 from src.engine.runs.checkpoint_io import AtomicCheckpointIO
 from src.engine.runs.processes import get_name, prepare_trainer
 from src.engine.runs.rehearsal import Rehearsal
 from src.engine.runs.report import write_text
 from src.engine.runs.resume import find_first_step
 from src.engine.runs.session import Session
-from src.engine.settings.trust import instantiate, plain_config
+from src.engine.settings.arguments import build
+from src.engine.settings.trust import plain_config
 
 
 def build_trainer(cfg: DictConfig) -> pl.Trainer:
@@ -40,13 +41,15 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
     off: list[type] = [] if loggers else [LearningRateMonitor, DeviceStatsMonitor]
     flags = {"enable_checkpointing": Checkpoint, "enable_progress_bar": ProgressBar}
     off += [kind for flag, kind in flags.items() if is_bare or cfg.trainer.get(flag) is False]
-    nodes = [node for node in (cfg.get("callbacks") or {}).values() if node is not None]
-    built = [instantiate(node, **_tell_apart(node)) for node in nodes]
-    callbacks = [callback for callback in built if not isinstance(callback, tuple(off))]
+    nodes = {name: node for name, node in (cfg.get("callbacks") or {}).items() if node is not None}
+    built = {name: build(node, **_tell_apart(node)) for name, node in nodes.items()}
+    for name, callback in built.items():
+        check_kind(f"callbacks.{name}", nodes[name], callback, pl.Callback)
+    callbacks = [callback for callback in built.values() if not isinstance(callback, tuple(off))]
     extra: dict[str, Any] = {}
     if not any(isinstance(callback, Checkpoint) for callback in callbacks):
         extra["enable_checkpointing"] = cfg.trainer.get("enable_checkpointing") or False  # else Lightning adds its own
-    trainer: pl.Trainer = instantiate(cfg.trainer, _partial_=True)(
+    trainer: pl.Trainer = build(cfg.trainer, _partial_=True)(
         callbacks=[*callbacks, Session(config), Rehearsal(config)],
         logger=False if is_bare else loggers,
         default_root_dir=cfg.output_dir,
@@ -79,7 +82,7 @@ def _tell_apart(node: DictConfig) -> dict[str, str]:
 def _build_logger(node: DictConfig, first_step: int | None) -> Any:
     """A logger; of the curves that it has, what a run that resumes has not come to is dropped."""
     is_tensorboard = node._target_.endswith(".TensorBoardLogger") and first_step is not None
-    logger = instantiate(node, **({"purge_step": first_step} if is_tensorboard else {}))
+    logger = build(node, **({"purge_step": first_step} if is_tensorboard else {}))
     if is_tensorboard and not get_name():
         _put_before_now(Path(logger.log_dir))
     if isinstance(logger, CSVLogger) and first_step is not None and not get_name():
@@ -99,7 +102,7 @@ def _build_logger(node: DictConfig, first_step: int | None) -> Any:
 
 def _put_before_now(folder: Path) -> None:
     """Rename event files that a clock has dated later than now: TensorBoard reads them in the order of their names."""
-    paths = sorted(folder.glob("events.out.tfevents.*"))
-    if paths and int(paths[-1].name.split(".")[3]) >= int(time.time()):
+    paths = sorted(folder.glob("events.out.tfevents.[0-9]*"))
+    if paths and paths[-1].name >= f"events.out.tfevents.{int(time.time()):010}":
         for number, path in enumerate(paths):
             path.rename(path.with_name(re.sub(r"\d+", f"{number:010}", path.name, count=1)))

@@ -6,6 +6,7 @@ import inspect
 import pydoc
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,6 +35,7 @@ ADDED = {
 NODES = ("torch.nn.", "torch.optim.", "torch.utils.data.", "torchmetrics.", "pytorch_lightning.", "lightning_fabric.")
 UNIONS = (typing.Union, types.UnionType)
 TENSOR = "torch.Tensor"
+IMPORTS = ("<", pydoc.__file__)  # the files whose lines import what a _target_ names
 
 
 def check_arguments(config: Mapping[str, Any]) -> None:
@@ -89,9 +91,6 @@ def locate(key: str, target: str) -> Any:
         found, cause = None, error.value
     if callable(found):
         return found
-    place, _, name = target.rpartition(".")
-    close = difflib.get_close_matches(name, dir(sys.modules.get(place)), n=1)
-    said = f"{place} has no {name}" + (f"; did you mean {close[0]}?" if close else "")
     if found is not None:
         said = f"a {type(found).__name__}; expected a class or function"
     elif getattr(cause, "name", None) in ("lightning", "lightning.pytorch"):
@@ -100,30 +99,54 @@ def locate(key: str, target: str) -> Any:
             "the same code (conf/README.md, Coming from lightning-hydra-template)"
         )
     elif cause:
-        said = f"its import fails: {cause!r}"
+        frames = traceback.extract_tb(cause.__traceback__)
+        places = [f" ({each.filename}, line {each.lineno})" for each in frames if not each.filename.startswith(IMPORTS)]
+        said = f"its import fails: {type(cause).__name__}: {cause}{''.join(places[-1:])}"
+    else:
+        place, _, name = target.rpartition(".")
+        said = f"{place} has no {name}{_mean(name, dir(sys.modules.get(place)))}"
     raise ConfigError(f"{key}._target_={target}: {said}") from cause
 
 
+def _mean(name: str, options: Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, options, n=1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def _hydras(
+    *,
+    _target_: str,
+    _partial_: bool = False,
+    _recursive_: bool = True,
+    _convert_: str = "none",
+    _args_: list = [],  # noqa: B006  # of which nothing but the annotation is read
+) -> None:
+    """What any node may have."""
+
+
 def _check_node(key: str, node: Mapping[str, Any], target: Any) -> None:
-    parameters = parameters_of(target)
+    parameters, name = parameters_of(target), node["_target_"]
     named = {p.name: p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     takes_others = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
-    given = {argument: value for argument, value in node.items() if not str(argument).startswith("_")}
-    name = f"{target.__module__}.{target.__qualname__}"
-    for argument, value in given.items():
+    named |= parameters_of(_hydras)
+    for argument, value in node.items():
         if argument in named:
             annotation, default = named[argument].annotation, named[argument].default
             if not takes(annotation, value) and not (value is None and default is None):
                 raise ConfigError(f"{key}.{argument}={value}: expected {describe(annotation)}")
         elif not takes_others and value is not None:
-            close = difflib.get_close_matches(argument, named, n=1)
-            hint = f"; did you mean {key}.{close[0]}?" if close else "; null leaves it out"
+            hint = _mean(str(argument), named, f"{key}.") or "; null leaves it out"
             raise ConfigError(f"{key}.{argument}: {name} takes no such argument{hint}")
-    if "_args_" in node or (node.get("_partial_") and key not in ADDED):
+    is_partial = node.get("_partial_", False)
+    if "_args_" in node or (is_partial and key not in ADDED):
         return
     for argument, parameter in named.items():
-        if parameter.default is parameter.empty and argument not in {*given, *ADDED.get(key, ())}:
+        if parameter.default is not parameter.empty or argument in node:
+            continue
+        if argument not in ADDED.get(key, ()):
             raise ConfigError(f"{key}.{argument}: is missing; {name} needs it ({describe(parameter.annotation)})")
+        if key != "model" and not is_partial:
+            raise ConfigError(f"{key}.{argument}: is added by the run, for which {key}._partial_=true is needed")
 
 
 @cache

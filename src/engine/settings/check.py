@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.engine.errors import ConfigError
-from src.engine.settings.arguments import check_arguments, find_nodes, takes
+from src.engine.settings.arguments import BUILT, check_arguments, find_nodes, takes
 
 ROOT = Path(__file__).resolve().parents[3]
 CONF = ROOT / "conf"
@@ -44,6 +44,7 @@ DECLARED = ("extras",)  # what other templates have
 MARKS = dict.fromkeys(("seed", "model", "trainer"), "train")
 MARKS |= {"inputs": "predict", "format": "export", "port": "demo", "run": "reproduce"}
 NEEDED = ("model", "trainer", "scheduler.scheduler")  # to train
+MADE_LATER = ("trainer", "optimizer", "scheduler.scheduler")  # of what the run adds
 
 
 def check(cfg: DictConfig, declared: Iterable[str] = ()) -> None:
@@ -95,11 +96,19 @@ def _check_keys(config: Mapping[str, Any], command: str, declared: Iterable[str]
     known = {*own, *find_groups(), *DECLARED, *(name for name in declared if "/" not in name)}
     for key in config:
         if key not in known:
-            close = nearest(key, sorted(known))
+            close = nearest(key, sorted({*known, "_global_"}))
             raise ConfigError(f"{key}: no such key; {close} (a key of your own: conf/{command}.yaml, extras)")
+        if key not in BUILT and _is_global(key):
+            raise ConfigError(f"{key}: nothing reads its keys; the file's first line must be '# @package _global_'")
     for key in own:
         if key not in config:
             raise ConfigError(f"{key}: is missing" + (f"; expected {OWN[key][1]}" if key in OWN else ""))
+
+
+def _is_global(group: str) -> bool:
+    """Whether a group's files set the keys of others, as experiments do."""
+    texts = [path.read_text("utf-8") for path in (CONF / group).glob("*.yaml")]
+    return bool(texts) and all("@package _global_" in text for text in texts)
 
 
 def find_groups() -> list[str]:
@@ -138,6 +147,8 @@ def _check_training(config: Mapping[str, Any]) -> None:
         if (node is not None or key in NEEDED) and not (isinstance(node, dict) and "_target_" in node):
             found = ", ".join(map(str, node)) if isinstance(node, dict) else node
             raise ConfigError(f"{key}: expected a node with a _target_, the class to build; found {found}")
+        if node and node.get("_partial_") and key not in MADE_LATER:
+            raise ConfigError(f"{key}._partial_={node['_partial_']}: makes no object; leave it out")
     weights = (config["init"] or {}).get("weights")
     if weights and not config["ckpt_path"] and not Path(weights).is_file():  # a checkpoint has its own
         raise ConfigError(f"init.weights={weights}: no such file; expected one with weights to start from")

@@ -18,15 +18,18 @@ from hydra.errors import (
 )
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError
 
 from src.engine.errors import CheckpointError, ConfigError, DataError, SweepError
 from src.engine.settings.arguments import TARGETS, find_nodes, walk
 from src.engine.settings.check import CONF, ROOT, find_close, find_groups, nearest
 
 EXTRAS = {"hydra/launcher/submitit_slurm": "slurm", "hydra/launcher/ray": "ray"}
+LISTED = "Cannot merge DictConfig with ListConfig", "it has a list where there are names, as in name: {...}"
 IN_LOG = "The stack trace is in the run's log; HYDRA_FULL_ERROR=1 prints it."
 DOORS = [f"src/{name}.py" for name in ("train", "test", "predict", "export", "demo", "reproduce")]
 PLUMBING = tuple(str(ROOT / name) for name in ("src/engine", "hydra_plugins", *DOORS))
+KEYS = {"lr scheduler dict": "scheduler", "_dataloader` must be": "data"}  # of what Lightning says without one
 CONNECTOR = "checkpoint_connector.py"  # Lightning's
 LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 
@@ -60,7 +63,9 @@ def _explain(error: BaseException, config_name: str, cfg: DictConfig | None) -> 
     if cfg is not None and _is_restoring(error, cfg):
         said = f"{' '.join(str(error).split())[:400] or type(error).__name__}{_where(error)}"
         return f"ckpt_path={cfg.ckpt_path}: does not fit this run: {said}; init.weights=<file> takes only its weights"
-    if isinstance(error, HydraException | OmegaConfBaseException):
+    if isinstance(error, MarkedYAMLError) and (mark := error.problem_mark):
+        return f"{mark.name}, line {mark.line + 1}: {error.problem}; expected YAML"
+    if isinstance(error, HydraException | OmegaConfBaseException) or "Invalid defaults list" in str(error):
         return " ".join(_explain_config(error, config_name).split())  # a value may have line breaks
     if any(kind.__module__ == "src.engine.errors" for kind in type(error).__mro__):
         return str(error) if isinstance(error, SweepError) else " ".join(str(error).split())
@@ -80,8 +85,8 @@ def _explain(error: BaseException, config_name: str, cfg: DictConfig | None) -> 
             "see what it says itself, then continue with resume=<the run's folder>"
         )
     if isinstance(error, OSError) or _is_lightnings(error):
-        where = "scheduler: " if "lr scheduler dict" in str(error) else ""
-        return where + " ".join(str(error).split())
+        said = " ".join(str(error).split())
+        return next((f"{key}: {said}" for part, key in KEYS.items() if part in said), said)
     trace = "HYDRA_FULL_ERROR=1 prints the stack trace." if config_name else IN_LOG
     return f"{type(error).__name__}: {_first_line(error)}{_where(error) or _where(error, is_own=False)}\n{trace}"
 
@@ -136,13 +141,15 @@ def _where(error: BaseException, is_own: bool = True) -> str:
     return f" ({path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}, line {frames[-1].lineno})"
 
 
-def _explain_config(error: Exception, config_name: str) -> str:
+def _explain_config(error: BaseException, config_name: str) -> str:
     """What Hydra and OmegaConf raise."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         if extra := EXTRAS.get(error.missing_cfg_file):
             return f"{group}={option}: not installed; pip install -e '.[{extra}]' does it"
         options = error.options or sorted(path.stem for path in (CONF / group).glob("*.yaml"))  # a list has none
+        if "/" in group and (meant := group.rpartition("/")[2]) in find_groups():  # a file's own group comes first
+            return f"{group}={option}: no such file; a file's defaults want override /{meant}: {option}"
         key, place = (group, f"conf/{group}/") if group else ("--config-name", "conf/")
         return f"{key}={option}: no such file in {place}; {nearest(option, options)}"
     if several := re.match(r"\s*Ambiguous value for argument '(.*?)'\s", str(error), re.DOTALL):
@@ -162,11 +169,18 @@ def _first_line(error: BaseException) -> str:
 
 def _explain_composition(error: ConfigCompositionException, config_name: str) -> str:
     """Find the nearest name for a key that is not there."""
-    found, cause = re.search(r"Could not (override|delete)[^']*'([^']+)'", str(error)), error.__cause__
+    said, cause = " ".join(str(error).split("full_key")[0].split()), error.__cause__
+    if group := re.search(r"Could not override '(?:\w+/)?(\w+)@\S+'", said):
+        first = "and '# @package _global_' must be the file's first line"
+        return f"{said.partition(':')[0]}: defaults want override /{group[1]}: <option>, with the slash, {first}"
+    if group := re.match(r"Multiple values for (\S+)\.", said):
+        return f"{group[1]}: chosen twice; a file wants override /{group[1]}: <option>, the command line no plus"
+    found = re.search(r"Could not (override|delete)[^']*'([^']+)'", said)
     if not found or (isinstance(cause, OmegaConfBaseException) and "not in struct" not in str(cause)):
         full_key = getattr(cause, "full_key", "") or (found[2].split("=")[0].lstrip("+~") if found else "")
-        return (f"{full_key}: " if full_key else "") + " ".join(str(cause or error).split("full_key")[0].split())
-    key = found[2].split("=")[0].lstrip("+~")
+        said = " ".join(str(cause).split("full_key")[0].split()) if cause else said
+        return (f"{full_key}: " if full_key else "") + said.replace(*LISTED)
+    key = getattr(cause, "full_key", None) or found[2].split("=")[0].lstrip("+~")
     keys = _all_keys(config_name)
     if key in keys and found[1] == "delete":
         return f"{key}: cannot be deleted; {key}=null may do"

@@ -30,7 +30,7 @@ from optuna.trial import Trial, TrialState
 
 from src.engine.errors import ConfigError, SweepError
 from src.engine.runs.resume import quoted
-from src.engine.settings.trust import instantiate
+from src.engine.settings.arguments import build
 from src.engine.sweeps.folder import ENDED, SweepFolder, job_name
 
 STORAGE = "OPTUNA_STORAGE"  # where a trial's job finds the study: in the environment, since it may hold a password
@@ -54,7 +54,7 @@ class Study(optuna.Study):
     exhausted = False
 
     def __init__(self, storage: BaseStorage, name: str, folder: Path, sampler: Any, pruner: Any) -> None:
-        super().__init__(name, storage, sampler=instantiate(sampler), pruner=instantiate(pruner))
+        super().__init__(name, storage, sampler=build(sampler), pruner=build(pruner))
         self.storage = storage
         self.folder = str(folder)
         self._sampler_config = sampler
@@ -66,7 +66,7 @@ class Study(optuna.Study):
             num_asked = sum(self.is_mine(trial.user_attrs) for trial in self.get_trials(deepcopy=False))
             worker = list(self.folder.encode()) if isinstance(self.storage, RDBStorage) else []  # one of several
             seeds = np.random.SeedSequence([self._sampler_config["seed"], num_asked, *worker])
-            self.sampler = instantiate({**self._sampler_config, "seed": int(seeds.generate_state(1)[0])})
+            self.sampler = build({**self._sampler_config, "seed": int(seeds.generate_state(1)[0])})
         with warnings.catch_warnings(action="ignore"):  # heartbeats are said to be for Study.optimize
             trial = super().ask(fixed_distributions)
         trial.set_user_attr(OWNER, self.folder)
@@ -152,7 +152,7 @@ def open_study(folder: Path, name: str | None, storage: str | None, mode: str, s
         SweepError: If the journal is damaged.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    instantiate(pruner)  # one that cannot be leaves no study
+    build(pruner)  # one that cannot be leaves no study
     if storage is None:
         _mend(folder / "study.journal")
     os.environ[STORAGE] = storage or str(folder / "study.journal")
@@ -172,7 +172,7 @@ def open_trial(study_name: str, number: int) -> Trial:
     """A trial, in its job, by the storage in the environment; with the pruner that the study was given."""
     storage = open_storage(os.environ[STORAGE])
     study = optuna.load_study(study_name=study_name, storage=storage)
-    study.pruner = instantiate(study.user_attrs["pruner"])
+    study.pruner = build(study.user_attrs["pruner"])
     return Trial(study, trial_id(storage, study, number))
 
 

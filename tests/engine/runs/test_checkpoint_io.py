@@ -5,6 +5,7 @@ import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -180,6 +181,17 @@ def test_a_moved_runs_best_checkpoint_is_found(tmp_path: Path) -> None:
         "best_model_path": best, "dirpath": str(second), "last_model_path": "", "best_k_models": {best: score},
         "kth_best_model_path": "",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["..", "../..", "/", "", "/etc", None, 5])
+def test_a_folder_that_a_checkpoint_names_is_not_looked_into(place: Any, tmp_path: Path) -> None:
+    io, folder = AtomicCheckpointIO(), tmp_path / "run" / "checkpoints"
+    state = {"best_model_path": "mine.ckpt", "dirpath": place, "best_k_models": {"mine.ckpt": torch.tensor(0.5)}}
+    io.save_checkpoint({"callbacks": {"ModelCheckpoint": state}}, folder / "last.ckpt")
+    for above in (tmp_path, tmp_path / "run"):
+        (above / "mine.ckpt").touch()
+    found = io.load_checkpoint(folder / "last.ckpt", weights_only=True)["callbacks"]["ModelCheckpoint"]
+    assert (found["dirpath"], found["best_model_path"], found["best_k_models"]) == (str(folder), "", {})
 
 
 def test_a_checkpoint_that_is_larger_inside_is_refused_unread(tmp_path: Path) -> None:

@@ -194,19 +194,32 @@ def test_a_process_that_is_at_work_gets_the_time_to_save() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="waits in Linux's C library")
-@pytest.mark.parametrize(("where", "as_rank"), [("Python", "0"), ("C", "0"), ("C", "1")])
-def test_a_process_out_of_time_is_queued_again_once_wherever_it_waits(where: str, as_rank: str, tmp_path: Path) -> None:
-    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\n")
+@pytest.mark.parametrize(
+    ("where", "as_rank", "signum", "preempted", "requeued"),
+    [
+        ("Python", "0", signal.SIGUSR1, "None", True),
+        ("C", "0", signal.SIGUSR1, "None", True),
+        ("C", "1", signal.SIGUSR1, "None", False),
+        ("Python", "0", signal.SIGTERM, "2026-11-27T04:43:19", True),
+        ("C", "0", signal.SIGTERM, "2026-11-27T04:43:19", True),
+        ("Python", "0", signal.SIGTERM, "None", False),  # by scancel
+    ],
+)
+def test_a_process_out_of_time_or_preempted_is_queued_again_once_wherever_it_waits(
+    where: str, as_rank: str, signum: signal.Signals, preempted: str, requeued: bool, tmp_path: Path
+) -> None:
+    said = f"PreemptEligibleTime=2026-11-27T04:43:16 PreemptTime={preempted}"
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\n[ $1 = show ] && echo {said} || echo $* >> {tmp_path}/asked\n")
     (tmp_path / "scontrol").chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "RANK": as_rank}
     with started(WAITING, where, **env) as process:
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
         wait_until(lambda: state(process.pid) == "S", seconds=60)
-        process.send_signal(signal.SIGUSR1)
-        assert process.wait(60) == 128 + signal.SIGUSR1
+        process.send_signal(signum)
+        assert process.wait(60) == 128 + signum
     asked = tmp_path / "asked"
-    assert (asked.read_text() if asked.exists() else "") == ("" if as_rank == "1" else "requeue 7\n")
+    assert (asked.read_text() if asked.exists() else "") == ("requeue 7\n" if requeued else "")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")

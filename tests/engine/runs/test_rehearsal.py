@@ -139,6 +139,21 @@ def test_a_metric_of_an_epochs_end_is_waited_for(tmp_path: Path) -> None:
     assert fit(tmp_path, "monitor=acc", kind=Late).checkpoint_callback.best_model_score == 1.0  # type: ignore[union-attr]
 
 
+class Scores(pl.Callback):
+    """A callback of the user's with a metric of its own."""
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.log("val/f1", 0.5)
+
+
+def test_what_a_callback_logs_at_the_end_of_validation_is_known_before_the_first_step(tmp_path: Path) -> None:
+    mine = f"+callbacks.mine._target_={__name__}.Scores"
+    assert fit(tmp_path, mine, "monitor=val/f1").checkpoint_callback.best_model_score == 0.5  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"monitor=val/f2: validation logs no such metric; did you mean val/f1\?"):
+        fit(tmp_path / "other", mine, "monitor=val/f2")
+    assert not list((tmp_path / "other").rglob("*.ckpt"))
+
+
 def test_you_are_warned_where_the_worst_is_taken_for_the_best(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     early = "callbacks=[minimal,early_stopping]"
     fit(tmp_path / "a", early, "monitor=val/loss", "callbacks.early_stopping.mode=min")

@@ -298,6 +298,19 @@ def test_a_sweep_that_does_not_wait_is_collected_later(cluster: dict[str, str], 
     assert json.loads((tmp_path / "sweep.json").read_text())["submitted"] == {}
 
 
+def test_a_sweeps_job_that_is_preempted_saves_and_resumes(cluster: dict[str, str], tmp_path: Path) -> None:
+    job = tmp_path / "optimizer.lr=0.01"
+    arguments = ("optimizer.lr=choice(0.01)", "trainer=cpu", LONG[0], "test=false", slow(1, 1))
+    with started_sweep(cluster, tmp_path, *arguments) as process:
+        wait_until(lambda: len(steps(job, 0)) > 22, 300)
+        ask(cluster, *PREEMPT.split())
+        result = ended(tmp_path, process)
+    assert result.returncode == 0, result.stderr
+    assert result.statuses() == {job.name: "finished"}
+    assert steps(job, 0)[-1] < 39, "it has not stopped within an epoch"
+    assert steps(job, 0) + steps(job, 1) == list(range(60))
+
+
 def test_jobs_wait_for_a_drained_node_and_resume_after_one_that_was_down(
     cluster: dict[str, str], tmp_path: Path
 ) -> None:
@@ -397,7 +410,11 @@ def test_processes_by_srun_need_a_folder_that_they_all_know(cluster: dict[str, s
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("how", ["scontrol requeue {job}", "scancel --signal=USR1 {job}"])
+# A job that takes all CPUs from those in the partition of lower rank.
+PREEMPT = "sbatch --partition=urgent --ntasks=8 --output=/dev/null --wrap=true"
+
+
+@pytest.mark.parametrize("how", ["scontrol requeue {job}", "scancel --signal=USR1 {job}", PREEMPT])
 def test_a_preempted_run_goes_on_as_if_it_had_not_stopped(
     how: str, cluster: dict[str, str], whole: Path, tmp_path: Path
 ) -> None:

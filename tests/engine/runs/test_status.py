@@ -1,5 +1,6 @@
 """src/status.py: what a run's folder says of it."""
 
+import errno
 import json
 import os
 import shutil
@@ -82,6 +83,20 @@ def test_a_killed_run_holds_its_folder_no_more_though_a_worker_of_it_lives(tmp_p
         os.kill(worker, 0)  # it lives
         assert not is_held(tmp_path)
         os.kill(worker, signal.SIGKILL)
+
+
+def test_you_are_warned_of_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")  # as NFS says without its lock service
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with tracked(tmp_path, START):
+        assert caplog.messages == [
+            f"hydra.run.dir={tmp_path}: a file system without locks: start no other run there meanwhile"
+        ]
+    assert read_status(tmp_path)["state"] == "finished"
 
 
 def test_a_folder_that_takes_no_files_is_not_held(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from omegaconf import DictConfig
+import torch
+from omegaconf import DictConfig, OmegaConf
 
 from src.engine.errors import ConfigError
 from src.engine.settings.check import check, check_values
@@ -40,6 +41,11 @@ def _said(folder: Path, *overrides: str, config_name: str = "train") -> str:
         ("~model", "model: expected a node with a _target_, the class to build; found None"),
         ("+callbacks.mine.targt=x", "callbacks.mine: expected a node with a _target_, the class to build; found targt"),
         ("scheduler.scheduler=null", "scheduler.scheduler: expected a node with a _target_"),
+        ("+data._partial_=true", "data._partial_=True: makes no object; leave it out"),
+        (
+            "+callbacks.mine={_target_:torch.nn.Flatten,_partial_:true}",
+            "callbacks.mine._partial_=True: makes no object",
+        ),
         ("+callbacks/extra=minimal", "callbacks/extra: no such key; did you mean callbacks?"),
         ("+monitr=val/acc", "monitr: no such key; did you mean monitor?"),
         ("optimizer._target_=Adam", "optimizer._target_=Adam: expected the dotted name of a class"),
@@ -65,7 +71,7 @@ def test_what_needs_no_import_is_told(override: str, said: str, tmp_path: Path) 
         ("accelerator.devices=1.5", "accelerator.devices=1.5: expected Union[list[int], str, int]"),
         (
             "+accelerator.device=1",
-            "accelerator.device: pytorch_lightning.trainer.trainer.Trainer takes no such argument",
+            "accelerator.device: pytorch_lightning.Trainer takes no such argument",
         ),
     ],
 )
@@ -85,6 +91,11 @@ def test_an_unknown_key_in_a_file_is_refused_but_for_declared_ones(tmp_path: Pat
             check(compose_cfg(tmp_path, "experiment=mine", path))
         assert str(caught.value).startswith(said)
     check(compose_cfg(tmp_path, "experiment=mine", path), declared=["note"])
+    (tmp_path / "experiment" / "mine.yaml").write_text("seed: 3\n# @package _global_\n")
+    with pytest.raises(
+        ConfigError, match="experiment: nothing reads its keys; the file's first line must be '# @package"
+    ):
+        check(compose_cfg(tmp_path, "experiment=mine", path), declared=["experiment"])
     text = "train: false\ntask_name: mine\ntags: [dev]\nextras: {anything: 1}\npaths: {data_dir: x}\n"
     (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
     check(compose_cfg(tmp_path, "experiment=mine", path))
@@ -105,6 +116,15 @@ def test_an_unknown_key_in_a_file_is_refused_but_for_declared_ones(tmp_path: Pat
         ("optimizer.lr='1e-3'", "optimizer.lr=1e-3: expected float"),
         ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]: expected tuple[float"),
         ("optimizer.betas=0.9", "optimizer.betas=0.9: expected tuple[float"),
+        ("+model._recursive_=maybe", "model._recursive_=maybe: expected bool"),
+        (
+            "+model.net._partail_=true",
+            "model.net._partail_: src.models.lenet5.LeNet5 takes no such argument; did you mean",
+        ),
+        (
+            "optimizer._partial_=false",
+            "optimizer.params: is added by the run, for which optimizer._partial_=true is need",
+        ),
         ("optimizer.fused=5", "optimizer.fused=5: expected bool | None"),
         (
             "optimizer._target_=torch.optim.Adamm",
@@ -121,7 +141,7 @@ def test_an_unknown_key_in_a_file_is_refused_but_for_declared_ones(tmp_path: Pat
         ("+trainer.strategy=[]", "trainer.strategy=[]: expected Union[str, "),
         (
             "+trainer.max_step=5",
-            "trainer.max_step: pytorch_lightning.trainer.trainer.Trainer takes no such argument; did",
+            "trainer.max_step: pytorch_lightning.Trainer takes no such argument; did",
         ),
         ("callbacks.last.every_n_steps=x", "callbacks.last.every_n_steps=x: expected int | None"),
         ("+callbacks.mine={_target_:torch.nn.Linear,in_features:1}", "callbacks.mine.out_features: is missing"),
@@ -155,12 +175,40 @@ def test_the_templates_own_classes_are_asked_likewise(override: str, said: str, 
     assert _said(tmp_path, "trainer=cpu", override).startswith(said)
 
 
-def test_a_module_that_cannot_be_imported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "broken_module.py").write_text("class Net: pass\nimport no_such_package\n")
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "class Net: pass\nimport no_such_package\n",
+            "ModuleNotFoundError: No module named 'no_such_package' ({}, line 2)",
+        ),
+        ("x = 1 / 0\n", "ZeroDivisionError: division by zero ({}, line 1)"),
+        ("class Net:\n    def f(self:\n", "SyntaxError: '(' was never closed (broken.py, line 2)"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_told_with_its_place(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    said = _said(tmp_path, "trainer=cpu", "model.net={_target_:broken_module.Net}")
-    assert said.startswith("model.net._target_=broken_module.Net: its import fails: ModuleNotFoundError")
-    assert "no_such_package" in said
+    found = _said(tmp_path, "trainer=cpu", "model.net={_target_:broken.Net}")
+    assert found == f"model.net._target_=broken.Net: its import fails: {said.format(path)}"
+
+
+LAYER = torch.nn.Flatten()
+
+
+def test_an_object_that_can_be_called_is_a_target(tmp_path: Path) -> None:
+    check_values(compose_cfg(tmp_path, "trainer=cpu", f"+callbacks.mine={{_target_:{__name__}.LAYER,input:1}}"))
+
+
+def test_a_key_that_is_a_number_is_told(tmp_path: Path) -> None:
+    cfg = compose_cfg(tmp_path, "trainer=cpu")
+    OmegaConf.set_struct(cfg, False)
+    cfg.optimizer[1] = 2
+    with pytest.raises(ConfigError, match=r"optimizer\.1: torch\.optim\.Adam takes no such argument"):
+        check_values(cfg)
 
 
 @pytest.mark.parametrize(

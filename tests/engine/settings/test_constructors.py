@@ -39,6 +39,7 @@ BAD = [
     f"{EARLY} callbacks.early_stopping.mode=best", f"{EARLY} callbacks.early_stopping.patience=x",
     f"{EARLY} callbacks.early_stopping.monitor=null", "+callbacks.x={_target_:datetime.timedelta,weeks:many}",
     "+callbacks.x={_target_:pytorch_lightning.callbacks.Timer,interval:hour}",
+    "+callbacks.x={_target_:tests.engine.tiny.TinyNet}",
     "+callbacks.x={_target_:tests.engine.settings.test_constructors.Picky,level:11}",
     "+callbacks.x={_target_:tests.engine.settings.test_constructors.Picky,level:3,more:1}",
     "+callbacks.x={_target_:tests.engine.settings.test_constructors.Faulty}",

@@ -1,6 +1,10 @@
 """An error in a line or two, whatever was raised."""
 
+from functools import partial
+from pathlib import Path
+
 import pytest
+import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
@@ -10,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from src.engine.errors import ConfigError, DataError, SweepError
 from src.engine.settings.check import CONF
 from src.engine.settings.explain import explain
+from tests.engine.tiny import TinyTask
 
 
 class DistNetworkError(RuntimeError):
@@ -102,6 +107,76 @@ def test_line_breaks_in_an_override_are_not_printed(override: str) -> None:
     said = explain(caught.value, "train")
     assert said.startswith(f"error: {' '.join(override.split())}: expected key=value")
     assert "\n" not in said
+
+
+GLOBAL = "# @package _global_\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            f"{GLOBAL}model:\n\tnet: 5\n",
+            "{path}, line 3: found character '\\t' that cannot start any token; expected YAML",
+        ),
+        (f"{GLOBAL}monitor: val/loss: 5\n", "{path}, line 2: mapping values are not allowed here; expected YAML"),
+        (f"{GLOBAL}tags: [a, b\n", "{path}, line 3: expected ',' or ']'"),
+        (f"{GLOBAL}seed: 1\nseed: 2\n", "{path}, line 3: found duplicate key seed"),
+        (f"{GLOBAL}defaults: null\n", "Invalid defaults list in 'experiment/mine', defaults must be a list"),
+        (
+            f"{GLOBAL}defaults: [/optimizer: sgd]\n",
+            "optimizer: chosen twice; a file wants override /optimizer: <option>",
+        ),
+        (
+            f"{GLOBAL}defaults: [override optimizer: sgd]\n",
+            "In 'experiment/mine': defaults want override /optimizer: <opt",
+        ),
+        ("defaults: [override /optimizer: sgd]\n", "In 'experiment/mine': defaults want override /optimizer: <option>"),
+        (
+            f"{GLOBAL}defaults: [optimizer: sgd]\n",
+            "experiment/optimizer=sgd: no such file; a file's defaults want over",
+        ),
+        (
+            f"{GLOBAL}defaults: [override /optimizer: sgdd]\n",
+            "optimizer=sgdd: no such file in conf/optimizer/; did you",
+        ),
+        (
+            f"{GLOBAL}callbacks: [a]\n",
+            "In 'experiment/mine': ConfigTypeError raised while composing config: it has a list",
+        ),
+    ],
+)
+def test_a_slip_in_a_file_is_one_line_that_names_it(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "experiment" / "mine.yaml"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(Exception) as caught, initialize_config_dir(str(CONF), version_base="1.3"):  # noqa: PT011
+        compose("train", [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"])
+    found = explain(caught.value, "train")
+    assert found.startswith(f"error: {said.format(path=path)}"), found
+    assert len(found.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.net={_target_: a.B, sizes: 3}", "model.net.sizes: no such key"),
+        ("+optimizer=sgd", "optimizer: chosen twice"),
+        ("optimizer.lrr=1", "optimizer.lrr: no such key; did you mean optimizer.lr?"),
+    ],
+)
+def test_a_slip_on_the_command_line_is_one_line(override: str, said: str) -> None:
+    with pytest.raises(HydraException) as caught, initialize_config_dir(str(CONF), version_base="1.3"):
+        compose("train", [override])
+    assert explain(caught.value, "train").startswith(f"error: {said}")
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_what_lightning_says_without_a_key_gets_one() -> None:
+    trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, max_epochs=1, enable_checkpointing=False)
+    with pytest.raises(Exception, match="train_dataloader") as caught:
+        trainer.fit(TinyTask(torch.nn.Linear(4, 2), partial(torch.optim.SGD, lr=0.1)))
+    assert explain(caught.value).startswith("error: data: `train_dataloader` must be implemented")
 
 
 def test_an_endless_value_is_cut() -> None:

@@ -128,6 +128,8 @@ def test_a_checkpoint_reads_no_environment_and_sends_nothing_to_its_own_address(
     monkeypatch.setenv("SECRET", "hunter2")
     node = {**DATA, "root": "data", "mirrors": ["http://127.0.0.1:9/${oc.env:SECRET}"]}
     assert list(instantiate_stranger("x", "data", node).mirrors) == []
+    for address in ("http://127.0.0.1:9/x", " http://127.0.0.1:9/x", "file:/etc"):
+        assert list(instantiate_stranger("x", "data", {**node, "mirrors": [address]}).mirrors) == []
     with pytest.raises(CheckpointError, match=r"data\.root=\$\{oc\.env:SECRET\}: a checkpoint may not choose"):
         instantiate_stranger("x", "data", {**DATA, "root": "${oc.env:SECRET}"})
 
@@ -333,6 +335,17 @@ def test_secrets_stay_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
     }
     assert cfg.uri == "https://me:hunter2@host"
     assert OmegaConf.to_container(OmegaConf.create(plain), resolve=True)["uri"] == cfg.uri  # type: ignore[index,call-overload]
+
+
+def test_callbacks_loggers_and_trainers_of_the_users_are_no_permission() -> None:
+    """They write where they are told to."""
+    groups = {"callbacks": {"x": {"_target_": "a.Writer"}}, "logger": {"x": {"_target_": "a.Logger"}}}
+    admit(OmegaConf.create({**groups, "trainer": {"_target_": "a.Trainer"}, "model": {"_target_": "a.Net"}}))
+    for name in ("Writer", "Logger", "Trainer"):
+        with pytest.raises(CheckpointError, match=f"a\\.{name}: a checkpoint may build what conf/ names"):
+            tame("x", "model", {"_target_": f"a.{name}"})
+    with pytest.raises(CheckpointError, match="a has no Net"):  # this one is looked for
+        tame("x", "model", {"_target_": "a.Net"})
 
 
 def test_a_text_of_a_checkpoint_is_no_permission() -> None:
