@@ -10,13 +10,14 @@ from hypothesis.strategies import SearchStrategy
 
 from src.engine.runs.build import load_checkpoint, restore
 from src.engine.runs.evaluate import test_checkpoint as run_test_checkpoint  # pytest would collect it by its own name
-from src.engine.settings.check import check
+from src.engine.settings.check import CONF, check
 from src.train import train
 from tests.compose import compose_cfg
 from tests.mnist.files import NUM_TRAIN
 
 NUM_PARAMETERS = 61_706  # of LeNet-5, by hand: 156 + 2,416 + 48,120 + 10,164 + 850
 STEPS = 2
+AVERAGED = [f"[minimal,{path.stem}]" for path in (CONF / "callbacks").glob("weight_averaging.yaml")]
 
 # Lightning's table then says the size of the weights as of 32 bits, which they have.
 pytestmark = pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
@@ -46,7 +47,7 @@ OVERRIDES = st.tuples(
     st.floats(0, 0.1).map("optimizer.weight_decay={}".format),
     _options("optimizer.fused", "true", "false", "null"),
     _options("scheduler", "onecycle", "cosine", "step", "plateau", "[]"),
-    _options("callbacks", "default", "minimal", "[minimal,weight_averaging]", "[default,early_stopping,device_stats]"),
+    _options("callbacks", "default", "minimal", "[default,early_stopping,device_stats]", *AVERAGED),
     _options("logger", "[]", "tensorboard", "csv", "[tensorboard,csv]"),
     _options("trainer.precision", "32-true", "bf16-mixed"),
     _options("trainer.max_epochs", 1, 2),

