@@ -215,6 +215,19 @@ def bench_start(data: Data, turns: int, quick: bool) -> list[dict[str, Any]]:
     return figures
 
 
+def bench_bar(data: Data, turns: int, quick: bool) -> list[dict[str, Any]]:
+    """What the bar costs: an epoch with it, beside one on the terminal of a CI, which has none."""
+    overrides = (f"trainer.max_epochs={EPOCHS}", *(["trainer.limit_train_batches=4"] if quick else []))
+    found = take_turns(
+        turns,
+        {
+            "bar": lambda: statistics.median(run_template(data, *overrides).epochs),
+            "no bar": lambda: statistics.median(run_template(data, *overrides, "callbacks.progress.ci=yes").epochs),
+        },
+    )
+    return [compare("an epoch with the bar", "s", found["bar"], "no bar", found["no bar"], "at most 1.02")]
+
+
 def bench_test(data: Data, turns: int, quick: bool) -> list[dict[str, Any]]:
     """The test split, in one process."""
     arguments = (str(data.root), "--source", data.source, "--turns", str(1 if quick else 10 * turns))
@@ -295,6 +308,7 @@ def bench_predict(data: Data, turns: int, quick: bool) -> list[dict[str, Any]]:
 PARTS = {
     "epoch": bench_epoch,
     "start": bench_start,
+    "bar": bench_bar,
     "test": bench_test,
     "scale": bench_scale,
     "ddp": bench_ddp,

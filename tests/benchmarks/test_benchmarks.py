@@ -33,6 +33,7 @@ def test_all_parts_run_on_a_few_batches(tmp_path: Path, mnist_root: Path) -> Non
     figures = json.loads((tmp_path / "bench.json").read_text())["figures"]
     peers = {
         "bare", "tuned", "barebones", "imports", "import hydra", "bare inference", "one process", "only resized",
+        "no bar",
     }  # fmt: skip
     assert {figure["peer"] for figure in figures} >= peers
     assert all(min(figure["template"]) > 0 and min(figure["theirs"]) > 0 for figure in figures)

@@ -117,9 +117,10 @@ def find_groups() -> list[str]:
 
 
 def find_close(name: str, options: Iterable[str]) -> list[str]:
-    """Which of some names is meant: those whose last part it is, or the one that is similar."""
+    """Which of some names is meant: those whose last part it is or ends with, or the one that is similar."""
     options = list(options)
     same = [option for option in options if option.rpartition(".")[2] == name]
+    same = same or [option for option in options if option.endswith(f"_{name}")][:3]  # epochs: max_epochs
     return same or difflib.get_close_matches(name, options, n=1, cutoff=0.7)
 
 

@@ -140,6 +140,7 @@ def test_no_network_is_said_where_a_download_was_asked_for(tmp_path: Path) -> No
         ("train --lr 0.1", "error: --lr: settings are written key=value, as in optimizer.lr=0.1"),
         ("train --lr=0.1", "error: lr: no such key; did you mean optimizer.lr"),
         ("train lr=0.1", "error: lr: no such key; did you mean optimizer.lr"),
+        ("train epochs=3", "error: epochs: no such key; did you mean trainer.max_epochs?"),
         ("train optimizer.lr=0.1,0.2", "error: optimizer.lr=0.1,0.2: several values need -m: python -m src.train -m"),
         (
             "train trainer=cuda",
