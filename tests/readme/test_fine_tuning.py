@@ -15,6 +15,7 @@ from tests.readme.table import READMES
 
 torchvision = pytest.importorskip("torchvision")
 SECTION = READMES["conf/README.md"].split("### Fine-tuning\n")[1].split("\n### ")[0]
+ADDED = re.findall(r"\| `(.*)` \|$", READMES["conf/README.md"].split("What researchers add")[1], re.MULTILINE)
 BLOCKS = [OmegaConf.create(block) for block in re.findall(r"```yaml\n(.*?)```", SECTION, re.DOTALL)]
 
 
@@ -56,3 +57,14 @@ def test_another_loss_needs_no_weight_of_classes(tmp_path: Path) -> None:
     check_values(cfg)
     module: Any = build_module(cfg)
     assert isinstance(module.loss, torch.nn.MultiMarginLoss)
+
+
+@pytest.mark.parametrize("settings", ADDED)
+def test_what_researchers_add_is_taken(settings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "backbone.ckpt").touch()
+    words = re.split(r" (?=[a-z_]+[.=])(?![^{[]*[}\]])", settings)
+    cfg = compose_cfg(tmp_path, *words)
+    check(cfg)
+    check_values(cfg)
+    assert cfg != compose_cfg(tmp_path)
