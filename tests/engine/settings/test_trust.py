@@ -7,22 +7,25 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from uuid import uuid4
 
 import pytest
 import torch
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import OmegaConf
 from pytorch_lightning.demos.boring_classes import BoringModel
+from pytorch_lightning.loggers.logger import DummyLogger
 from torch import nn
 
 from src.engine.errors import CheckpointError, ConfigError
 from src.engine.settings.arguments import check_arguments
 from src.engine.settings.check import ROOT
 from src.engine.settings.trust import RENAMED, admit, instantiate, plain_config, recall, remember, renamed, tame
+from src.train import train
 from tests import forks
 from tests.compose import needs_mnist
-from tests.engine.tiny import TINY, TINY_CONF, TinyData
+from tests.engine.tiny import TINY, TINY_CONF, TinyData, compose_tiny
 
 
 def instantiate_stranger(path: str, key: str, node: Any, **own: Any) -> Any:
@@ -335,6 +338,31 @@ def test_secrets_stay_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
     }
     assert cfg.uri == "https://me:hunter2@host"
     assert OmegaConf.to_container(OmegaConf.create(plain), resolve=True)["uri"] == cfg.uri  # type: ignore[index,call-overload]
+
+
+class Tracker(DummyLogger):
+    """A logger of the user's."""
+
+    used: ClassVar[list[str]] = []
+
+    def __init__(self, address: str) -> None:
+        super().__init__()
+        self.used.append(address)
+
+
+def test_a_loggers_secret_is_in_none_of_a_runs_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = uuid4().hex  # of which no file of the tests knows
+    monkeypatch.setenv("MY_TRACKER", f"me:{secret}@host")
+    monkeypatch.setenv("MY_TOKEN", secret)
+    tracker = f"+logger.mine={{_target_:{__name__}.Tracker,address:'${{oc.env:MY_TRACKER}}'}}"
+    loggers = ("logger=tensorboard", tracker, "tags=['${oc.env:MY_TOKEN}']")
+    train(compose_tiny(tmp_path, "trainer.max_epochs=1", *loggers))
+    assert Tracker.used == [f"me:{secret}@host"]
+    files = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"config.yaml", "last.ckpt", "metrics.json"} <= files.keys()
+    assert any(name.startswith("events.") for name in files)
+    assert [name for name, content in files.items() if secret.encode() in content] == []
+    assert b"${oc.env:MY_TRACKER}" in files["config.yaml"]
 
 
 def test_callbacks_loggers_and_trainers_of_the_users_are_no_permission() -> None:
