@@ -16,10 +16,13 @@ FLAGS = (
     "--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--shell-completion",
     "-sc",
 )  # fmt: skip
-FLAGS_OF_TWO = (
-    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
-    "--experimental-rerun", "--info", "-i",
-)  # fmt: skip
+CONFIGS = ("job", "hydra", "all")
+INFOS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+FLAGS_OF_TWO: dict[str, tuple[str, ...]] = {  # and which words that may be
+    "--cfg": CONFIGS, "-c": CONFIGS, "--info": INFOS, "-i": INFOS,
+    **dict.fromkeys(("--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"), ()),
+    "--experimental-rerun": (),
+}  # fmt: skip
 
 
 def arrange(arguments: Sequence[str], config_name: str, positional: str = "") -> list[str]:
@@ -31,17 +34,21 @@ def arrange(arguments: Sequence[str], config_name: str, positional: str = "") ->
         positional: The key that words without one belong to, files that exist among them.
 
     Raises:
-        ConfigError: If a setting is written as a flag.
+        ConfigError: If a setting is written as a flag, or a flag's word is none of its.
     """
     flags, overrides, files = [], [], []
     words = iter(arguments)
     for word in words:
         name, equals, value = word.partition("=")
-        is_flag = any(flag == name or (name[:2] == "--" and flag.startswith(name)) for flag in FLAGS + FLAGS_OF_TWO)
+        is_flag = any(flag == name or (name[:2] == "--" and flag.startswith(name)) for flag in (*FLAGS, *FLAGS_OF_TWO))
         if name.startswith("--") and equals and not is_flag:  # as agents of sweeps elsewhere write settings
             word, name = word[2:], name[2:]
         if is_flag:
-            flags += [word, next(words, "")] if name in FLAGS_OF_TWO and not equals else [word]
+            flags.append(word)
+            if name in FLAGS_OF_TWO and not equals:
+                flags.append(value := next(words, ""))
+            if (choices := FLAGS_OF_TWO.get(name)) and value not in choices:
+                raise ConfigError(f"{name} {value}: expected one of {', '.join(choices)}")
         elif word.startswith("-"):
             key = nearest_key(name.lstrip("-").replace("-", "_"), config_name) or "key"
             raise ConfigError(f"{name}: settings are written key=value, as in {key}={next(words, '<value>')}")

@@ -55,7 +55,8 @@ class Rehearsal(Callback):
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
         self._kept: list[tuple[nn.Module, dict[str, bytes]]] = []
-        self._awaited: list[tuple[str, str]] = []  # each metric that training may log, and what is wrong if not
+        # Each metric that training may log, what is wrong if not, and whether it is like one of validation.
+        self._awaited: dict[str, tuple[str, bool]] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where there is no validation, nothing may wait for it but checkpoints: the last is kept.
@@ -107,8 +108,7 @@ class Rehearsal(Callback):
             said = f"{key}={monitor}: validation logs no such metric; {meant}{off}"
             if OF_VALIDATION.match(monitor) or monitor.startswith(beginnings):
                 raise ConfigError(said)
-            if close:
-                self._awaited.append((monitor, said))
+            self._awaited.setdefault(monitor, (said, bool(close)))
         every: int = trainer.check_val_every_n_epoch or 1
         for scheduler in trainer.lr_scheduler_configs:
             is_waiting = scheduler.reduce_on_plateau and scheduler.strict and scheduler.monitor in logged
@@ -117,15 +117,19 @@ class Rehearsal(Callback):
                 raise ConfigError(f"{said}; set +scheduler.frequency={every}, or +scheduler.strict=false")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Look, once, for what may have been a metric of training. What is like none at all may come from a callback.
+        """Look, once, for what may have been a metric of training; one that only a callback can still log is warned of.
 
         Raises:
             ConfigError: If the first batch has not logged it, and the module logs nothing at an epoch's end.
         """
-        awaited, self._awaited = self._awaited, []
-        for monitor, said in awaited:
-            if not is_overridden("on_train_epoch_end", pl_module) and monitor not in _names(trainer):
+        awaited, self._awaited = self._awaited, {}
+        for monitor, (said, is_close) in awaited.items():
+            if monitor in _names(trainer) or is_overridden("on_train_epoch_end", pl_module):
+                continue
+            if is_close:
                 raise ConfigError(said)
+            if trainer.is_global_zero:
+                log.warning(f"{said}; unless a callback logs it, this run ends after its first validation")
 
     def _monitors(self, trainer: Trainer) -> Iterator[tuple[str, str, Any]]:
         """What callbacks and schedulers wait for, with its key and who does."""

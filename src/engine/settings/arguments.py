@@ -133,7 +133,8 @@ def _check_node(key: str, node: Mapping[str, Any], target: Any) -> None:
         if argument in named:
             annotation, default = named[argument].annotation, named[argument].default
             if not takes(annotation, value) and not (value is None and default is None):
-                raise ConfigError(f"{key}.{argument}={value}: expected {describe(annotation)}")
+                hint = "; None is written null" if value == "None" else ""
+                raise ConfigError(f"{key}.{argument}={value}: expected {describe(annotation)}{hint}")
         elif not takes_others and value is not None:
             hint = _mean(str(argument), named, f"{key}.") or "; null leaves it out"
             raise ConfigError(f"{key}.{argument}: {name} takes no such argument{hint}")
@@ -169,8 +170,8 @@ def takes(annotation: Any, value: Any) -> bool:
     (True, False)
     """
     origin, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
-    if origin in UNIONS:
-        return any(takes(argument, value) for argument in arguments)
+    if origin in UNIONS:  # Python's None is YAML's null
+        return any(takes(each, value) for each in arguments) and not (value == "None" and type(None) in arguments)
     if origin is Annotated:
         return takes(arguments[0], value) and value in arguments[1]
     if origin is Literal:

@@ -141,8 +141,9 @@ def _check_training(config: Mapping[str, Any]) -> None:
         nodes["scheduler.scheduler"] = scheduler.get("scheduler")
     for name in ("callbacks", "logger"):
         named = config.get(name) or {}
-        if not isinstance(named, dict):
-            raise ConfigError(f"{name}={named}: expected named nodes, each with a _target_")
+        if not isinstance(named, dict) or "_target_" in named:
+            found = "_target_" if isinstance(named, dict) else named
+            raise ConfigError(f"{name}: expected named nodes, as in mine: {{_target_: ...}}; found {found}")
         nodes |= {f"{name}.{key}": node for key, node in named.items()}
     for key, node in nodes.items():
         if (node is not None or key in NEEDED) and not (isinstance(node, dict) and "_target_" in node):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from src.engine.errors import ConfigError
 from src.engine.runs.command_line import arrange, describe_command
 
 
@@ -21,6 +22,12 @@ from src.engine.runs.command_line import arrange, describe_command
 )
 def test_flags_and_settings_may_come_in_any_order(arguments: list[str], arranged: list[str]) -> None:
     assert arrange(arguments, "train") == arranged
+
+
+@pytest.mark.parametrize("words", [["--cfg"], ["--cfg", "jobb"], ["--cfg=jobb"], ["-c", "seed=1"], ["--info", "x"]])
+def test_a_flag_that_lacks_its_word_is_told(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=rf"^{words[0].partition('=')[0]} .*: expected one of (job|all), "):
+        arrange(words, "train")
 
 
 def test_words_without_a_key_are_files_where_a_command_takes_them(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torchmetrics import MaxMetric, MeanMetric
@@ -137,6 +138,17 @@ class Late(TinyTask):
 
 def test_a_metric_of_an_epochs_end_is_waited_for(tmp_path: Path) -> None:
     assert fit(tmp_path, "monitor=acc", kind=Late).checkpoint_callback.best_model_score == 1.0  # type: ignore[union-attr]
+
+
+def test_a_metric_like_none_is_warned_of_in_the_first_batch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A callback may log it, but hardly does."""
+    with pytest.raises(MisconfigurationException, match="could not find the monitored key"):
+        fit(tmp_path, "monitor=quality")
+    (told,) = [record.getMessage() for record in caplog.records if record.name == "src.engine.runs.rehearsal"]
+    assert told == (
+        "monitor=quality: validation logs no such metric; it logs val/acc, val/loss; monitor=null keeps the last "
+        "checkpoint; unless a callback logs it, this run ends after its first validation"
+    )
 
 
 class Scores(pl.Callback):

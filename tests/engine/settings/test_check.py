@@ -30,6 +30,7 @@ def _said(folder: Path, *overrides: str, config_name: str = "train") -> str:
         ("seed=-1", "seed=-1: expected a whole number from 0 to 4294967295 or null"),
         ("seed=1.5", "seed=1.5: expected a whole number from 0"),
         ("seed=true", "seed=True: expected a whole number from 0"),
+        ("monitor=None", "monitor=None: expected text or null"),
         ("monitor=[]", "monitor=[]: expected text or null"),
         ("mode=best", "mode=best: expected min or max"),
         ("test=some", "test=some: expected true or false or all"),
@@ -137,6 +138,10 @@ def test_an_unknown_key_in_a_file_is_refused_but_for_declared_ones(tmp_path: Pat
             "scheduler.montor: pytorch_lightning.utilities.types.LRSchedulerConfig takes no",
         ),
         ("trainer.precision=31", "trainer.precision=31: expected Union[Literal[64, 32, 16]"),
+        (
+            "callbacks.checkpoint.monitor=None",
+            "callbacks.checkpoint.monitor=None: expected Optional[str]; None is w",
+        ),
         ("trainer.plugins=5", "trainer.plugins=5: expected Union["),
         ("+trainer.strategy=[]", "trainer.strategy=[]: expected Union[str, "),
         (
