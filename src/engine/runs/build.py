@@ -17,7 +17,7 @@ from torch import nn
 
 from src.engine.errors import CheckpointError, ConfigError
 from src.engine.runs.checkpoints import check_checkpoint
-from src.engine.runs.groups import Schedule, equip, group_optimizers
+from src.engine.runs.groups import InGroups, Schedule, equip
 from src.engine.runs.init import COMPILED, load_weights
 from src.engine.runs.processes import get_name, is_started_from_outside
 from src.engine.settings.arguments import check_arguments, parameters_of
@@ -79,7 +79,7 @@ def build_module(cfg: DictConfig) -> pl.LightningModule:
     for schedule in schedules:
         schedule.module = module
     if entries:
-        group_optimizers(module, entries)
+        module.configure_optimizers = InGroups(module, entries)  # type: ignore[method-assign]
     if init.get("weights") and not cfg.get("ckpt_path"):
         for line in load_weights(module, **init):
             if not get_name():

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -78,35 +78,37 @@ class Schedule(partial):
         return super().__call__(*args, **kwargs)
 
 
-def group_optimizers(module: pl.LightningModule, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Let each optimizer that ``module.configure_optimizers`` makes have groups by name, however it makes it.
+class InGroups:
+    """In the place of a module's ``configure_optimizers``: each optimizer that it makes has groups by name, however.
 
     A schedule that is made of the optimizer then finds the groups. The first time, they are logged with their sizes.
 
     Args:
-        module: Whose method is replaced.
+        module: The module.
         entries: Of ``optimizer_groups``.
     """
-    configure, make, kind = module.configure_optimizers, Optimizer.__init__, type(module).__name__
-    is_shown = bool(get_name())  # the first process does
 
-    @wraps(configure)
-    def configure_in_groups() -> Any:
-        nonlocal is_shown
-        rates: dict[Optimizer, list[float]] = {}
+    def __init__(self, module: pl.LightningModule, entries: Sequence[Mapping[str, Any]]) -> None:
+        self.module, self.entries = module, entries
+        self.is_shown = bool(get_name())  # by the first process
+        self.__wrapped__ = type(module).configure_optimizers  # which Lightning looks for; pickled by its name
+
+    def __call__(self) -> Any:
+        """What the module returns."""
+        make, kind, rates = Optimizer.__init__, type(self.module).__name__, dict[Optimizer, list[float]]()
 
         def make_in_groups(optimizer: Optimizer, params: Any, defaults: dict[str, Any]) -> None:
-            _check_options(entries, type(optimizer), defaults)
-            make(optimizer, divide(list(params), entries, module), defaults)
+            _check_options(self.entries, type(optimizer), defaults)
+            make(optimizer, divide(list(params), self.entries, self.module), defaults)
             rates[optimizer] = [group.get("lr", 0.0) for group in optimizer.param_groups]
-            for group in [] if is_shown else optimizer.param_groups:
+            for group in [] if self.is_shown else optimizer.param_groups:
                 size = sum(parameter.numel() for parameter in group["params"])
                 options = [f"{name}={group[name]:g}" for name in ("lr", "weight_decay") if name in group]
                 log.info(", ".join([f"group {group['name']}: {size:,} parameters", *options]))
 
         with patch.object(Optimizer, "__init__", make_in_groups):
-            configured = configure()
-        is_shown = True
+            configured = self.__wrapped__(self.module)
+        self.is_shown = True
         if not rates:
             raise ConfigError(f"optimizer_groups: {kind}.configure_optimizers makes no optimizer of torch")
         for optimizer, own in rates.items():
@@ -115,8 +117,6 @@ def group_optimizers(module: pl.LightningModule, entries: Sequence[Mapping[str, 
                 each = "[group['lr'] for group in optimizer.param_groups]"
                 raise ConfigError(f"optimizer_groups: {kind}'s schedule gives all groups one rate; give it {each}")
         return configured
-
-    module.configure_optimizers = configure_in_groups  # type: ignore[method-assign]
 
 
 def _check_options(entries: Sequence[Mapping[str, Any]], kind: type[Optimizer], defaults: Mapping[str, Any]) -> None:

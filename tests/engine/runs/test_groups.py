@@ -1,5 +1,6 @@
 """optimizer_groups: rates and weight decay by name, for modules that are written as their communities write them."""
 
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,9 @@ def test_groups_that_would_do_nothing_are_told(kind: type, said: str, tmp_path: 
 
 
 def test_other_optimizers_have_no_groups_by_name(tmp_path: Path) -> None:
-    build_module(compose_tiny(tmp_path, *IN_CODE, GROUPS)).configure_optimizers()
+    module = build_module(compose_tiny(tmp_path, *IN_CODE, GROUPS))
+    ((optimizer,), _) = pickle.loads(pickle.dumps(module)).configure_optimizers()  # as processes that are spawned do
+    assert len(optimizer.param_groups) == 4
     assert len(torch.optim.SGD(TinyNet().parameters(), lr=0.1).param_groups) == 1
 
 
