@@ -38,6 +38,7 @@ AS_IN = "name files, folders or patterns, as in inputs='digits/*.png'"
 MAX_ROWS = 50  # of the table
 MAX_NAMED = 5  # files that could not be read, at the end
 MAX_CHARACTERS = 40  # of a cell of the table that is no file
+NARROW = 100  # columns of a terminal, below which the table has no runners-up
 SURE = 0.9  # the probability from which an answer is to be trusted; label smoothing keeps right ones below 0.96
 Settings = Mapping[str, Any]
 Reader = Callable[..., Any]  # from a file to its images, (N, ...)
@@ -325,16 +326,17 @@ def write_rows(path: Path, rows: Rows) -> None:
 
 def print_rows(rows: Rows) -> None:
     """A table of the first MAX_ROWS rows: a file's name in full, the start of anything else that is long."""
-    columns = dict.fromkeys(chain.from_iterable(rows[:MAX_ROWS]))
+    console, table = report.make_console(), Table()
+    columns = list(dict.fromkeys(chain.from_iterable(rows[:MAX_ROWS])))
+    if console.width < NARROW:  # what is left out is in the file
+        columns = [name for name in columns if name not in CLASS_COLUMNS[2:]]
     short: Any = {"justify": "right", "no_wrap": True, "max_width": MAX_CHARACTERS}
-    table = Table()
     for name in columns:
-        table.add_column(report.cell(name), overflow="fold", **({} if name == "file" else short))
+        table.add_column(report.cell(name), overflow="fold", **({} if name in ("file", "sure") else short))
     for row in rows[:MAX_ROWS]:
         values = ("-" if row.get(name) is None else row[name] for name in columns)
         cells = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in values)
         table.add_row(*map(report.cell, cells))
-    console = report.make_console()
     console.print(table)
     if len(rows) > MAX_ROWS:
         console.print(f"... and {len(rows) - MAX_ROWS:,} more")

@@ -15,12 +15,14 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from src.data.mnist import preprocess
 from src.data.sources import read_package
 from src.engine.errors import ConfigError, SkippedError
+from src.engine.runs import report
 from src.engine.runs.build import restore, restore_datamodule
 from src.engine.runs.command_line import arrange
 from src.predict import (
@@ -172,6 +174,20 @@ def test_the_start_of_a_long_value_is_shown_and_all_of_a_files_name(capsys: pyte
     assert f" {'a' * 50} " in said
     assert " [0, 1, 2, " in said
     assert len(said) < 2000
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_terminal_shows_the_file_and_why_its_answer_is_not_sure(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "make_console", lambda: Console(width=width))
+    values = ("digits/7 on paper.png", 7, 0.8, 1, 0.125)
+    print_rows([dict(zip(("file", *CLASS_COLUMNS), values, strict=True)) | {"sure": "below 0.9"}])
+    said = capsys.readouterr().out
+    for word in ("digits/7 on paper.png", " 7 ", " 0.8000 ", " below 0.9 "):
+        assert word in said
+    assert (" 0.1250 " in said) == (width == 120)
+    assert max(map(len, said.splitlines())) <= width
 
 
 def test_brackets_in_a_files_name_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

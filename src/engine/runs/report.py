@@ -133,4 +133,5 @@ def print_next(commands: Mapping[str, str]) -> None:
     python = "python" if shutil.which("python") == sys.executable else shlex.quote(shown(sys.executable, False))
     for command, purpose in commands.items():
         command = re.sub(r"^python\b", lambda _: python, command)
-        make_console().print(Text.assemble(f"  {command}  ", (f"# {purpose}", "dim")))
+        line = Text.assemble(f"  {command}  ", (f"# {purpose}", "dim"))
+        make_console().print(line, soft_wrap=True)  # a line's end within a command would be copied, too

@@ -69,6 +69,8 @@ def test_a_hint_runs_in_the_shell_that_it_is_printed_in(
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))  # as if it were
     print_next({"python -m src.test": "test it"})
     assert capsys.readouterr().out == "  python -m src.test  # test it\n"
+    print_next({"python -m src.train " + "seed=1 " * 30: "long"})
+    assert len(capsys.readouterr().out.splitlines()) == 1  # so that it can be copied
 
 
 def test_brackets_in_names_and_paths_are_shown_as_they_are(
