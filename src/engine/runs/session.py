@@ -43,7 +43,7 @@ class Session(Callback):
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
         self.logged: dict[str, dict[str, int]] = {}
-        self._plateaus: list[LRSchedulerConfig] = []  # what is stepped here
+        self._plateaus: list[tuple[LRSchedulerConfig, int]] = []  # what is stepped here, every so many validations
         self._seen: dict[str, Tensor] = {}  # the metrics whose epochs are known
         self._loaded: dict[str, float] = {}  # a checkpoint's metrics
         self._since: list[str] = []  # those of them whose epochs are not yet known
@@ -71,8 +71,9 @@ class Session(Callback):
                 trainer.callback_metrics[name] = torch.tensor(value)  # Lightning's books, which it hands out
         self._seen = {name: value for name, value in trainer.callback_metrics.items() if name not in self._since}
         schedulers = trainer.lr_scheduler_configs if self.config.get("unit") == "step" else []
-        self._plateaus = [each for each in schedulers if each.reduce_on_plateau and each.interval == "epoch"]
-        for scheduler in self._plateaus:
+        plateaus = [each for each in schedulers if each.reduce_on_plateau and each.interval == "epoch"]
+        self._plateaus = [(scheduler, scheduler.frequency) for scheduler in plateaus]
+        for scheduler in plateaus:
             scheduler.frequency = sys.maxsize  # of epochs, which may have no end
         if trainer.accumulate_grad_batches > 1 and trainer.num_training_batches == float("inf"):
             key = f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}"
@@ -112,8 +113,10 @@ class Session(Callback):
         """Note the metrics of a validation, and step what waits for one."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._note_metrics(trainer)
-            for config in self._plateaus:
-                if (value := trainer.callback_metrics.get(str(config.monitor))) is not None:
+            number = (trainer.fit_loop.total_batch_idx + 1) // int(trainer.val_check_batch or 1)
+            for config, frequency in self._plateaus:
+                value = trainer.callback_metrics.get(str(config.monitor))
+                if value is not None and number % frequency == 0:
                     pl_module.lr_scheduler_step(config.scheduler, value)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
