@@ -27,6 +27,7 @@ from src.engine.errors import ConfigError
 from src.engine.runs.build import restore
 from src.engine.settings.check import ROOT
 from tests.compose import run_command
+from tests.marks import by_default
 
 
 def png(image: Image.Image) -> bytes:
@@ -233,12 +234,15 @@ def test_the_command_says_where_it_is_and_ends_as_its_signal_says(trained: Path,
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (["port=65536"], "port=65536: expected a whole number from 0 to 65535"),
-        (["port=http"], "port=http: expected a whole number from 0 to 65535"),
-        (["prot=8001"], "prot: no such key; did you mean port?"),
-        ([], "train first (python -m src.train) or set ckpt_path"),
-    ],
+    by_default(
+        [
+            (["port=65536"], "port=65536: expected a whole number from 0 to 65535"),
+            ([], "train first (python -m src.train) or set ckpt_path"),
+            (["port=http"], "port=http: expected a whole number from 0 to 65535"),
+            (["prot=8001"], "prot: no such key; did you mean port?"),
+        ],
+        2,
+    ),
 )
 def test_a_bad_setting_is_said_and_nothing_written(arguments: list[str], message: str, tmp_path: Path) -> None:
     result = run_command("demo", *arguments, cwd=tmp_path, PROJECT_ROOT=str(tmp_path))

@@ -16,6 +16,7 @@ from tests.engine.equality import assert_same_run
 from tests.engine.runs.test_last_checkpoint import interrupt, run
 from tests.engine.runs.test_resume import KILL, Runs
 from tests.engine.tiny import TinyData, TinyTask, compose_tiny
+from tests.marks import by_default
 
 
 class NormedNet(nn.Sequential):
@@ -56,7 +57,7 @@ def by_hand(start: dict[str, Tensor], until_epoch: int, num_epochs: int) -> dict
     return net.state_dict()
 
 
-@pytest.mark.parametrize(("until_epoch", "num_epochs"), [(None, 2), (1, 1), (1, 3)])
+@pytest.mark.parametrize(("until_epoch", "num_epochs"), by_default([(1, 3), (None, 2), (1, 1)]))
 def test_weights_are_those_of_a_loop_in_plain_torch(until_epoch: int | None, num_epochs: int, tmp_path: Path) -> None:
     until = f"callbacks.freeze.until_epoch={'null' if until_epoch is None else until_epoch}"
     cfg = compose_tiny(tmp_path, *SHORT, until, f"trainer.max_epochs={num_epochs}")
@@ -77,7 +78,7 @@ def test_weights_are_those_of_a_loop_in_plain_torch(until_epoch: int | None, num
 
 
 @pytest.mark.filterwarnings("ignore:(Experiment logs|Checkpoint) directory .* exists and is not empty")
-@pytest.mark.parametrize("steps", [7, 12, 17])  # in the frozen epoch of 12 steps, between the two, after it
+@pytest.mark.parametrize("steps", by_default([12, 7, 17]))  # between the frozen epoch and the next, in either
 def test_a_resumed_run_ends_as_the_uninterrupted_one_to_the_bit(steps: int, tmp_path: Path) -> None:
     settings = (*SHORT, "trainer.max_epochs=2", "callbacks.last.every_n_steps=5")
     whole = run(tmp_path / "whole", *settings)
@@ -109,7 +110,7 @@ class Sparing(TinyTask):
         return self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
 
 
-@pytest.mark.parametrize(("until_epoch", "expected"), [("null", 6), ("1", 10)])
+@pytest.mark.parametrize(("until_epoch", "expected"), by_default([("1", 10), ("null", 6)]))
 def test_the_optimizer_has_what_is_trained_at_any_time(until_epoch: str, expected: int, tmp_path: Path) -> None:
     until = f"callbacks.freeze.until_epoch={until_epoch}"
     train(compose_tiny(tmp_path, *SHORT, until, "trainer.max_epochs=2", f"model._target_={__name__}.Sparing"))

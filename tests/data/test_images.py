@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from src.data.images import read_digits, read_like
 from src.data.sources import read_package
 from src.engine.settings.check import ROOT
+from tests.marks import by_default
 
 Pixels = NDArray[np.uint8]
 pytestmark = pytest.mark.filterwarnings("ignore:perhaps ")  # of one digit in a hundred
@@ -272,7 +273,7 @@ def _shade(height: int, width: int) -> dict[str, NDArray[np.float64]]:
     return {"noise": noise, "slope": slope, "lamp": -30 * (rows**2 + columns**2), "both": slope / 2 + noise / 2}
 
 
-@pytest.mark.parametrize("kind", ["noise", "slope", "lamp", "both"])
+@pytest.mark.parametrize("kind", by_default(["both", "noise", "slope", "lamp"]))
 def test_grain_and_uneven_light_are_not_the_digit(kind: str, digits: Pixels, tmp_path: Path) -> None:
     similarities = []
     for digit in digits:

@@ -21,6 +21,7 @@ from src.engine.runs.status import read_status
 from src.engine.settings.check import ROOT
 from tests.compose import run_command
 from tests.engine.tiny import TINY
+from tests.marks import by_default
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to look for processes")
 
@@ -316,7 +317,7 @@ def test_gpus_are_those_that_the_driver_names(
     assert _visible_gpus() == gpus
 
 
-@pytest.mark.parametrize("n_jobs", ["0", "1.5", "true"])
+@pytest.mark.parametrize("n_jobs", by_default(["0", "1.5", "true"]))
 def test_a_number_of_slots_that_cannot_be_is_said(n_jobs: str, tmp_path: Path) -> None:
     result = run_command(
         "train", "-m", "seed=1,2", PROCESS[0], f"hydra.launcher.n_jobs={n_jobs}", PROJECT_ROOT=str(tmp_path)

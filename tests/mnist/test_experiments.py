@@ -36,6 +36,7 @@ def test_a_shortened_run_reaches_its_floor(name: str, tmp_path: Path, full_mnist
     assert metrics["test/acc"] >= floor
 
 
+@pytest.mark.slow
 def test_the_fashion_recipe_trains_on_files_of_its_own(tmp_path: Path, mnist_root: Path) -> None:
     raw = tmp_path / "data" / "FashionMNIST"
     raw.mkdir(parents=True)

@@ -30,6 +30,7 @@ def arguments(mnist_root: Path) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_augmentation_ends_as_the_uninterrupted_one_to_the_bit(
     arguments: list[str], tmp_path: Path
 ) -> None:

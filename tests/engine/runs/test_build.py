@@ -22,6 +22,7 @@ from src.train import train
 from tests.compose import compose_cfg
 from tests.engine.tiny import TinyData, TinyNet, TinyTask, compose_tiny
 from tests.forks import run_command
+from tests.marks import by_default
 
 ME = "tests.engine.runs.test_build"
 OPTIONS = [
@@ -408,7 +409,7 @@ class MaybeCompiled(TinyTask):
         super().__init__(compiled, optimizer, scheduler)
 
 
-@pytest.mark.parametrize("compiled_first", [True, False])
+@pytest.mark.parametrize("compiled_first", by_default([True, False]))
 def test_a_run_of_a_compiled_net_resumes_with_a_plain_one_and_the_other_way_round(
     compiled_first: bool, tmp_path: Path
 ) -> None:

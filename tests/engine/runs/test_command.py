@@ -10,6 +10,7 @@ from src.engine.settings.check import ROOT
 from tests import forks
 from tests.compose import needs_mnist, run_command
 from tests.engine.tiny import TINY
+from tests.marks import by_default
 
 REJECTED_BEFORE_TORCH = {
     "optimizer.lrr=0.1": "optimizer.lrr: no such key; did you mean optimizer.lr?",
@@ -47,7 +48,7 @@ def _lines(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize("override", REJECTED_BEFORE_TORCH)
+@pytest.mark.parametrize("override", by_default(REJECTED_BEFORE_TORCH, 8))
 def test_a_bad_override_is_one_clear_message(override: str, tmp_path: Path) -> None:
     result = forks.run_command("train", override, PROJECT_ROOT=str(tmp_path))
     assert result.returncode == 1
@@ -67,7 +68,9 @@ print("torch" in sys.modules)
 """
 
 
-@pytest.mark.parametrize("argument", ["--help", "--cfg=job", "seed=-1", "optimizer.lrr=1", "optimizer=addam"])
+@pytest.mark.parametrize(
+    "argument", by_default(["optimizer.lrr=1", "--help", "--cfg=job", "seed=-1", "optimizer=addam"], 2)
+)
 def test_what_does_not_train_does_not_import_torch(argument: str) -> None:
     command = [sys.executable, "-c", SAY_WHETHER_TORCH_IS_IMPORTED, argument]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -163,7 +166,7 @@ def test_what_misleads_elsewhere_is_told_with_its_remedy(command: str, said: str
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("option", ["stdout", "none", "disabled"])
+@pytest.mark.parametrize("option", by_default(["stdout", "none", "disabled"]))
 def test_hydras_own_logging_may_be_chosen(option: str, tmp_path: Path) -> None:
     arguments = (*TINY, "debug=fast", "callbacks=minimal", "logger=[]")
     result = forks.run_command("train", *arguments, f"hydra/job_logging={option}", PROJECT_ROOT=str(tmp_path))

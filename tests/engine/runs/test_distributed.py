@@ -24,6 +24,7 @@ from tests import forks
 from tests.engine.equality import assert_same_run, scalars, weights
 from tests.engine.tiny import TINY, compose_tiny
 from tests.engine.together import ENV, Run, assert_equal_runs, run_together, train_together
+from tests.marks import by_default
 from tests.processes import living, wait_until
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to look for processes")
@@ -319,10 +320,12 @@ def test_a_sweeps_jobs_are_two_processes_each(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("more", "reason"),
-    [
-        ("trainer.num_nodes=1", "trainer.devices=2: in a sweep this needs hydra/launcher=one_process"),
-        ("trainer.num_nodes=2", "trainer.num_nodes=2: in a sweep this needs hydra/launcher=submitit_slurm"),
-    ],
+    by_default(
+        [
+            ("trainer.num_nodes=1", "trainer.devices=2: in a sweep this needs hydra/launcher=one_process"),
+            ("trainer.num_nodes=2", "trainer.num_nodes=2: in a sweep this needs hydra/launcher=submitit_slurm"),
+        ]
+    ),
 )
 def test_a_sweep_in_one_process_refuses_jobs_of_several(more: str, reason: str, tmp_path: Path) -> None:
     arguments = (*SWEEP, "hydra/launcher=basic", more, f"hydra.sweep.dir={tmp_path}/sweep")

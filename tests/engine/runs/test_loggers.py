@@ -353,7 +353,8 @@ Distribution.from_name = name_others
 """
 
 
-@pytest.mark.parametrize("name", ["wandb", pytest.param("mlflow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+@pytest.mark.slow
 def test_a_tracker_that_is_not_installed_is_said_in_a_line(name: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(WITHOUT)
     environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PROJECT_ROOT": str(tmp_path)}

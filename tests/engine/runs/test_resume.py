@@ -23,6 +23,7 @@ from tests import forks
 from tests.compose import run_command
 from tests.engine.equality import assert_equal, assert_same_run, content, scalars, table
 from tests.engine.tiny import TINY
+from tests.marks import by_default
 from tests.processes import wait_until
 
 # All that draws random numbers or keeps a state: shuffling, noise, dropout, a schedule, averaged weights.
@@ -107,12 +108,14 @@ def whole(runs: Runs) -> Path:
 
 @pytest.mark.parametrize(
     ("step", "in_validation", "saved"),
-    [
-        (2 * STEPS + 17, False, 2 * STEPS + 12),
-        (STEPS + 6, False, STEPS + 6),  # just saved
-        (STEPS, True, STEPS - 1),  # the epoch's own save is due next
-        (STEPS, False, STEPS),
-    ],
+    by_default(
+        [
+            (STEPS, True, STEPS - 1),  # the epoch's own save is due next
+            (2 * STEPS + 17, False, 2 * STEPS + 12),
+            (STEPS + 6, False, STEPS + 6),  # just saved
+            (STEPS, False, STEPS),
+        ]
+    ),
 )
 def test_a_killed_run_ends_as_the_uninterrupted_one_to_the_bit(
     runs: Runs, whole: Path, step: int, in_validation: bool, saved: int
@@ -222,11 +225,7 @@ def test_several_kills_in_a_row_change_nothing_in_other_settings(runs: Runs, set
 
 @pytest.mark.parametrize(
     "signum",
-    [
-        signal.SIGTERM,
-        signal.SIGHUP,
-        *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGINT, signal.SIGUSR1, signal.SIGQUIT)),
-    ],
+    by_default([signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGQUIT]),
 )
 def test_a_signal_saves_the_current_step_and_changes_nothing(runs: Runs, whole: Path, signum: signal.Signals) -> None:
     name = signum.name
@@ -244,6 +243,7 @@ def test_a_signal_saves_the_current_step_and_changes_nothing(runs: Runs, whole: 
     assert_same_run(whole, runs.path(name))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_soon_after_a_resume_has_all_its_curves(runs: Runs, whole: Path) -> None:
     runs.kill("soon", 2 * STEPS + 17)
     runs.end(runs.start(f"resume={runs.path('soon')}", f"{KILL}.step={2 * STEPS + 14}"), status=-signal.SIGKILL)
@@ -252,6 +252,7 @@ def test_a_run_that_is_killed_soon_after_a_resume_has_all_its_curves(runs: Runs,
     assert_same_run(whole, runs.path("soon"))
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(runs: Runs, whole: Path) -> None:
     runs.kill("early", 3)
     assert list(runs.path("early").glob("events.*"))
@@ -274,6 +275,7 @@ def test_a_damaged_checkpoint_is_named_and_the_next_one_taken(runs: Runs, whole:
     assert_same_run(runs.whole("constant", "scheduler=[]"), folder)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_extended_as_if_it_had_been_longer(runs: Runs) -> None:
     steady = ("scheduler=step", "scheduler.scheduler.step_size=2")
     runs.whole("extended", *steady, "trainer.max_epochs=1")
@@ -284,6 +286,7 @@ def test_a_finished_run_is_extended_as_if_it_had_been_longer(runs: Runs) -> None
     assert_refused(runs, "extended", "trainer.max_epochs=2", shorter)
 
 
+@pytest.mark.slow
 def test_you_are_warned_of_what_is_not_exact(runs: Runs) -> None:
     runs.whole("other", "trainer.max_epochs=1", "scheduler=[]")
     said = len(runs.said())
@@ -338,6 +341,7 @@ def test_what_would_not_be_a_continuation_is_refused(runs: Runs, whole: Path, re
     assert_refused(runs, "whole", resumed, reason)
 
 
+@pytest.mark.slow
 def test_a_cosine_is_not_made_longer(runs: Runs) -> None:
     runs.whole("cosine", "trainer.max_epochs=1", "scheduler=cosine")
     assert_refused(runs, "cosine", "trainer.max_epochs=9", "trainer.max_epochs=9: .* CosineAnnealingLR, is made for")
@@ -355,6 +359,7 @@ def assert_refused(runs: Runs, name: str, resumed: str | None, reason: str) -> N
     assert runs.state(name) == "finished"
 
 
+@pytest.mark.slow
 def test_a_disk_that_gets_full_leaves_the_checkpoint_to_resume_from(
     runs: Runs, whole: Path, mount_disk: Callable[[str], Path]
 ) -> None:
@@ -374,6 +379,7 @@ def test_a_disk_that_gets_full_leaves_the_checkpoint_to_resume_from(
     assert_equal(expected, found)
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_train_in_one_folder(runs: Runs) -> None:
     process = runs.begin("busy", "trainer.max_epochs=1000")
     runs.wait_for_step("busy", 7)
@@ -398,6 +404,7 @@ def test_a_second_signal_ends_the_run_at_once(runs: Runs) -> None:
     assert runs.state("impatient") == "interrupted"
 
 
+@pytest.mark.slow
 def test_an_exception_in_training_saves_the_steps_before(runs: Runs) -> None:
     steady = ("data.noise=0", "model.net.dropout=0", "~callbacks.averaging")
     whole = runs.whole("plain", *steady)

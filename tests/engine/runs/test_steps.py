@@ -14,6 +14,7 @@ from src.engine.runs.build import load_checkpoint
 from tests.engine.equality import assert_equal, assert_same_run, content, scalars, weights
 from tests.engine.runs.test_last_checkpoint import interrupt, last, run
 from tests.engine.tiny import TinyData
+from tests.marks import by_default
 
 Batch = tuple[Tensor, Tensor]
 
@@ -70,12 +71,12 @@ def test_a_run_has_so_many_steps_and_validates_every_so_many(whole: Path) -> Non
     assert [step for step, _ in scalars(whole)["val/acc"]] == [9, 19, 29]
 
 
-@pytest.mark.parametrize("steps", [7, 10, 17])
+@pytest.mark.parametrize("steps", by_default([17, 7, 10]))
 def test_a_killed_stream_ends_as_the_uninterrupted_one_to_the_bit(steps: int, whole: Path, tmp_path: Path) -> None:
     assert_same_run(whole, interrupt(tmp_path, steps, *STEPS))
 
 
-@pytest.mark.parametrize("first", [20, 23])  # just validated, and not
+@pytest.mark.parametrize("first", by_default([23, 20]))  # not just validated, and so
 def test_a_finished_run_is_extended_as_if_it_had_been_longer(first: int, whole: Path, tmp_path: Path) -> None:
     run(tmp_path, *STEPS, f"trainer.max_steps={first}")
     assert load_checkpoint(last(tmp_path))["global_step"] == first
@@ -89,7 +90,7 @@ def test_a_finished_run_is_extended_as_if_it_had_been_longer(first: int, whole: 
     assert curves["train/loss"][-1] == extended["train/loss"][-1]  # of all 30 steps
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "step"])
+@pytest.mark.parametrize("schedule", by_default(["cosine", "step"]))
 def test_a_schedule_counts_steps(schedule: str, tmp_path: Path) -> None:
     lr = "+callbacks.lr._target_=pytorch_lightning.callbacks.LearningRateMonitor"
     sgd = ("optimizer=sgd", "optimizer.lr=0.1")
@@ -136,6 +137,7 @@ def test_a_schedule_made_for_the_steps_is_not_made_longer(tmp_path: Path) -> Non
         run(tmp_path, *settings, "trainer.max_steps=20", f"ckpt_path={last(tmp_path)}")
 
 
+@pytest.mark.slow
 def test_data_with_a_length_are_gone_through_more_than_once(tmp_path: Path) -> None:
     settings = [word for word in STEPS if "Streamed" not in word]
     whole = run(tmp_path / "whole", *settings)

@@ -78,6 +78,7 @@ def test_early_stopping_stops_after_the_first_epoch_that_is_no_better(tmp_path: 
     assert expected < 11
 
 
+@pytest.mark.slow
 def test_device_stats_stand_beside_the_curves(tmp_path: Path) -> None:
     pytest.importorskip("psutil")
     stats = "callbacks=[minimal,device_stats]"
@@ -134,6 +135,7 @@ def test_precision_is_that_of_the_layers_not_of_the_weights(precision: str, dtyp
 
 
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
+@pytest.mark.slow
 def test_a_trace_shows_three_steps_operation_by_operation(tmp_path: Path) -> None:
     train(compose_tiny(tmp_path, *COMMON, "debug=trace", "data.num_rows=400"))
     (path,) = tmp_path.glob("*.pt.trace.json")
@@ -144,6 +146,7 @@ def test_a_trace_shows_three_steps_operation_by_operation(tmp_path: Path) -> Non
     assert "aten::linear" in (tmp_path / "fit-trace.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_profile_names_the_hooks(tmp_path: Path) -> None:
     train(compose_tiny(tmp_path, *COMMON, "debug=profile"))
     rows = [line.split("|") for line in (tmp_path / "fit-profile.txt").read_text().splitlines() if "|" in line]

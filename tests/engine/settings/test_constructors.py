@@ -15,6 +15,7 @@ from src.train import train
 from tests.compose import compose_cfg, needs_mnist
 from tests.engine.tiny import TINY, compose_tiny
 from tests.forks import run_command
+from tests.marks import by_default
 
 EARLY = "callbacks=[minimal,early_stopping]"
 BAD = [
@@ -111,7 +112,7 @@ def test_the_templates_own_data_are_told_likewise(override: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "override", ["data.batch_size=0", "optimizer.lr=-1", "monitor=val/accc", "trainer.max_epochs=-2"]
+    "override", by_default(["data.batch_size=0", "optimizer.lr=-1", "monitor=val/accc", "trainer.max_epochs=-2"])
 )
 def test_no_folder_is_left(override: str, tmp_path: Path) -> None:
     result = run_command("train", *TINY, "callbacks.summary=null", override, PROJECT_ROOT=str(tmp_path))

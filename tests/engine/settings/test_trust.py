@@ -194,6 +194,7 @@ class Borrowed(TinyData):
         self.data_dir = data_dir
 
 
+@pytest.mark.slow
 def test_a_colleagues_checkpoint_is_used_with_ones_own_folder(tmp_path: Path) -> None:
     """His run has named his folder, which this project does not know."""
     conf = tmp_path / "conf"

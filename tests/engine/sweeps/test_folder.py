@@ -298,7 +298,8 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Resumed:
     process = forks.start("train", ["-m", *again], root / "said", env)
     wait_until((sweep / "sweep.json").is_file, seconds=300)
     second = forks.run_command("train", "-m", *again, **env)
-    wait_until((sweep / "trainer.limit_test_batches=2" / "checkpoints" / "last.ckpt").is_file, seconds=300)
+    told = sweep / "trainer.limit_test_batches=2" / "train.log"  # the epoch's line, which comes after its checkpoint
+    wait_until(lambda: told.is_file() and "epoch 1/" in told.read_text(), seconds=300)
     process.kill()
     process.join()
     for name in "23":
@@ -310,12 +311,14 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Resumed:
     return Resumed(Sweep(sweep, result), second, rows, killed_at, finished)
 
 
+@pytest.mark.slow
 def test_a_second_process_in_the_same_folder_is_refused(resumed: Resumed) -> None:
     assert resumed.second.returncode == 1
     (line,) = (resumed.second.stdout + resumed.second.stderr).splitlines()
     assert line == f"error: hydra.sweep.dir={resumed.sweep.path}: another process works on it; wait for its end"
 
 
+@pytest.mark.slow
 def test_the_table_is_there_behind_each_job(resumed: Resumed) -> None:
     assert [(row["job"], row["status"]) for row in resumed.rows] == [
         ("trainer.limit_test_batches=1", "finished"),
@@ -325,6 +328,7 @@ def test_the_table_is_there_behind_each_job(resumed: Resumed) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_an_interrupted_job_goes_on_where_it_was_killed(resumed: Resumed) -> None:
     path, result = resumed.sweep
     assert STEPS <= resumed.killed_at < EPOCHS * STEPS
@@ -338,6 +342,7 @@ def test_an_interrupted_job_goes_on_where_it_was_killed(resumed: Resumed) -> Non
     assert len(re.findall(r"^epoch ", result.stderr, re.M)) == (EPOCHS - resumed.killed_at // STEPS) + EPOCHS
 
 
+@pytest.mark.slow
 def test_a_failed_job_runs_again(resumed: Resumed) -> None:
     path, result = resumed.sweep
     assert result.returncode == 1
@@ -347,6 +352,7 @@ def test_a_failed_job_runs_again(resumed: Resumed) -> None:
 
 
 @pytest.mark.parametrize("job", ["trainer.limit_test_batches=2", "trainer.limit_test_batches=3"])
+@pytest.mark.slow
 def test_a_resumed_sweep_comes_to_what_an_uninterrupted_one_does(job: str, resumed: Resumed) -> None:
     def curve(name: str) -> list[tuple[int, float]]:
         events = EventAccumulator(str(resumed.sweep.path / name), purge_orphaned_data=False).Reload()
@@ -377,6 +383,7 @@ def test_a_resumed_sweep_comes_to_what_an_uninterrupted_one_does(job: str, resum
         ),
     ],
 )
+@pytest.mark.slow
 def test_another_sweep_cannot_go_on_in_the_folder(override: str, message: str, resumed: Resumed) -> None:
     path = resumed.sweep.path
     result = run_again(resumed.sweep, *LONG, *wait(path.parent), override)
