@@ -33,6 +33,12 @@ ADDED = {
 }
 # Their classes take an object of themselves; others may make one of a text or a list, as torch.device does.
 NODES = ("torch.nn.", "torch.optim.", "torch.utils.data.", "torchmetrics.", "pytorch_lightning.", "lightning_fabric.")
+# What any node may have.
+KINDS = {"_target_": str, "_partial_": bool, "_recursive_": bool, "_convert_": str, "_args_": list}
+HYDRAS = {
+    name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=..., annotation=kind)
+    for name, kind in KINDS.items()
+}
 UNIONS = (typing.Union, types.UnionType)
 TENSOR = "torch.Tensor"
 IMPORTS = ("<", pydoc.__file__)  # the files whose lines import what a _target_ names
@@ -113,22 +119,11 @@ def _mean(name: str, options: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-def _hydras(
-    *,
-    _target_: str,
-    _partial_: bool = False,
-    _recursive_: bool = True,
-    _convert_: str = "none",
-    _args_: list = [],  # noqa: B006  # of which nothing but the annotation is read
-) -> None:
-    """What any node may have."""
-
-
 def _check_node(key: str, node: Mapping[str, Any], target: Any) -> None:
     parameters, name = parameters_of(target), node["_target_"]
     named = {p.name: p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     takes_others = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
-    named |= parameters_of(_hydras)
+    named |= HYDRAS
     for argument, value in node.items():
         if argument in named:
             annotation, default = named[argument].annotation, named[argument].default

@@ -97,6 +97,8 @@ def _explain_constructor(error: BaseException, key: str, cfg: DictConfig | None)
     said = " ".join(" ".join(lines[: 2 if lines[0].endswith(":") else 1]).split())  # the reason follows the colon
     if re.search("gpu backend found|can not run on your system", said):  # Lightning's
         said = f"{said.rstrip('!')}; use trainer=cpu"
+    if "empty parameter list" in said:  # torch's
+        return f"model: has no parameters to train ({said}); is its net built, without _partial_?"
     name = re.match(r"(\w+)(=|[.:\[])", said)
     if name and (name[2] == "=" or (cfg is not None and OmegaConf.select(cfg, f"{key}.{name[1]}") is not None)):
         return f"{key}.{said}"

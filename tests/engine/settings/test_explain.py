@@ -91,6 +91,16 @@ def test_a_label_that_the_model_has_no_class_for_is_said() -> None:
     assert explain(caught.value) == "error: model.num_classes: the data have a class 9; expected 10 or more"
 
 
+def test_a_module_without_parameters_is_said() -> None:
+    with pytest.raises(ValueError, match="empty parameter list") as caught:
+        torch.optim.Adam([])
+    error = InstantiationException("Error in call\nfull_key: optimizer")
+    error.__cause__ = caught.value
+    assert explain(error).startswith(
+        "error: model: has no parameters to train (optimizer got an empty parameter list); is"
+    )
+
+
 def test_a_bug_is_said_with_its_place_and_where_the_stack_trace_is() -> None:
     first, second = explain(_raised(ZeroDivisionError("division by zero\nand more"))).splitlines()
     assert first.startswith("error: ZeroDivisionError: division by zero (tests/engine/settings/test_explain.py, line ")
