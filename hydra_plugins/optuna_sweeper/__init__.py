@@ -20,7 +20,7 @@ class OptunaSweeper(JobSweeper):
     ``int(interval(a, b))``, ``range(a, b, step)``, ``choice(a, b)``.
 
     Args:
-        n_jobs: Number of trials that a launcher other than ``process`` is given at once.
+        n_jobs: Number of trials that run at once on Slurm, or that a launcher without slots of its own is given.
         n_trials: Number of finished trials, pruned ones among them, to come to; those of an earlier start count.
         study_name: The study's name in its storage; None: the name of the sweep's folder.
         storage: None: a journal file in the sweep's folder. Or a database's URL, for several sweeps to share.

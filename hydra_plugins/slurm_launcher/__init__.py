@@ -6,9 +6,10 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import make_dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +80,16 @@ class SlurmLauncher(JobLauncher):
                 "hydra/launcher=submitit_slurm: no sbatch on the PATH; start the sweep on a machine of the cluster"
             )
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        self.n_jobs = config.hydra.sweeper.get("n_jobs", 1)
         self.submitit = Submitit(**self.params)
         self.submitit.setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+    def launch(self, job_overrides: Iterable[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Submit the jobs that Slurm does not have yet, and wait for all of them.
 
         Args:
-            job_overrides: The overrides of each job.
+            job_overrides: The overrides of each job. Those of a list are submitted at once; of an iterator, a search's,
+                ``n_jobs`` are, and the next one whenever one has ended.
             initial_job_idx: The first one's number.
 
         Returns:
@@ -96,38 +99,32 @@ class SlurmLauncher(JobLauncher):
 
         executor = self._make_executor()
         folder = SweepFolder(self.config.hydra.sweep.dir)
-        by_name = {_name(job): (job, number) for number, job in enumerate(job_overrides, initial_job_idx)}
-        ids = {name: job_id for name, job_id in folder.submitted.items() if name in by_name}
-        missing = [name for name in by_name if name not in ids]
+        tasks = range(self.params["nodes"] * self.params["tasks_per_node"])
+        waiting = enumerate(job_overrides, initial_job_idx)
+        room = len(job_overrides) if isinstance(job_overrides, Sized) else self.n_jobs
+        by_name: dict[str, tuple[Sequence[str], int]] = {}
+        ids: dict[str, str] = {}
+        jobs: dict[str, Any] = {}  # that have not ended
         returns: list[JobReturn] = []
         first_seen: dict[str, float] = {}  # when jobs were found to have left the queue
         try:
-            size = _max_array_size()
-            for start in range(0, len(missing), size):
-                part = missing[start : start + size]
-                arguments = [
-                    (list(job), "hydra.sweep.dir", number, str(number), Singleton.get_state())
-                    for job, number in map(by_name.__getitem__, part)
-                ]
-                submitted = executor.map_array(_Job(self.submitit), *zip(*arguments, strict=True))
-                ids |= (new := {name: job.job_id for name, job in zip(part, submitted, strict=True)})
-                folder.note_submitted(new)
-            arrays = dict.fromkeys(job_id.partition("_")[0] for job_id in ids.values())
-            log.info(f"{len(ids)} jobs in Slurm: {', '.join(arrays)}")
-            tasks = range(self.params["nodes"] * self.params["tasks_per_node"])
-            jobs: dict[str, Any] = {
-                name: submitit.SlurmJob(executor.folder, job_id, tasks).task(0) for name, job_id in ids.items()
-            }
             while True:
+                if new := {_name(job): (job, number) for number, job in islice(waiting, room - len(jobs))}:
+                    by_name |= new
+                    self._submit(executor, folder, new, ids)
+                    jobs |= {name: submitit.SlurmJob(executor.folder, ids[name], tasks).task(0) for name in new}
+                if not jobs:
+                    return returns
                 queued, now = _queued(ids.values()), time.monotonic()
                 for name in [name for name in jobs if ids[name] not in queued]:
                     is_silent = not jobs[name].paths.result_pickle.exists()
                     if not is_silent or now > first_seen.setdefault(name, now) + PATIENCE:
                         returns.append(self._end(jobs.pop(name), by_name[name][0]))
                         folder.note_submitted({name: None})
-                if not [name for name in jobs if self.wait or ids[name] not in queued]:
+                if not self.wait and all(ids[name] in queued for name in jobs):
                     return returns
-                time.sleep(INTERVAL)
+                if jobs:
+                    time.sleep(INTERVAL)
         except BaseException:
             if ids:
                 log.info("cancelling the Slurm jobs, and waiting for their ends; Ctrl-C leaves at once")
@@ -136,6 +133,26 @@ class SlurmLauncher(JobLauncher):
                 time.sleep(1)
             folder.note_submitted(dict.fromkeys(ids))
             raise
+
+    def _submit(
+        self, executor: Any, folder: SweepFolder, jobs: Mapping[str, tuple[Sequence[str], int]], ids: dict[str, str]
+    ) -> None:
+        """Submit those of some jobs that Slurm does not have yet, as arrays, and add the numbers of all to ``ids``."""
+        ids |= {name: job_id for name, job_id in folder.submitted.items() if name in jobs}
+        missing, size = [name for name in jobs if name not in ids], _max_array_size()
+        num_arrays = -(-len(missing) // size) or 1  # each has its share
+        executor.update_parameters(slurm_array_parallelism=max(1, self.params["array_parallelism"] // num_arrays))
+        for start in range(0, len(missing), size):
+            part = missing[start : start + size]
+            arguments = [
+                (list(job), "hydra.sweep.dir", number, str(number), Singleton.get_state())
+                for job, number in map(jobs.__getitem__, part)
+            ]
+            submitted = executor.map_array(_Job(self.submitit), *zip(*arguments, strict=True))
+            ids |= (new := {name: job.job_id for name, job in zip(part, submitted, strict=True)})
+            folder.note_submitted(new)
+        arrays = dict.fromkeys(ids[name].partition("_")[0] for name in jobs)
+        log.info(f"{len(jobs)} jobs in Slurm: {', '.join(arrays)}")
 
     def _make_executor(self) -> Any:
         import submitit

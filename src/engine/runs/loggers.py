@@ -15,6 +15,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from src.engine.errors import ConfigError
 from src.engine.runs.command import in_sweep
+from src.engine.runs.trainer import put_before_now
 from src.engine.settings.check import require
 
 HPARAMS = ("data", "model", "optimizer", "scheduler", "trainer")  # groups whose plain values are a run's row
@@ -57,6 +58,7 @@ class TensorBoardLogger(loggers.TensorBoardLogger):
             self.experiment.file_writer.add_summary(self._end)
             self._end = None
         super().finalize(status)
+        put_before_now(Path(self.log_dir))  # what follows, a test's metrics say, comes into a file of its own
 
 
 class WandbLogger(loggers.WandbLogger):

@@ -81,10 +81,13 @@ def _tell_apart(node: DictConfig) -> dict[str, str]:
 
 def _build_logger(node: DictConfig, first_step: int | None) -> Any:
     """A logger; of the curves that it has, what a run that resumes has not come to is dropped."""
-    is_tensorboard = node._target_.endswith(".TensorBoardLogger") and first_step is not None
-    logger = build(node, **({"purge_step": first_step} if is_tensorboard else {}))
-    if is_tensorboard and not get_name():
-        _put_before_now(Path(logger.log_dir))
+    is_resumed = first_step is not None
+    is_tensorboard = node._target_.endswith(".TensorBoardLogger")
+    # TensorBoard's server in Python takes the first such mark for a run's start and drops nothing: each run has one.
+    purge_step = first_step if is_resumed else node.get("purge_step", 0)
+    logger = build(node, **({"purge_step": purge_step} if is_tensorboard else {}))
+    if is_tensorboard and is_resumed and not get_name():
+        put_before_now(Path(logger.log_dir))
     if isinstance(logger, CSVLogger) and first_step is not None and not get_name():
         path = Path(logger.log_dir) / "metrics.csv"
         before = path.with_name(".metrics.csv")  # the logger deletes what is there, and a kill may follow at once
@@ -100,9 +103,9 @@ def _build_logger(node: DictConfig, first_step: int | None) -> Any:
     return logger
 
 
-def _put_before_now(folder: Path) -> None:
+def put_before_now(folder: Path) -> None:
     """Rename event files that a clock has dated later than now: TensorBoard reads them in the order of their names."""
     paths = sorted(folder.glob("events.out.tfevents.[0-9]*"))
-    if paths and paths[-1].name >= f"events.out.tfevents.{int(time.time()):010}":
+    if paths and paths[-1].name >= f"events.out.tfevents.{int(time.time()) + 1:010}":
         for number, path in enumerate(paths):
             path.rename(path.with_name(re.sub(r"\d+", f"{number:010}", path.name, count=1)))

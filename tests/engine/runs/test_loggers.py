@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from src.engine.runs.build import build_datamodule, build_module, load_checkpoint
+from src.engine.runs.loggers import TensorBoardLogger
 from src.engine.runs.trainer import build_trainer
 from src.engine.settings.check import ROOT
 from tests import forks
 from tests.compose import run_command
-from tests.engine.equality import assert_equal
+from tests.engine.equality import assert_equal, scalars
 from tests.engine.tiny import TINY, compose_tiny
 from tests.processes import wait_until
 
@@ -380,3 +382,17 @@ def test_a_run_of_its_own_has_a_row_in_tensorboards_hparams_and_no_chart_of_epoc
     assert start.hparams["model._target_"].string_value.endswith("TinyTask")
     end = HParamsPluginData.FromString(metadata["_hparams_/session_end_info"]).session_end_info
     assert end.status == 1  # of success
+
+
+def test_a_clock_that_goes_back_in_training_leaves_the_tests_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = TensorBoardLogger(str(tmp_path), name="", version="", purge_step=0)
+    now = time.time()
+    for ahead, name in ((3600, "train/loss"), (0, "test/loss")):
+        monkeypatch.setattr(time, "time", lambda ahead=ahead: now + ahead)
+        logger.log_metrics({name: 0.5}, 7)
+        if ahead:
+            monkeypatch.setattr(time, "time", lambda: now)
+        logger.finalize("success")
+    assert scalars(tmp_path) == {"train/loss": [(7, 0.5)], "test/loss": [(7, 0.5)]}

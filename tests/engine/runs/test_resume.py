@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as PluginEventAccumulator
 
 from src.engine.errors import ConfigError
 from src.engine.runs.build import load_checkpoint
@@ -138,6 +139,15 @@ def test_a_clock_that_goes_back_between_kills_changes_no_curve(
     monkeypatch.delitem(runs.env, "CLOCK_AHEAD")
     runs.resume("clock", f"{KILL}=null")
     assert_same_run(whole, runs.path("clock"))
+    assert served(whole) == served(runs.path("clock"))
+
+
+def served(folder: Path) -> dict[str, list[int]]:
+    """The steps of each curve that TensorBoard's server in Python shows."""
+    events = PluginEventAccumulator(str(folder), tensor_size_guidance={"scalars": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["tensors"] if not tag.startswith("_hparams_")]
+    return {tag: [event.step for event in events.Tensors(tag)] for tag in tags}
 
 
 @pytest.mark.slow

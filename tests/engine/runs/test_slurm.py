@@ -279,7 +279,8 @@ def test_the_same_command_waits_for_what_slurm_has_and_resumes_what_was_cancelle
 def test_a_sweep_that_does_not_wait_is_collected_later(cluster: dict[str, str], tmp_path: Path) -> None:
     rates = [f"0.00{number}" for number in range(1, 5)]  # of which the cluster takes three as an array
     arguments = ("trainer=cpu", f"optimizer.lr={','.join(rates)}")
-    held = ("+hydra.launcher.additional_parameters.hold=true", "hydra.launcher.account=mine")
+    one_of_each = "hydra.launcher.array_parallelism=2"
+    held = ("+hydra.launcher.additional_parameters.hold=true", "hydra.launcher.account=mine", one_of_each)
     left = sweep(cluster, tmp_path, *arguments, *held, "hydra.launcher.wait=false")
     assert left.returncode == 0, left.stderr
     assert left.statuses() == {f"optimizer.lr={rate}": "waiting" for rate in rates}
@@ -288,7 +289,7 @@ def test_a_sweep_that_does_not_wait_is_collected_later(cluster: dict[str, str], 
     first, *_, last = (submitted[f"optimizer.lr={rate}"].split("_") for rate in rates)
     assert first[1:] == ["0"]
     assert last[0] != first[0]
-    assert "Account=mine" in ask(cluster, "scontrol", "show", "job", first[0])
+    assert {"Account=mine", "ArrayTaskThrottle=1"} <= set(ask(cluster, "scontrol", "show", "job", first[0]).split())
     ask(cluster, "scontrol", "release", f"{first[0]},{last[0]}")
     collected = sweep(cluster, tmp_path, *arguments)
     assert collected.returncode == 0, collected.stderr
@@ -309,6 +310,26 @@ def test_a_sweeps_job_that_is_preempted_saves_and_resumes(cluster: dict[str, str
     assert result.statuses() == {job.name: "finished"}
     assert steps(job, 0)[-1] < 39, "it has not stopped within an epoch"
     assert steps(job, 0) + steps(job, 1) == list(range(60))
+
+
+def test_a_search_submits_its_next_trial_when_one_has_ended(cluster: dict[str, str], tmp_path: Path) -> None:
+    searched = (
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.n_trials=4",
+        "hydra.sweeper.n_jobs=2",
+        "hydra.sweeper.pruner=null",
+    )
+    sampler = "hydra.sweeper.sampler._target_=optuna.samplers.RandomSampler"
+    slowly = ("+callbacks.slow={_target_: slow.Slow, epoch: 0, seconds: 0}", "callbacks.slow.seconds=choice(0,3)")
+    plain = ("optimizer.lr=0.01", "trainer=cpu", "test=false", "seed=3")
+    result = sweep(cluster, tmp_path, *plain, *searched, sampler, *slowly)
+    assert result.returncode == 0, result.stderr
+    assert set(result.statuses().values()) == {"finished"}
+    started = {job: (tmp_path / job / "config.yaml").stat().st_mtime for job in sorted(result.statuses())}
+    ended = {job: (tmp_path / job / "metrics.json").stat().st_mtime for job in started}
+    first, second, third, _ = started
+    assert {job.rpartition("=")[2] for job in (first, second)} == {"0", "3"}  # of one a step takes three seconds
+    assert min(ended[first], ended[second]) < started[third] < max(ended[first], ended[second])
 
 
 def test_jobs_wait_for_a_drained_node_and_resume_after_one_that_was_down(
