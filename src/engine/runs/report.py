@@ -20,8 +20,8 @@ class PrintableFormatter(logging.Formatter):
     """Log messages for a terminal: what they quote of a checkpoint or a file must not steer it."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The message, printable line by line."""
-        return "\n".join(map(printable, super().format(record).split("\n")))
+        """The message, printable but for its line breaks and tabs."""
+        return re.sub(r"[^\n\t]+", lambda part: printable(part[0]), super().format(record))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

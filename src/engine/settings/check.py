@@ -85,7 +85,9 @@ def _resolve(cfg: Any) -> dict[str, Any]:
     try:
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        said = str(error).splitlines()[0].rpartition("resolving interpolation: ")[2]
+        remedy = "; set it in the shell or in .env" if "Environment variable" in said else ""
+        raise ConfigError(f"{error.full_key}: {said}{remedy}") from error
     return {str(key): value for key, value in config.items()}  # type: ignore[union-attr]
 
 

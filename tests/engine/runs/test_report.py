@@ -99,7 +99,7 @@ def test_what_a_checkpoint_says_cannot_steer_the_terminal(capsys: pytest.Capture
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config: Any = OmegaConf.to_container(compose("test", return_hydra_config=True).hydra.job_logging, resolve=False)
     formatter = config["formatters"][config["handlers"]["console"]["formatter"]]
-    record = logging.makeLogRecord({"msg": f"it has {STEERING}\nin two lines"})
+    record = logging.makeLogRecord({"msg": f"it has {STEERING}\n\tin two lines"})
     assert logging.config.DictConfigurator({}).configure_formatter(formatter).format(record) == (
-        "it has red\\x1b[31m\\x07\nin two lines"
+        "it has red\\x1b[31m\\x07\n\tin two lines"
     )

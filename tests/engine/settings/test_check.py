@@ -31,6 +31,11 @@ def _said(folder: Path, *overrides: str, config_name: str = "train") -> str:
         ("seed=1.5", "seed=1.5: expected a whole number from 0"),
         ("seed=true", "seed=True: expected a whole number from 0"),
         ("monitor=None", "monitor=None: expected text or null"),
+        (
+            "tags=${oc.env:NO_SUCH}",
+            "tags: \"Environment variable 'NO_SUCH' not found\"; set it in the shell or in .env",
+        ),
+        ("seed=${no.such}", "seed: Interpolation key 'no.such' not found"),
         ("monitor=[]", "monitor=[]: expected text or null"),
         ("mode=best", "mode=best: expected min or max"),
         ("test=some", "test=some: expected true or false or all"),
