@@ -74,7 +74,8 @@ def describe_command(config_name: str) -> str:
     options = [f"{group}={', '.join(sorted(path.stem for path in (CONF / group).glob('*.yaml')))}" for group in groups]
     keys = dropwhile(lambda line: line != "", lines)
     own = [line for line in takewhile(lambda line: line != "hydra:", keys) if not line.startswith(("root_", "output_"))]
-    return "\n".join([lines[0].strip("# "), *own, "", *options, "", "--cfg job: all settings; -m: several values"])
+    options += [""] if options else []
+    return "\n".join([lines[0].strip("# "), *own, "", *options, "--cfg job: all settings; -m: several values"])
 
 
 def read_env(path: Path) -> None:
