@@ -60,12 +60,12 @@ def run(
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
     os.environ.setdefault("PROJECT_ROOT", str(ROOT))
-    read_env(Path(os.environ["PROJECT_ROOT"], ".env"))
-    this.check, this.full_error = check, os.environ.get(FULL_ERROR, "")
-    os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would print over many lines
-    processes.exit_on_signals()
-    processes.end_with_parent()
     try:
+        read_env(Path(os.environ["PROJECT_ROOT"], ".env"))
+        this.check, this.full_error = check, os.environ.get(FULL_ERROR, "")
+        os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would print over many lines
+        processes.exit_on_signals()
+        processes.end_with_parent()
         sys.argv[1:] = arrange(sys.argv[1:], config_name, positional)
         if not {"--help", "-h"}.isdisjoint(sys.argv):
             print(describe_command(config_name))

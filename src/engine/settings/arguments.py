@@ -3,6 +3,7 @@
 import copy
 import difflib
 import inspect
+import logging
 import pydoc
 import re
 import sys
@@ -17,6 +18,8 @@ import hydra.utils
 from omegaconf import OmegaConf
 
 from src.engine.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 BUILT = ("data", "model", "optimizer", "scheduler", "trainer", "accelerator", "callbacks", "logger")
 # By a node's key: what it is built of, where it does not say so itself.
@@ -230,6 +233,8 @@ def build(config: Any, **kwargs: Any) -> Any:
                 OmegaConf.update(config, f"{key}.{name}".lstrip("."), fitted, merge=False)
             elif value is None and not (name in parameters or takes_others or name.startswith("_")):
                 (OmegaConf.select(config, key) if key else config).pop(name)
+                if hint := _mean(name, parameters, f"{key}.".lstrip(".")):
+                    log.warning(f"{name}=null: {node['_target_']} takes no such argument, so it is left out{hint}")
     return hydra.utils.instantiate(config, **{**kwargs, "_convert_": config.get("_convert_", "object")})
 
 

@@ -1,6 +1,7 @@
 """Errors in a line or two: the setting or file, the value, what was expected, the remedy."""
 
 import inspect
+import os
 import re
 import sys
 import sysconfig
@@ -65,6 +66,10 @@ def _explain(error: BaseException, config_name: str, cfg: DictConfig | None) -> 
         return f"ckpt_path={cfg.ckpt_path}: does not fit this run: {said}; init.weights=<file> takes only its weights"
     if isinstance(error, MarkedYAMLError) and (mark := error.problem_mark):
         return f"{mark.name}, line {mark.line + 1}: {error.problem}; expected YAML"
+    if isinstance(error, UnicodeDecodeError):
+        for path in (Path(os.environ.get("PROJECT_ROOT", ROOT), ".env"), *CONF.rglob("*.yaml")):
+            if path.is_file() and error.object in path.read_bytes():
+                return f"{path}: {error.reason} at byte {error.start}; expected UTF-8"
     if isinstance(error, HydraException | OmegaConfBaseException) or "Invalid defaults list" in str(error):
         return " ".join(_explain_config(error, config_name).split())  # a value may have line breaks
     if any(kind.__module__ == "src.engine.errors" for kind in type(error).__mro__):

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.engine.errors import ConfigError, DataError, SweepError
+from src.engine.runs.command_line import read_env
 from src.engine.settings.check import CONF
 from src.engine.settings.explain import explain
 from tests.engine.tiny import TinyTask
@@ -165,6 +166,15 @@ def test_a_slip_in_a_file_is_one_line_that_names_it(text: str, said: str, tmp_pa
     found = explain(caught.value, "train")
     assert found.startswith(f"error: {said.format(path=path)}"), found
     assert len(found.splitlines()) == 1
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROJECT_ROOT", str(tmp_path))
+    path = tmp_path / ".env"
+    path.write_bytes("NAME=Müller\n".encode("latin-1"))
+    with pytest.raises(UnicodeDecodeError) as caught:
+        read_env(path)
+    assert explain(caught.value, "train") == f"error: {path}: invalid start byte at byte 6; expected UTF-8"
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,7 @@ def test_a_list_becomes_a_tensor_where_the_annotation_says_tensor() -> None:
     assert instantiate(adam).keywords == {"lr": 0.1, "betas": [0.9, 0.99]}
 
 
-def test_a_null_that_a_target_does_not_take_takes_an_argument_back() -> None:
+def test_a_null_that_a_target_does_not_take_takes_an_argument_back(caplog: pytest.LogCaptureFixture) -> None:
     base = OmegaConf.create({"loss": {"_target_": "torch.nn.CrossEntropyLoss", "weight": None, "label_smoothing": 0.1}})
     with pytest.raises(ConfigError, match=r"loss\.label_smoothing: torch\.nn.*NLLLoss takes no such argument"):
         check_arguments(
@@ -294,6 +294,11 @@ def test_a_null_that_a_target_does_not_take_takes_an_argument_back() -> None:
     check_arguments({"model": OmegaConf.to_container(config)})
     assert type(instantiate(config.loss)) is torch.nn.NLLLoss
     assert instantiate({"_target_": "builtins.dict", "kept": None}) == {"kept": None}
+    assert not caplog.records
+    instantiate({"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 2, "in_feature": None})
+    (said,) = caplog.messages
+    assert said.startswith("in_feature=null: torch.nn.Linear takes no such argument")
+    assert said.endswith("did you mean in_features?")
 
 
 def test_a_whole_number_may_be_written_with_a_power_of_ten() -> None:
