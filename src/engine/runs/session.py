@@ -1,5 +1,6 @@
 """What the engine adds to every training, whatever its module, data and callbacks are."""
 
+import itertools
 import logging
 import random
 import sys
@@ -18,6 +19,11 @@ from src.engine.runs.rehearsal import OF_VALIDATION
 
 log = logging.getLogger(__name__)
 
+OF_STEP = (
+    "on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward",
+    "on_before_optimizer_step", "on_train_batch_end",
+)  # fmt: skip
+
 
 class Session(Callback):
     """Logs the config, tries a checkpoint out before the first step, and makes several processes agree.
@@ -32,6 +38,7 @@ class Session(Callback):
       gradients, which Lightning divides by the batches of a whole one.
     - In a run that is counted in steps, a schedule that waits for a metric counts validations, not epochs.
     - It keeps when each metric was logged: Lightning's are those of all epochs.
+    - Callbacks are called only for what they do in a step: Lightning would call all of them six times, and time each.
 
     Args:
         config: The run's config, plain; each checkpoint holds it.
@@ -66,6 +73,10 @@ class Session(Callback):
             random.seed(seed)
             np.random.seed(seed)
             torch.manual_seed(seed)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback, name in itertools.product(callbacks, OF_STEP):
+            if name not in vars(callback) and getattr(type(callback), name) is getattr(Callback, name):
+                setattr(callback, name, None)  # which Lightning passes over
         for name, value in self._loaded.items():
             if trainer.enable_validation or not OF_VALIDATION.match(name):  # else they would rank what has none
                 trainer.callback_metrics[name] = torch.tensor(value)  # Lightning's books, which it hands out

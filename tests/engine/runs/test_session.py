@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, LambdaCallback
+from pytorch_lightning.profilers import SimpleProfiler
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from src.engine.runs.session import Session
+from src.engine.runs.session import OF_STEP, Session
 from tests.engine.runs.test_last_checkpoint import interrupt, last, run
 from tests.engine.tiny import TINY
 from tests.engine.together import train_together
@@ -122,6 +123,35 @@ def test_you_are_warned_where_the_last_window_is_not_known(tmp_path: Path, caplo
     )  # fmt: skip
     trainer.fit(Line(), DataLoader(Stream()))
     assert "trainer.accumulate_grad_batches=3: the train loader has no length" in caplog.text
+
+
+class Mine(Callback):
+    """Notes that it was called."""
+
+    called: list[str]
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.called.append("mine")
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+def test_a_step_calls_callbacks_only_for_what_they_do(tmp_path: Path) -> None:
+    called: list[str] = []
+    mine, theirs = Mine(), LambdaCallback(on_train_batch_end=lambda *_: called.append("theirs"))
+    mine.called = called
+    profiler = SimpleProfiler()
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, profiler=profiler,
+        callbacks=[mine, theirs, Session({"seed": 0})],
+    )  # fmt: skip
+    trainer.fit(Line(), DataLoader(TensorDataset(torch.ones(2))))
+    assert called == ["mine", "theirs"] * 2
+    timed = [name.removeprefix("[Callback]") for name in profiler.recorded_durations if name.startswith("[Callback]")]
+    assert {name for name in timed if name.rpartition(".")[2] in OF_STEP} == {
+        "Mine.on_after_backward", "LambdaCallback.on_train_batch_end", "Session.on_train_batch_start",
+        "Session.on_before_backward",
+    }  # fmt: skip
 
 
 class Talker(Callback):
