@@ -1,13 +1,8 @@
 """Predict: ``python -m src.predict [inputs='digits/*.png'] [ckpt_path=...] [output=...]``."""
 
-import csv
-import glob
-import io
-import json
 import logging
-import re
 import warnings
-from collections import Counter
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
@@ -24,6 +19,8 @@ from src.engine.errors import ConfigError, SkippedError
 from src.engine.runs import report
 from src.engine.runs.checkpoints import newest_checkpoint
 from src.engine.runs.command import run_function
+from src.engine.runs.inputs import AS_IN, Inputs
+from src.engine.runs.predictions import SUFFIXES, Predictions, Row
 from src.engine.settings.check import require
 
 if TYPE_CHECKING:  # functions import torch and Lightning: a bad setting is answered without them
@@ -31,26 +28,19 @@ if TYPE_CHECKING:  # functions import torch and Lightning: a bad setting is answ
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".pbm", ".pgm", ".ppm")
-OTHERS = (".heic", ".heif", ".avif", ".jxl", ".svg", ".pdf", ".psd")  # pictures that are not read
-IDX = "idx[34][-_.]"  # in an IDX file's name, if it is of images
-AS_IN = "name files, folders or patterns, as in inputs='digits/*.png'"
-MAX_ROWS = 50  # of the table
 MAX_NAMED = 5  # files that could not be read, at the end
 MAX_CHARACTERS = 40  # of a cell of the table that is no file
 NARROW = 100  # columns of a terminal, below which the table has no runners-up
 SURE = 0.9  # the probability from which an answer is to be trusted; label smoothing keeps right ones below 0.96
 Settings = Mapping[str, Any]
 Reader = Callable[..., Any]  # from a file to its images, (N, ...)
-Rows = list[dict[str, Any]]  # a dict for each sample, by column
+Rows = list[Row]
+Take = Callable[[Rows], None]  # gets the rows of a batch, as the extend of a list does
 CLASS_COLUMNS = ("class", "probability", "runner_up", "runner_up_probability")
 
 
-def predict(cfg: DictConfig) -> Rows:
-    """Predict as ``conf/predict.yaml`` says, and show and write the predictions.
-
-    Returns:
-        The rows.
+def predict(cfg: DictConfig) -> None:
+    """Predict as ``conf/predict.yaml`` says, and write and show the predictions.
 
     Raises:
         SkippedError: At the end, if files could not be read.
@@ -59,105 +49,52 @@ def predict(cfg: DictConfig) -> Rows:
 
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
-    output = Path(cfg.output or Path(cfg.output_dir) / "predictions.csv")
     # The run's folder of data need not be there, nor be trusted, where nothing is read from it.
     unread = None if cfg.inputs is None else f"{cfg.root_dir}/data"
     module, datamodule = restore(path), restore_datamodule(path, unread, **settings.get("data", {}))
-    failed: list[Path] = []
-    if cfg.inputs is None:
-        rows = predict_batches(module, datamodule, settings["accelerator"])
-    else:
-        files, others = find_inputs(settings["inputs"])
-        if others:
-            log.warning(f"left out: {describe(others)}")
-        rows, failed = predict_files(module, datamodule, files, cfg.batch_size, settings["accelerator"], cfg.split)
+    failed: list[str] = []
+    with Predictions(Path(cfg.output or Path(cfg.output_dir) / "predictions.csv")) as predictions:
+        if cfg.inputs is None:
+            predict_batches(module, datamodule, settings["accelerator"], predictions.extend)
+        else:
+            files = Inputs(settings["inputs"])
+            if files.others:
+                log.warning(f"left out: {files.others}")
+            accelerator, take = settings["accelerator"], predictions.extend
+            failed = predict_files(module, datamodule, files, cfg.batch_size, accelerator, take, cfg.split)
     OmegaConf.save(cfg, Path(cfg.output_dir) / "config.yaml", resolve=True)
-    if rows:
-        write_rows(output, rows)
-        print_rows(rows)
-        facts = {"checkpoint": report.shown(path), "rows": f"{len(rows):,}", "written to": report.shown(output)}
-        unsure = sum(row.get("sure", "yes") != "yes" for row in rows)
-        report.print_table("predicted", facts | ({"not sure": f"{unsure:,}, see there why"} if unsure else {}))
+    if count := predictions.count:
+        print_rows(predictions.first, count)
+        facts = {"checkpoint": report.shown(path), "rows": f"{count:,}", "written to": report.shown(predictions.path)}
+        unsure = {"not sure": f"{predictions.num_unsure:,}, see there why"} if predictions.num_unsure else {}
+        report.print_table("predicted", facts | unsure)
     if failed:
         names = ", ".join(map(report.shown, failed[:MAX_NAMED])) + (", ..." if len(failed) > MAX_NAMED else "")
         raise SkippedError(f"{len(failed)} of {len(files)} files could not be read and were skipped: {names}")
-    return rows
 
 
 def check_inputs(cfg: DictConfig) -> None:
     """Look for the files, and for what writes the output, before torch is imported and the run's folder is made."""
     suffix = Path(cfg.output or "_.csv").suffix
-    if suffix not in (".csv", ".json", ".parquet"):
+    if suffix not in SUFFIXES:
         raise ConfigError(f"output={cfg.output}: expected a file that ends in .csv, .json or .parquet")
     if cfg.output and Path(cfg.output).exists() and not cfg.overwrite:
         raise ConfigError(f"output={cfg.output}: is there already; overwrite=true replaces it")
     if suffix == ".parquet":
         require(f"output={cfg.output}", "pyarrow", extra="export")
     if cfg.inputs is not None:
-        find_inputs(cfg.inputs)
-
-
-def find_inputs(inputs: Iterable[str]) -> tuple[list[Path], Counter[str]]:
-    """The files that are meant, in order, each once, and how many others of a kind that cannot be read, by suffix.
-
-    Args:
-        inputs: Files, folders (their image and IDX files at any depth) and patterns (``*``, ``?``, ``**``); or one.
-
-    Raises:
-        ConfigError: If one of them leads to no file.
-    """
-    found: dict[Path, None] = {}
-    others: Counter[str] = Counter()
-    for name in [inputs] if isinstance(inputs, str) else inputs:
-        path = Path(name).expanduser()
-        places = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
-        files = [file for place in places for file in (list_folder(place, others) if place.is_dir() else [place])]
-        files = list(filter(Path.is_file, files))  # a pipe would be waited for
-        if not files:
-            unread = f"; there are {describe(others)}" if others else ""
-            raise ConfigError(
-                f"inputs={report.printable(name)}: no such file, or no image or IDX file in there{unread}; {AS_IN}"
-            )
-        found |= dict.fromkeys(files)
-    if not found:
-        raise ConfigError(f"inputs=[]: {AS_IN}")
-    return list(found), others
-
-
-def describe(others: Mapping[str, int]) -> str:
-    """How many files of which kinds cannot be read, and what to do."""
-    kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(others.items()))
-    return f"{kinds}, which cannot be read: save them as PNG or JPEG"
-
-
-def list_folder(folder: Path, others: Counter[str]) -> list[Path]:
-    """The image and IDX files of a folder at any depth, sorted, each folder once; without hidden files and folders.
-
-    Args:
-        folder: It may have links to folders, even to itself.
-        others: Counts the images of a kind that cannot be read, by suffix.
-    """
-    found, seen, left = [], set(), [folder]
-    while left:
-        here = left.pop()
-        if (real := here.resolve()) in seen:
-            continue
-        seen.add(real)
-        for path in here.iterdir():
-            if path.name.startswith("."):
-                continue
-            if path.is_dir():
-                left.append(path)
-            elif path.suffix.lower() in SUFFIXES or re.search(IDX, path.name):
-                found.append(path)
-            elif path.suffix.lower() in OTHERS:
-                others[path.suffix.lower()] += 1
-    return sorted(found)
+        Inputs(cfg.inputs)
 
 
 def predict_files(
-    module: Any, datamodule: Any, files: Sequence[Path], batch_size: int, accelerator: Settings, split: bool = False
-) -> tuple[Rows, list[Path]]:
+    module: Any,
+    datamodule: Any,
+    files: Iterable[Path],
+    batch_size: int,
+    accelerator: Settings,
+    take: Take,
+    split: bool = False,
+) -> list[str]:
     """Predict what is in files; those that cannot be read are logged and skipped.
 
     Args:
@@ -166,31 +103,38 @@ def predict_files(
         files: Image or IDX files.
         batch_size: Images that the module gets at a time, 1 or more.
         accelerator: ``accelerator``, ``devices`` (one) and ``precision``, as the Trainer takes them.
+        take: Gets a row for each image, in order, as ``make_rows`` returns them, with what ``read_images`` has warned
+            of as ``sure``. A row's ``file`` ends with the image's number, from 0, if the file holds several:
+            ``t10k-images-idx3-ubyte#17``.
         split: Whether several digits in a picture become a row each, from left to right.
 
     Returns:
-        A row for each image, in order, as ``make_rows`` returns them, with what ``read_images`` has warned of as
-        ``sure``, and the files that could not be read. A row's ``file`` ends with the image's number, from 0, if the
-        file holds several: ``t10k-images-idx3-ubyte#17``.
+        The files that could not be read.
     """
     import torch
 
     from src.engine.runs.build import preprocess
 
-    told: list[tuple[str, str]] = []
-    failed: list[Path] = []
+    told: deque[list[tuple[str, str]]] = deque()  # of each batch that is read, and not yet predicted
+    failed: list[str] = []
     images = read_files(files, find_reader(datamodule, split), failed)
 
     def make_batches() -> Iterator["Tensor"]:
         while chunk := list(islice(images, batch_size)):
-            told.extend((name, doubt) for name, _, doubt in chunk)
+            told.append([(name, doubt) for name, _, doubt in chunk])
             yield preprocess(torch.stack([image for _, image, _ in chunk]), datamodule)
 
-    rows = predict_batches(module, datamodule, accelerator, make_batches())
-    if len(rows) != len(told):
-        raise ConfigError(f"predict_step: returned {len(rows)} predictions for {len(told)} images; expected one each")
-    pairs = zip(told, rows, strict=True)
-    return [{"file": name, **row, **({"sure": doubt} if doubt else {})} for (name, doubt), row in pairs], failed
+    def name_rows(rows: Rows) -> None:
+        names = told.popleft()
+        if len(rows) != len(names):
+            raise ConfigError(
+                f"predict_step: returned {len(rows)} predictions for {len(names)} images; expected one each"
+            )
+        pairs = zip(names, rows, strict=True)
+        take([{"file": name, **row, **({"sure": doubt} if doubt else {})} for (name, doubt), row in pairs])
+
+    predict_batches(module, datamodule, accelerator, name_rows, make_batches())
+    return failed
 
 
 def find_reader(datamodule: Any, split: bool = False) -> Reader:
@@ -208,7 +152,7 @@ def find_reader(datamodule: Any, split: bool = False) -> Reader:
     return partial(reader, split=True) if split else reader
 
 
-def read_files(files: Sequence[Path], read: Reader, failed: list[Path]) -> Iterator[tuple[str, "Tensor", str]]:
+def read_files(files: Iterable[Path], read: Reader, failed: list[str]) -> Iterator[tuple[str, "Tensor", str]]:
     """Each image with its name and what is doubtful; files that cannot be read are logged and added to ``failed``."""
     console = Console(stderr=True)
     for file in track(files, "reading", console=console, transient=True, disable=not console.is_terminal):
@@ -218,7 +162,7 @@ def read_files(files: Sequence[Path], read: Reader, failed: list[Path]) -> Itera
             log.debug("stack trace:", exc_info=error)
             reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
             log.warning(f"{report.shown(file)}: skipped: {reason}")
-            failed.append(file)
+            failed.append(str(file))
             continue
         for index, image in enumerate(images):
             yield f"{file}#{index}" if len(images) > 1 else str(file), image, doubt
@@ -235,8 +179,10 @@ def read_with_doubt(read: Reader, file: Path) -> tuple["Tensor", str]:
     return images, ", ".join(told)
 
 
-def predict_batches(module: Any, datamodule: Any, accelerator: Settings, batches: Iterator[Any] | None = None) -> Rows:
-    """The rows of what a module predicts for batches, or for those of ``predict_dataloader`` or ``test_dataloader``.
+def predict_batches(
+    module: Any, datamodule: Any, accelerator: Settings, take: Take, batches: Iterator[Any] | None = None
+) -> None:
+    """Predict batches, or those of ``predict_dataloader`` or ``test_dataloader``; ``take`` gets the rows of each.
 
     Raises:
         ConfigError: If there are several devices, or neither batches nor such a loader.
@@ -253,16 +199,21 @@ def predict_batches(module: Any, datamodule: Any, accelerator: Settings, batches
         raise ConfigError(
             f"inputs=null: {type(source).__name__} has no predict_dataloader and no test_dataloader; {AS_IN}"
         )
-    trainer = pl.Trainer(**accelerator, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    if trainer.world_size > 1:
-        raise ConfigError(f"accelerator.devices={accelerator['devices']}: expected 1, or a list of one, as in [0]")
-    predictions: list[Any] = trainer.predict(module, batches, datamodule if batches is None else None) or []
-    if len(trainer.num_predict_batches) > 1:  # a list for each of several loaders
-        predictions = list(chain.from_iterable(predictions))
     is_own = type(module).predict_step is not pl.LightningModule.predict_step
     num_classes = None if is_own else getattr(module, "num_classes", None)
-    classes = getattr(datamodule, "classes", None) or range(num_classes or 0)
-    return [row for prediction in predictions for row in make_rows(prediction, num_classes, classes)]
+
+    def take_batch(trainer: Any, module: Any, prediction: Any, *_: Any) -> None:
+        classes = getattr(datamodule, "classes", None) or range(num_classes or 0)
+        take(make_rows(prediction, num_classes, classes))
+
+    trainer = pl.Trainer(
+        **accelerator, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        callbacks=pl.callbacks.LambdaCallback(on_predict_batch_end=take_batch),
+    )  # fmt: skip
+    if trainer.world_size > 1:
+        raise ConfigError(f"accelerator.devices={accelerator['devices']}: expected 1, or a list of one, as in [0]")
+    # Lightning would keep all predictions until the end.
+    trainer.predict(module, batches, datamodule if batches is None else None, return_predictions=False)
 
 
 def make_rows(prediction: Any, num_classes: int | None = None, classes: Sequence[Any] = ()) -> Rows:
@@ -300,46 +251,22 @@ def make_rows(prediction: Any, num_classes: int | None = None, classes: Sequence
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def write_rows(path: Path, rows: Rows) -> None:
-    """Write rows as CSV, JSON (a list of objects) or Parquet, as the path's suffix says; whole or not at all."""
-    file = io.BytesIO()
-    if path.suffix == ".parquet":
-        from lightning_utilities.core.apply_func import apply_to_collection
-        from pyarrow import Table, parquet  # of the extra export
-
-        def readable(text: str) -> str:  # a file's name can be any bytes, this format's texts cannot
-            return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
-
-        plain = apply_to_collection(rows, str, readable)
-        parquet.write_table(Table.from_pylist(plain), file)
-    elif path.suffix == ".json":
-        file.write(json.dumps(rows, indent=2, default=str).encode())
-    else:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, dict.fromkeys(chain.from_iterable(rows)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        file.write(text.getvalue().encode(errors="surrogateescape"))  # a file's name can be any bytes
-    path.parent.mkdir(parents=True, exist_ok=True)
-    report.write_bytes(path, file.getvalue())
-
-
-def print_rows(rows: Rows) -> None:
-    """A table of the first MAX_ROWS rows: a file's name in full, the start of anything else that is long."""
+def print_rows(rows: Rows, count: int) -> None:
+    """A table of the first of ``count`` rows: a file's name in full, the start of anything else that is long."""
     console, table = report.make_console(), Table()
-    columns = list(dict.fromkeys(chain.from_iterable(rows[:MAX_ROWS])))
+    columns = list(dict.fromkeys(chain.from_iterable(rows)))
     if console.width < NARROW:  # what is left out is in the file
         columns = [name for name in columns if name not in CLASS_COLUMNS[2:]]
     short: Any = {"justify": "right", "no_wrap": True, "max_width": MAX_CHARACTERS}
     for name in columns:
         table.add_column(report.cell(name), overflow="fold", **({} if name in ("file", "sure") else short))
-    for row in rows[:MAX_ROWS]:
+    for row in rows:
         values = ("-" if row.get(name) is None else row[name] for name in columns)
         cells = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in values)
         table.add_row(*map(report.cell, cells))
     console.print(table)
-    if len(rows) > MAX_ROWS:
-        console.print(f"... and {len(rows) - MAX_ROWS:,} more")
+    if count > len(rows):
+        console.print(f"... and {count - len(rows):,} more")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import signal
 import sys
+import tracemalloc
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,21 +27,23 @@ from src.engine.errors import ConfigError, SkippedError
 from src.engine.runs import report
 from src.engine.runs.build import restore, restore_datamodule
 from src.engine.runs.command_line import arrange
+from src.engine.runs.inputs import Inputs
+from src.engine.runs.predictions import Predictions
 from src.predict import (
     CLASS_COLUMNS,
+    Rows,
     check_inputs,
-    find_inputs,
     find_reader,
     make_rows,
     predict,
     predict_batches,
     predict_files,
     print_rows,
-    write_rows,
 )
 from tests.compose import compose_cfg
-from tests.forks import run_command
+from tests.forks import run_command, start
 from tests.mnist.files import write_idx
+from tests.processes import wait_until
 
 CPU = {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
 
@@ -51,10 +55,16 @@ def classify(checkpoint: Path, images: Tensor) -> tuple[list[int], list[float]]:
     return best.indices.tolist(), best.values.tolist()
 
 
-def predict_pictures(
-    checkpoint: Path, files: Sequence[Path], batch_size: int
-) -> tuple[list[dict[str, Any]], list[Path]]:
-    return predict_files(restore(checkpoint), restore_datamodule(checkpoint), files, batch_size, CPU)
+def predict_pictures(checkpoint: Path, files: Sequence[Path], batch_size: int) -> tuple[Rows, list[str]]:
+    rows: Rows = []
+    failed = predict_files(restore(checkpoint), restore_datamodule(checkpoint), files, batch_size, CPU, rows.extend)
+    return rows, failed
+
+
+def predict_loaders(module: pl.LightningModule, datamodule: pl.LightningDataModule) -> Rows:
+    rows: Rows = []
+    predict_batches(module, datamodule, CPU, rows.extend)
+    return rows
 
 
 def draw_large(digit: Tensor, path: Path) -> None:
@@ -98,51 +108,6 @@ def test_every_digit_of_an_idx_file_gets_a_row(trained: Path, tmp_path: Path) ->
         assert all(0 <= row["runner_up_probability"] <= row["probability"] for row in rows)
 
 
-def test_inputs_are_files_folders_and_patterns(tmp_path: Path) -> None:
-    pictures = ["a.png", "b.JPG", "sub/c.jpeg", "sub/t10k-images-idx3-ubyte.gz"]
-    for name in [*pictures, "sub/labels-idx1-ubyte", "notes.txt", ".h.png"]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-
-    def found(*inputs: str) -> list[str]:
-        return [str(path.relative_to(tmp_path)) for path in find_inputs([f"{tmp_path}/{name}" for name in inputs])[0]]
-
-    assert found("") == pictures
-    assert found("sub") == ["sub/c.jpeg", "sub/t10k-images-idx3-ubyte.gz"]
-    assert found("*.png", "a.png", "notes.txt") == ["a.png", "notes.txt"]
-    assert found("**/*.jp*g") == ["sub/c.jpeg"]
-    assert find_inputs(str(tmp_path / "a.png"))[0] == [tmp_path / "a.png"]
-    (tmp_path / "[1].png").touch()
-    assert found("[1].png") == ["[1].png"]  # a file, though it reads like a pattern
-    (tmp_path / "empty").mkdir()
-    for name in ("nothing", "x*.png", "empty"):
-        with pytest.raises(
-            ConfigError, match=rf"inputs=.*{name.replace('*', '.')}: no such file, or no image or IDX file"
-        ):
-            found("a.png", name)
-
-
-def test_hidden_folders_pipes_and_circles_of_links_are_no_inputs(tmp_path: Path) -> None:
-    pictures = ["a.png", "b.jfif", "sub/train-images-idx4-float", "sub/x.JPG"]
-    for name in [*pictures, ".ipynb_checkpoints/a-checkpoint.png", ".git/b.png", "one.heic", "two.HEIC", "c.avif"]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "sub" / "back").symlink_to(tmp_path)
-    (tmp_path / "again").symlink_to(tmp_path / "sub")
-    files, others = find_inputs([str(tmp_path)])
-
-    assert len(files) == len(pictures)
-    assert {path.resolve() for path in files} == {tmp_path / name for name in pictures}
-    assert others == {".heic": 2, ".avif": 1}
-    with pytest.raises(ConfigError, match=r"pipe\.png: no such file"):
-        find_inputs([str(tmp_path / "pipe.png")])
-    (tmp_path / "phone").mkdir()
-    (tmp_path / "phone" / "three.heic").touch()
-    with pytest.raises(ConfigError, match=r"there are 1 \.heic, which cannot be read: save them as PNG or JPEG"):
-        find_inputs([str(tmp_path / "phone")])
-
-
 def test_the_command_skips_and_names_what_it_cannot_read(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "digits"
     folder.mkdir()
@@ -169,7 +134,7 @@ def test_the_command_skips_and_names_what_it_cannot_read(trained: Path, tmp_path
 
 
 def test_the_start_of_a_long_value_is_shown_and_all_of_a_files_name(capsys: pytest.CaptureFixture[str]) -> None:
-    print_rows([{"file": "a" * 50, "boxes": list(range(10_000)), "score": 0.5}, {"file": "b", "score": None}])
+    print_rows([{"file": "a" * 50, "boxes": list(range(10_000)), "score": 0.5}, {"file": "b", "score": None}], 2)
     said = capsys.readouterr().out
     assert f" {'a' * 50} " in said
     assert " [0, 1, 2, " in said
@@ -182,7 +147,7 @@ def test_a_narrow_terminal_shows_the_file_and_why_its_answer_is_not_sure(
 ) -> None:
     monkeypatch.setattr(report, "make_console", lambda: Console(width=width))
     values = ("digits/7 on paper.png", 7, 0.8, 1, 0.125)
-    print_rows([dict(zip(("file", *CLASS_COLUMNS), values, strict=True)) | {"sure": "below 0.9"}])
+    print_rows([dict(zip(("file", *CLASS_COLUMNS), values, strict=True)) | {"sure": "below 0.9"}], 1)
     said = capsys.readouterr().out
     for word in ("digits/7 on paper.png", " 7 ", " 0.8000 ", " below 0.9 "):
         assert word in said
@@ -192,7 +157,7 @@ def test_a_narrow_terminal_shows_the_file_and_why_its_answer_is_not_sure(
 
 def test_brackets_in_a_files_name_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     names = ("[draft] 7.png", "x[/old].png", "[bold].png")
-    print_rows([dict(zip(("file", *CLASS_COLUMNS), (name, 7, 0.9, 1, 0.1), strict=True)) for name in names])
+    print_rows([dict(zip(("file", *CLASS_COLUMNS), (name, 7, 0.9, 1, 0.1), strict=True)) for name in names], 3)
     said = capsys.readouterr().out
     for name in names:
         assert f" {name} " in said
@@ -214,16 +179,6 @@ def test_a_files_name_cannot_steer_the_terminal(
     assert b"no utf-8 \xff.png" in (tmp_path / "predictions.csv").read_bytes()
 
 
-def test_a_name_that_is_not_utf_8_costs_no_table(tmp_path: Path) -> None:
-    rows = [{"file": os.fsdecode(b"\xff.png"), "class": 7}, {"file": "é.png", "class": 8}]
-    for suffix in ("csv", "json", "parquet"):
-        write_rows(tmp_path / f"rows.{suffix}", rows)
-    assert (tmp_path / "rows.csv").read_bytes() == b"file,class\n\xff.png,7\n\xc3\xa9.png,8\n"
-    assert json.loads((tmp_path / "rows.json").read_text()) == rows
-    names = pyarrow.parquet.read_table(tmp_path / "rows.parquet")["file"].to_pylist()
-    assert names == [r"\xff.png", "é.png"]
-
-
 def test_output_that_is_there_is_kept_unless_you_say_so(tmp_path: Path) -> None:
     Image.new("L", (9, 9)).save(tmp_path / "a.png")
     (tmp_path / "rows.csv").write_text("mine")
@@ -243,7 +198,7 @@ def test_a_value_that_is_a_path_needs_no_second_quoting(
     (override,) = arrange([f"inputs={name}"], "predict", "inputs")
     cfg = compose_cfg(tmp_path, override, config_name="predict")
     assert cfg.inputs == name
-    assert find_inputs(cfg.inputs)[0] == [Path(name)]
+    assert list(Inputs(cfg.inputs)) == [Path(name)]
 
 
 def test_csv_json_and_parquet_say_the_same(trained: Path, tmp_path: Path) -> None:
@@ -252,8 +207,9 @@ def test_csv_json_and_parquet_say_the_same(trained: Path, tmp_path: Path) -> Non
     for suffix in ("csv", "json", "parquet"):
         cfg = compose_cfg(tmp_path, *overrides, f"output={tmp_path}/rows.{suffix}", config_name="predict")
         check_inputs(cfg)
-        rows = predict(cfg)
-    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+        predict(cfg)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["file"] for row in rows] == [f"{tmp_path}/a-idx3-ubyte#{index}" for index in range(13)]
     assert pyarrow.parquet.read_table(tmp_path / "rows.parquet").to_pylist() == rows
     with (tmp_path / "rows.csv").open() as file:
         assert list(csv.DictReader(file)) == [{key: str(value) for key, value in row.items()} for row in rows]
@@ -274,14 +230,66 @@ class Detector(pl.LightningModule):
 
 
 def test_files_are_read_as_the_data_module_says_and_predicted_as_the_module_does() -> None:
-    rows, failed = predict_files(Detector(), Photos(), [Path("7.jpg"), Path("eight.jpg"), Path("9.jpg")], 2, CPU)
-    assert failed == [Path("eight.jpg")]
+    rows: Rows = []
+    files = [Path("7.jpg"), Path("eight.jpg"), Path("9.jpg")]
+    assert predict_files(Detector(), Photos(), files, 2, CPU, rows.extend) == ["eight.jpg"]
     assert rows == [
         {"file": f"{value}.jpg", "mean": value, "corners": [[value, value], [value, value]], "name": "a"}
         for value in (7, 9)
     ]
     with pytest.raises(ConfigError, match=r"LightningDataModule.* method read_images"):
         find_reader(pl.LightningDataModule())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", [("", "csv"), ("/*.jpg", "json"), ("", "parquet")], ids=str)
+def test_memory_does_not_grow_with_the_number_of_files(
+    kinds: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("src.engine.runs.predictions.ROW_GROUP", 50)
+    pattern, suffix = kinds
+
+    def measure_peak(num_files: int) -> int:
+        folder = tmp_path / str(num_files)
+        folder.mkdir()
+        for index in range(num_files):
+            (folder / f"{index}.jpg").touch()
+        tracemalloc.start()
+        with Predictions(tmp_path / f"rows.{suffix}") as predictions:
+            predict_files(Detector(), Photos(), Inputs(f"{folder}{pattern}"), 10, CPU, predictions.extend)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert predictions.count == num_files
+        return peak
+
+    measure_peak(20)  # what is imported, and made once
+    many = min(measure_peak(2000), measure_peak(2001))  # Python may enlarge its table of names by megabytes meanwhile
+    growth = (many - measure_peak(100)) / 1900
+    print(f"{growth:.0f} bytes a file")
+    assert growth < 350  # names, while a folder is put in order; a row as a dict would take 1,000
+
+
+@pytest.mark.slow
+def test_what_is_classified_is_kept_when_the_command_is_stopped(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    draw_large(read_package().images[0], tmp_path / "in" / "0000.png")
+    for index in range(1, 4000):
+        (tmp_path / "in" / f"{index:04}.png").hardlink_to(tmp_path / "in" / "0000.png")
+    (tmp_path / "in" / "0100.png").unlink()
+    (tmp_path / "in" / "0100.png").touch()
+    log = tmp_path / "log"
+    arguments = (f"ckpt_path={trained}", "inputs=in", "output=out.csv", "batch_size=1", "accelerator=cpu")
+    process = start("predict", [*arguments, "hydra.run.dir=run"], log, {}, cwd=tmp_path)
+    wait_until(lambda: log.is_file() and "0100.png: skipped" in log.read_text(), 60)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM
+    with (tmp_path / "out.csv").open() as file:
+        names = [row["file"] for row in csv.DictReader(file)]
+    assert 95 < len(names) < 3999
+    assert names == [f"in/{index:04}.png" for index in range(4000) if index != 100][: len(names)]
+    assert f"ended early: the first {len(names):,} rows are in out.csv" in log.read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "log", "out.csv", "run"}
 
 
 class Blurred(Photos):
@@ -295,14 +303,16 @@ class Blurred(Photos):
 
 def test_what_the_data_module_warns_of_is_told_in_the_table() -> None:
     files = [Path("7.jpg"), Path("8.jpg")]
-    rows, _ = predict_files(Detector(), Blurred(), files, 2, CPU)
+    rows: Rows = []
+    predict_files(Detector(), Blurred(), files, 2, CPU, rows.extend)
     assert [(row["file"], row.get("sure")) for row in rows] == [("7.jpg", None), ("8.jpg", "blurred")]
-    rows, _ = predict_files(Detector(), Blurred(), files, 3, CPU, split=True)
+    rows.clear()
+    predict_files(Detector(), Blurred(), files, 3, CPU, rows.extend, split=True)
     assert [(row["file"], row.get("sure")) for row in rows] == [
         ("7.jpg#0", None), ("7.jpg#1", None), ("8.jpg#0", "blurred"), ("8.jpg#1", "blurred"),
     ]  # fmt: skip
     with pytest.raises(ConfigError, match=r"Photos.* method read_images\(path, split\)"):
-        predict_files(Detector(), Photos(), files, 2, CPU, split=True)
+        predict_files(Detector(), Photos(), files, 2, CPU, rows.extend, split=True)
 
 
 def test_answers_that_should_not_be_trusted_are_told(
@@ -318,13 +328,16 @@ def test_answers_that_should_not_be_trusted_are_told(
     page.save(tmp_path / "two.png")
     noise = np.random.default_rng(0).normal(128, 20, (90, 90)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
-    overrides = [f"ckpt_path={trained}", "accelerator=cpu", "overwrite=true"]
-    rows = predict(compose_cfg(tmp_path, *overrides, f"inputs={tmp_path}", config_name="predict"))
+    output = tmp_path / "rows.json"
+    overrides = [f"ckpt_path={trained}", "accelerator=cpu", f"output={output}", "overwrite=true"]
+    predict(compose_cfg(tmp_path, *overrides, f"inputs={tmp_path}", config_name="predict"))
+    rows = json.loads(output.read_text())
     sure = {Path(row["file"]).name: row["sure"] for row in rows}
     assert "no clear ink" in sure.pop("noise.png")
     assert sure == {"0.png": "yes", "1.png": "yes", "two.png": "2 digits, read as one"}
     assert "2, see there why" in capsys.readouterr().out
-    rows = predict(compose_cfg(tmp_path, *overrides, f"inputs={tmp_path}/two.png", "split=true", config_name="predict"))
+    predict(compose_cfg(tmp_path, *overrides, f"inputs={tmp_path}/two.png", "split=true", config_name="predict"))
+    rows = json.loads(output.read_text())
     assert [(Path(row["file"]).name, row["class"], row["sure"]) for row in rows] == [
         (f"two.png#{place}", labels[index], "yes") for place, index in enumerate(surest)
     ]
@@ -352,7 +365,7 @@ class Regressor(pl.LightningModule):
 
 def test_without_files_the_data_modules_own_loaders_are_predicted() -> None:
     module = Regressor().eval()
-    rows = predict_batches(module, Sines(), CPU)
+    rows = predict_loaders(module, Sines())
     with torch.no_grad():
         expected = [module.line(torch.tensor([float(index)])).tolist() for index in (*range(5), 0)]
     assert [row.keys() for row in rows] == [{"prediction"}] * 6
@@ -430,20 +443,20 @@ class Dicts(pl.LightningDataModule):
 
 def test_without_a_step_or_a_loader_forward_predicts_the_test_split() -> None:
     module = Forward().eval()
-    rows = predict_batches(module, Pairs(), CPU)
+    rows = predict_loaders(module, Pairs())
     with torch.no_grad():
         expected = module(2 * torch.arange(5.0)[:, None]).tolist()
     np.testing.assert_allclose([row["prediction"] for row in rows], expected, rtol=1e-6)
     with pytest.raises(ConfigError, match=r"Forward has no predict_step, and its forward takes no batch .* predict_st"):
-        predict_batches(Forward().eval(), Dicts(), CPU)
+        predict_loaders(Forward().eval(), Dicts())
     with pytest.raises(ConfigError, match=r"LightningModule has no predict_step, and its forward takes no .*missing"):
-        predict_batches(pl.LightningModule(), Pairs(), CPU)
+        predict_loaders(pl.LightningModule(), Pairs())
 
 
 def test_without_files_and_a_loader_it_is_said_what_is_missing() -> None:
     message = "inputs=null: LightningDataModule has no predict_dataloader and no test_dataloader; name files, folders"
     with pytest.raises(ConfigError, match=message):
-        predict_batches(Regressor(), pl.LightningDataModule(), CPU)
+        predict_loaders(Regressor(), pl.LightningDataModule())
 
 
 def test_a_missing_package_and_several_devices_are_said(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from src.engine.runs.build import preprocess, restore, restore_datamodule
-from src.predict import predict_files
+from src.predict import Rows, predict_files
 
 CPU = {"accelerator": "cpu", "devices": 1}
 
@@ -41,7 +41,8 @@ def write(folder: Path, pictures: list[Image.Image], labels: list[int]) -> dict[
 
 def count(module: Any, datamodule: Any, files: Mapping[Path, int]) -> dict[str, float]:
     """Percent that are right: as ``src.predict`` reads them, and only resized to 28x28, light on dark."""
-    rows, failed = predict_files(module, datamodule, list(files), 256, CPU)
+    rows: Rows = []
+    failed = predict_files(module, datamodule, files, 256, CPU, rows.extend)
     assert not failed, failed
     labels = torch.tensor(list(files.values()))
     plain = [np.array(Image.open(file).convert("L").resize((28, 28), Image.Resampling.BICUBIC)) for file in files]

@@ -174,8 +174,10 @@ def claim(folder: Path) -> Path:
 
 
 def remove_folders() -> None:
-    """Remove the folder of a run that never began, and those that were made for it; not one with a checkpoint."""
-    if this.made and not list(this.made[0].rglob("*.ckpt")):
+    """Remove the folder of a run that never began, and those that were made for it; not one that has results."""
+    if this.made and not any(
+        path.suffix == ".ckpt" or path.name == "predictions.csv" for path in this.made[0].rglob("*")
+    ):
         shutil.rmtree(this.made[0])
         with suppress(OSError):  # another run is in there by now
             for folder in this.made[1:]:
