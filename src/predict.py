@@ -19,7 +19,7 @@ from src.engine.errors import ConfigError, SkippedError
 from src.engine.runs import report
 from src.engine.runs.checkpoints import newest_checkpoint
 from src.engine.runs.command import run_function
-from src.engine.runs.inputs import AS_IN, Inputs
+from src.engine.runs.inputs import AS_IN, Inputs, describe
 from src.engine.runs.predictions import SUFFIXES, Predictions, Row
 from src.engine.settings.check import require
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # functions import torch and Lightning: a bad setting is answ
 
 log = logging.getLogger(__name__)
 
-MAX_NAMED = 5  # files that could not be read, at the end
 MAX_CHARACTERS = 40  # of a cell of the table that is no file
 NARROW = 100  # columns of a terminal, below which the table has no runners-up
 SURE = 0.9  # the probability from which an answer is to be trusted; label smoothing keeps right ones below 0.96
@@ -59,7 +58,7 @@ def predict(cfg: DictConfig) -> None:
         else:
             files = Inputs(settings["inputs"])
             if files.others:
-                log.warning(f"left out: {files.others}")
+                log.warning(f"left out: {describe(files.others)}")
             accelerator, take = settings["accelerator"], predictions.extend
             failed = predict_files(module, datamodule, files, cfg.batch_size, accelerator, take, cfg.split)
     OmegaConf.save(cfg, Path(cfg.output_dir) / "config.yaml", resolve=True)
@@ -69,8 +68,9 @@ def predict(cfg: DictConfig) -> None:
         unsure = {"not sure": f"{predictions.num_unsure:,}, see there why"} if predictions.num_unsure else {}
         report.print_table("predicted", facts | unsure)
     if failed:
-        names = ", ".join(map(report.shown, failed[:MAX_NAMED])) + (", ..." if len(failed) > MAX_NAMED else "")
-        raise SkippedError(f"{len(failed)} of {len(files)} files could not be read and were skipped: {names}")
+        raise SkippedError(
+            f"{len(failed):,} of {len(files):,} files could not be read and were skipped: {report.listed(failed, 5)}"
+        )
 
 
 def check_inputs(cfg: DictConfig) -> None:
@@ -87,14 +87,9 @@ def check_inputs(cfg: DictConfig) -> None:
 
 
 def predict_files(
-    module: Any,
-    datamodule: Any,
-    files: Iterable[Path],
-    batch_size: int,
-    accelerator: Settings,
-    take: Take,
-    split: bool = False,
-) -> list[str]:
+    module: Any, datamodule: Any, files: Iterable[Path], batch_size: int,
+    accelerator: Settings, take: Take, split: bool = False,
+) -> list[str]:  # fmt: skip
     """Predict what is in files; those that cannot be read are logged and skipped.
 
     Args:
@@ -127,9 +122,7 @@ def predict_files(
     def name_rows(rows: Rows) -> None:
         names = told.popleft()
         if len(rows) != len(names):
-            raise ConfigError(
-                f"predict_step: returned {len(rows)} predictions for {len(names)} images; expected one each"
-            )
+            raise ConfigError(f"predict_step: {len(rows)} predictions for {len(names)} images; expected one each")
         pairs = zip(names, rows, strict=True)
         take([{"file": name, **row, **({"sure": doubt} if doubt else {})} for (name, doubt), row in pairs])
 
@@ -161,8 +154,8 @@ def read_files(files: Iterable[Path], read: Reader, failed: list[str]) -> Iterat
         except Exception as error:  # whatever a decoder raises
             log.debug("stack trace:", exc_info=error)
             reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
-            log.warning(f"{report.shown(file)}: skipped: {reason}")
-            failed.append(str(file))
+            failed.append(report.shown(file))
+            log.warning(f"{failed[-1]}: skipped: {reason}")
             continue
         for index, image in enumerate(images):
             yield f"{file}#{index}" if len(images) > 1 else str(file), image, doubt

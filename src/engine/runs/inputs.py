@@ -22,7 +22,7 @@ class Inputs:
         names: Files, folders (their image and IDX files at any depth) and patterns (``*``, ``?``, ``**``); or one.
 
     Attributes:
-        others: How many other pictures there are, of kinds that cannot be read, and what to do; or empty.
+        others: How many other pictures there are, of kinds that cannot be read, by suffix.
 
     Raises:
         ConfigError: If one of the names leads to no file.
@@ -32,9 +32,8 @@ class Inputs:
         self._names = [names] if isinstance(names, str) else list(names)
         if not self._names:
             raise ConfigError(f"inputs=[]: {AS_IN}")
-        others: Counter[str] = Counter()
-        self._count = sum(1 for _ in self._find(others))
-        self.others = describe(others) if others else ""
+        self.others: Counter[str] = Counter()
+        self._count = sum(1 for _ in self._find(self.others))
 
     def __len__(self) -> int:
         """How many there are."""

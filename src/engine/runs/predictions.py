@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryFile
-from types import TracebackType
 from typing import Any, Self
 
 from src.engine.runs import report
@@ -40,7 +39,7 @@ class Predictions:
         self.path = path
         self.first: list[Row] = []
         self.count = self.num_unsure = 0
-        self._columns: Row = {}
+        self._num_batches, self._columns = 0, Row()
 
     def __enter__(self) -> Self:
         """Begin, before the work: a folder that cannot be written to is an error now."""
@@ -48,20 +47,20 @@ class Predictions:
         self._file = TemporaryFile(dir=self.path.parent)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         """Write the file, unless there is no row."""
         with self._file:
-            if self.count:
-                with report.replacing(self.path) as aside:
-                    (self._write_parquet if self.path.suffix == ".parquet" else self._write_text)(aside)
-        if self.count and error:
+            if not self.count:
+                return
+            with report.replacing(self.path) as aside:
+                self._write(aside)
+        if error:
             log.warning(f"ended early: the first {self.count:,} rows are in {report.shown(self.path)}")
 
     def extend(self, rows: Sequence[Row]) -> None:
         """Add the rows of a batch."""
         pickle.dump(rows, self._file)
+        self._num_batches += 1
         self.first += rows[: MAX_SHOWN - len(self.first)]
         self.count += len(rows)
         self.num_unsure += sum(row.get("sure", "yes") != "yes" for row in rows)
@@ -69,13 +68,12 @@ class Predictions:
 
     def _rows(self) -> Iterator[Row]:
         self._file.seek(0)
-        left = self.count
-        while left:
-            rows = pickle.load(self._file)
-            left -= len(rows)
-            yield from rows
+        for _ in range(self._num_batches):
+            yield from pickle.load(self._file)
 
-    def _write_text(self, path: Path) -> None:
+    def _write(self, path: Path) -> None:
+        if self.path.suffix == ".parquet":
+            return self._write_parquet(path)
         # A file's name can be any bytes.
         with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             if self.path.suffix == ".csv":
@@ -83,8 +81,8 @@ class Predictions:
                 writer.writeheader()
                 writer.writerows(self._rows())
             else:
-                for number, row in enumerate(self._rows()):
-                    file.write((",\n" if number else "[\n") + json.dumps(row, default=str))
+                texts = (json.dumps(row, default=str) for row in self._rows())
+                file.writelines(f"{',' if number else '['}\n{text}" for number, text in enumerate(texts))
                 file.write("\n]\n")
 
     def _write_parquet(self, path: Path) -> None:
