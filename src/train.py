@@ -67,7 +67,7 @@ def _show(cfg: DictConfig) -> None:
     rate, best = record["images_per_second"], record["best"]["checkpoint"]
     report.print_table(
         " and ".join(verb for verb, done in {"trained": cfg.train, "tested": cfg.test}.items() if done),
-        {name: value for name, value in sorted(record["metrics"].items()) if not name.startswith(("train", "lr-"))}
+        {k: v for k, v in sorted(record["metrics"].items()) if k == cfg.monitor or not k.startswith(("train", "lr-"))}
         | ({"data": report.describe_data(record["data"])} if "num_images" in record["data"] else {})
         | {"time": f"{record['seconds']:.1f} s"}
         | ({"samples/s": f"{rate:.0f} (median epoch)"} if rate else {})

@@ -5,6 +5,10 @@ class ConfigError(ValueError):
     """A setting that cannot be; the message names the key, the value and what was expected."""
 
 
+class UntestedError(ConfigError):
+    """A module without a test_step; the message names it."""
+
+
 class CheckpointError(Exception):
     """A file that is no checkpoint, or a damaged one; the message names it."""
 

@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import nn
 
 from src.engine.errors import CheckpointError, ConfigError
@@ -165,7 +166,7 @@ def naming(path: str | Path | None) -> Iterator[None]:
 
 
 def restore(path: str | Path) -> Any:
-    """Build the module that a checkpoint holds, weights and all, from the file alone.
+    """Build the module that a checkpoint holds, weights and all, from the file alone, by Lightning's hooks for that.
 
     Args:
         path: A checkpoint of a run.
@@ -188,11 +189,15 @@ def restore(path: str | Path) -> Any:
                 raise
             with _without_files():  # the constructor reads weights from a file that is gone: the checkpoint has them
                 module = build_module(cfg)
+        if is_overridden("configure_model", module):
+            module.configure_model()
+        module.on_load_checkpoint(checkpoint)
     try:
-        module.load_state_dict(checkpoint["state_dict"])
+        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"ckpt_path={path}: its weights do not fit its model: {reason}") from error
+        remedy = "; layers that setup makes belong in the constructor or in configure_model" * ("Unexpected" in reason)
+        raise CheckpointError(f"ckpt_path={path}: its weights do not fit its model: {reason}{remedy}") from error
     return module.eval()
 
 

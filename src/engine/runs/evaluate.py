@@ -6,7 +6,7 @@ from os.path import relpath
 from pathlib import Path
 from typing import Any
 
-from src.engine.errors import ConfigError
+from src.engine.errors import ConfigError, UntestedError
 from src.engine.runs import report
 from src.engine.runs.origin import environment
 
@@ -27,7 +27,7 @@ def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **
         from ``output_dir`` if that lies in its run's folder.
 
     Raises:
-        ConfigError: If the module has no ``test_step``.
+        UntestedError: If the module has no ``test_step``.
     """
     import pytorch_lightning as pl  # here: a sweep's command imports this before its config is known to be good
     from pytorch_lightning.utilities.model_helpers import is_overridden
@@ -39,7 +39,7 @@ def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **
 
     module = build.restore(path)
     if not is_overridden("test_step", module):
-        raise ConfigError(f"ckpt_path={path}: {type(module).__name__} has no test_step: there is nothing to test")
+        raise UntestedError(f"ckpt_path={path}: {type(module).__name__} has no test_step: there is nothing to test")
     datamodule = build.restore_datamodule(path, **overrides)
     tester = pl.Trainer(
         **trainer, logger=False, enable_checkpointing=False, enable_model_summary=False,

@@ -65,6 +65,12 @@ class Schedule(partial):
 
     module: pl.LightningModule
 
+    def __reduce__(self) -> Any:
+        """Without the module: Lightning drops hyper-parameters that cannot be pickled, and a module may not be."""
+        reduced: Any = super().__reduce__()
+        kind, function, state = reduced
+        return kind, function, (*state[:-1], None)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Make the scheduler of an optimizer."""
         own = {**self.keywords, **kwargs}

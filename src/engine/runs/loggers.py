@@ -45,7 +45,8 @@ class TensorBoardLogger(loggers.TensorBoardLogger):
         super().log_hyperparams(params, metrics, step)
         if HydraConfig.initialized() and in_sweep():
             return
-        own = {f"{group}.{key}": v for group in HPARAMS for key, v in (params.get(group) or {}).items()}
+        groups = {name: group for name in HPARAMS if isinstance(group := params.get(name), Mapping)}
+        own = {f"{name}.{key}": v for name, group in groups.items() for key, v in group.items()}
         plain = {key: v for key, v in {"seed": params.get("seed"), **own}.items() if isinstance(v, int | float | str)}
         _, start, self._end = hparams(plain, {})
         if self.experiment.file_writer:  # None once it was closed: a second training has no row of its own

@@ -11,6 +11,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from src.engine.errors import ConfigError
 from src.engine.runs.checkpoint_io import is_plain
@@ -84,6 +85,8 @@ class Rehearsal(Callback):
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the state of the module."""
         for module in pl_module.modules():
+            if isinstance(module, LazyModuleMixin):  # this batch makes its weights, which stay
+                continue
             self._kept.append((module, {name: pickle.dumps(value) for name, value in _attributes(module).items()}))
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

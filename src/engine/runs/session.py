@@ -89,7 +89,8 @@ class Session(Callback):
         if trainer.accumulate_grad_batches > 1 and trainer.num_training_batches == float("inf"):
             key = f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}"
             log.warning(f"{key}: the train loader has no length, so an epoch's last gradient may be too short")
-        if isinstance(io := trainer.strategy.checkpoint_io, AtomicCheckpointIO):
+        is_lazy = any(map(torch.nn.parameter.is_lazy, pl_module.parameters()))  # its first batch makes the weights
+        if isinstance(io := trainer.strategy.checkpoint_io, AtomicCheckpointIO) and not is_lazy:
             io.is_rehearsing = True
             trainer.save_checkpoint("rehearsal.ckpt", weights_only=False)
             io.is_rehearsing = False

@@ -31,6 +31,10 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
     Each of its checkpoints holds the config, resolved and plain, under the key ``config``. Where ``cfg.ckpt_path`` or
     ``cfg.resume`` resumes a run, what its curves in ``cfg.output_dir`` have of later steps is dropped.
     """
+    if "spawn" in str(strategy := cfg.trainer.get("strategy")):
+        raise ConfigError(
+            f"trainer.strategy={strategy}: hands the run over pickled, which it cannot be; use trainer=ddp"
+        )
     config = plain_config(cfg)
     checkpoint = load_checkpoint(cfg.ckpt_path) if cfg.get("ckpt_path") and cfg.get("train", True) else None
     with naming(cfg.get("ckpt_path")):

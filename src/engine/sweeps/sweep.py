@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from src.engine.errors import ConfigError, SweepError
+from src.engine.errors import ConfigError, SweepError, UntestedError
 from src.engine.runs import report
 from src.engine.runs.evaluate import test_checkpoint
 from src.engine.runs.preflight import SLURM_LAUNCHER, claim
@@ -80,7 +80,10 @@ def _test(folder: SweepFolder, jobs: Iterable[Job], config: DictConfig) -> None:
             trainer["devices"] = 1  # more would be processes, which would start the sweep again
             if trainer["accelerator"] != "cpu":  # the jobs may have run on another machine
                 trainer["accelerator"] = "auto"
-            test_checkpoint(folder.path / job.checkpoint, output_dir, trainer)
+            try:
+                test_checkpoint(folder.path / job.checkpoint, output_dir, trainer)
+            except UntestedError as error:
+                print(f"test=false: {error}", file=sys.stderr)
             folder.forget(job.name)
 
 

@@ -193,6 +193,82 @@ def test_weights_that_the_constructor_read_from_a_file_that_is_gone_stop_no_rest
     assert nn.Linear(2, 2).load_state_dict(nn.Linear(2, 2).state_dict()).missing_keys == []
 
 
+class Hooked(TinyTask):
+    """Makes its head in configure_model, has words of its own, leaves a part out: by Lightning's means for that."""
+
+    def __init__(self, net: nn.Module, optimizer: Any = None, scheduler: Any = None) -> None:
+        super().__init__(net, optimizer, scheduler)
+        self.head: Any = None
+        self.words: list[str] = []
+        self.given = nn.Linear(4, 4).requires_grad_(False)
+        self.strict_loading = False
+
+    def configure_model(self) -> None:
+        self.head = self.head or nn.Linear(2, 2)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(super().forward(rows))
+        return logits
+
+    def on_train_start(self) -> None:
+        self.words = ["learned"]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["words"] = self.words
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.words = checkpoint["words"]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)
+        return {name: values for name, values in state.items() if not name.startswith("given")}
+
+
+def test_a_module_that_needs_lightnings_hooks_comes_back(tmp_path: Path) -> None:
+    cfg = compose_tiny(tmp_path, f"model._target_={ME}.Hooked", "trainer.max_epochs=1", "trainer.log_every_n_steps=1")
+    train(cfg)
+    path = tmp_path / "checkpoints" / "best.ckpt"
+    module = restore(path)
+    assert module.words == ["learned"]
+    saved = load_checkpoint(path)["state_dict"]
+    assert {"head.weight", "head.bias"} < saved.keys()
+    assert all(torch.equal(module.state_dict()[name], values) for name, values in saved.items())
+
+
+class MadeInSetup(TinyTask):
+    """Makes a layer in setup, which a checkpoint alone cannot."""
+
+    def setup(self, stage: str) -> None:
+        self.late = nn.Linear(2, 2)
+
+
+def test_layers_of_setup_are_told_with_the_remedy(tmp_path: Path) -> None:
+    target = f"model._target_={ME}.MadeInSetup"
+    train(compose_tiny(tmp_path, target, "trainer.max_epochs=1", "trainer.log_every_n_steps=1"))
+    with pytest.raises(CheckpointError, match=r'"late\.weight".*belong in the constructor or in configure_model$'):
+        restore(tmp_path / "checkpoints" / "best.ckpt")
+
+
+class Unpicklable(UpstreamTask):
+    """Makes its scheduler of a hyper-parameter, and has a function that cannot be pickled."""
+
+    def __init__(self, net: nn.Module, optimizer: Any, scheduler: Any, compile: bool, splits: list[int]) -> None:
+        super().__init__(net, optimizer, scheduler, compile, splits)
+        self.key = lambda row: row.sum()
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of")
+def test_a_module_that_cannot_be_pickled_keeps_its_scheduler(tmp_path: Path) -> None:
+    target = (*UPSTREAM, f"model._target_={ME}.Unpicklable", "trainer.max_epochs=1", "trainer.log_every_n_steps=1")
+    train(compose_tiny(tmp_path, *target))
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["lr_schedulers"][0]["total_steps"] == 12
+
+
+def test_a_strategy_that_would_pickle_the_run_is_told_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.strategy=ddp_spawn: .*use trainer=ddp$"):
+        build_trainer(compose_tiny(tmp_path, "+trainer.strategy=ddp_spawn"))
+
+
 class Unreadable(TinyTask):
     """Puts an object into its checkpoints that only pickle could read."""
 

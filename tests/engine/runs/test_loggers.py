@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch import nn
 
 from src.engine.runs.build import build_datamodule, build_module, load_checkpoint
 from src.engine.runs.loggers import TensorBoardLogger
@@ -27,7 +28,7 @@ from src.engine.settings.check import ROOT
 from tests import forks
 from tests.compose import run_command
 from tests.engine.equality import assert_equal, scalars
-from tests.engine.tiny import TINY, compose_tiny
+from tests.engine.tiny import TINY, TinyTask, compose_tiny
 from tests.processes import wait_until
 
 Curves = dict[str, list[tuple[int, float]]]
@@ -382,6 +383,20 @@ def test_a_run_of_its_own_has_a_row_in_tensorboards_hparams_and_no_chart_of_epoc
     assert start.hparams["model._target_"].string_value.endswith("TinyTask")
     end = HParamsPluginData.FromString(metadata["_hparams_/session_end_info"]).session_end_info
     assert end.status == 1  # of success
+
+
+class Kept(TinyTask):
+    """Keeps its arguments as hyper-parameters, a factory of optimizers among them, as most modules do."""
+
+    def __init__(self, net: nn.Module, optimizer: Any, model: str = "small", scheduler: Any = None) -> None:
+        super().__init__(net, optimizer, scheduler)
+        self.save_hyperparameters(ignore=["net"])
+
+
+def test_hyper_parameters_that_are_called_as_groups_are_logged(tmp_path: Path) -> None:
+    cfg = compose_tiny(tmp_path, f"model._target_={Kept.__module__}.Kept", "logger=tensorboard", "trainer.max_epochs=1")
+    build_trainer(cfg).fit(build_module(cfg), build_datamodule(cfg))
+    assert EventAccumulator(str(tmp_path)).Reload().PluginTagToContent("hparams")
 
 
 def test_a_clock_that_goes_back_in_training_leaves_the_tests_metrics(

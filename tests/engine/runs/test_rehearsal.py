@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MaxMetric, MeanMetric
 
 from src.engine.errors import ConfigError
-from src.engine.runs.build import build_datamodule, build_module
+from src.engine.runs.build import build_datamodule, build_module, load_checkpoint, restore
 from src.engine.runs.rehearsal import Rehearsal, is_tested
 from src.engine.runs.trainer import build_trainer
 from tests.engine.equality import assert_equal
@@ -127,6 +127,22 @@ def test_what_would_fail_later_is_told(overrides: list[str], said: str, tmp_path
 @pytest.mark.filterwarnings("ignore:ReduceLROnPlateau conditioned on metric")
 def test_what_comes_in_time_is_let_through(overrides: list[str], tmp_path: Path) -> None:
     assert fit(tmp_path, *overrides).current_epoch == 2
+
+
+class LazyTask(TinyTask):
+    """Its first batch makes its weights and buffers, be it of the rehearsal or of training."""
+
+    def __init__(self, net: nn.Module, optimizer: Any = None, scheduler: Any = None) -> None:
+        super().__init__(nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.LazyLinear(2)), optimizer, scheduler)
+
+
+@pytest.mark.parametrize("rehearsed", [True, False])
+def test_lazy_layers_train_and_come_back(rehearsed: bool, tmp_path: Path) -> None:
+    fit(tmp_path, rehearsed=rehearsed, kind=LazyTask)
+    state = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
+    restored = restore(tmp_path / "checkpoints" / "last.ckpt").state_dict()
+    assert restored["net.1.running_mean"].shape == (8,)
+    assert all(torch.equal(restored[name], values) for name, values in state.items())
 
 
 class Late(TinyTask):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import pytorch_lightning as pl
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 from PIL import Image
@@ -26,7 +27,7 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from src.engine.runs.checkpoints import find_best
 from src.engine.sweeps.folder import SweepFolder
 from src.engine.sweeps.sweep import KeepLeaderboard
-from tests.engine.tiny import TINY
+from tests.engine.tiny import TINY, TinyTask
 from tests.forks import run_command
 
 SMALL = (*TINY, "trainer.max_epochs=1", "callbacks=minimal")
@@ -179,6 +180,20 @@ def test_all_jobs_are_tested_where_that_is_asked_for(tmp_path: Path) -> None:
             f"| {score:.4f} | {record['metrics']['test/acc']:.4f} | {record['metrics']['test/loss']:.4f} | finished |"
             in table
         )
+
+
+class Untested(TinyTask):
+    """Has no test_step."""
+
+    test_step = pl.LightningModule.test_step  # type: ignore[assignment]
+
+
+def test_a_sweep_of_a_module_without_a_test_ends_with_its_table(tmp_path: Path) -> None:
+    sweep = run_sweep(tmp_path, f"model._target_={Untested.__module__}.Untested", "optimizer.lr=0.0005,8e-3")
+    assert sweep.result.returncode == 0, sweep.result.stderr
+    assert "Untested has no test_step" in sweep.result.stderr
+    assert "best val/" in sweep.result.stdout
+    assert sweep.tested() == set()
 
 
 def test_tensorboard_shows_the_figure(rates: Sweep) -> None:
