@@ -23,6 +23,7 @@ class Pruning(pl.Callback):
         self.number = trial
         self.monitor = monitor
         self.pruned = False
+        self.num_reported = 0  # validations: an epoch may have several, or a run no end of its epoch
         self._trial: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -30,23 +31,24 @@ class Pruning(pl.Callback):
         trainer.should_stop = trainer.should_stop or self.pruned
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Report the metric; the last epoch is no longer worth pruning."""
+        """Report the metric; what is left after the last validation, or of the last epoch, is not worth pruning."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
+        number, self.num_reported = self.num_reported, self.num_reported + 1
         prune = False
         if trainer.is_global_zero:
             self._trial = self._trial or open_trial(self.study, self.number)
-            with warnings.catch_warnings(action="ignore", category=UserWarning):  # an epoch that a kill has undone
-                self._trial.report(float(trainer.callback_metrics[self.monitor]), step=trainer.current_epoch)
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # one that a kill has undone
+                self._trial.report(float(trainer.callback_metrics[self.monitor]), step=number)
             prune = bool(self._trial.should_prune())  # NumPy's may be what a pruner says; a checkpoint holds none
-        is_last = trainer.current_epoch + 1 == trainer.max_epochs
+        is_last = trainer.current_epoch + 1 == trainer.max_epochs or trainer.global_step == trainer.max_steps
         self.pruned = trainer.strategy.broadcast(prune) and not is_last
         trainer.should_stop = trainer.should_stop or self.pruned
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether the run was pruned: one that is stopped right then must not come back as finished."""
-        return {"pruned": self.pruned}
+        """Whether the run was pruned, for one that is stopped right then, and how many values it has reported."""
+        return {"pruned": self.pruned, "num_reported": self.num_reported}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore it."""
-        self.pruned = state_dict["pruned"]
+        """Restore both."""
+        self.pruned, self.num_reported = state_dict["pruned"], state_dict["num_reported"]

@@ -65,6 +65,21 @@ def test_a_trial_ends_when_the_studys_pruner_says_so_but_for_its_last_epoch(
     assert study.trials[other.number].intermediate_values == {}
 
 
+STEPS = ("trainer=steps", "trainer.max_steps=12", "trainer.val_check_interval=2", "trainer.num_sanity_val_steps=0")
+
+
+@pytest.mark.parametrize(
+    ("pruner", "num_validations"), [(NEVER, 6), (AT_TWO, 2), ({**AT_TWO, "n_warmup_steps": 5}, 6)]
+)
+def test_a_trial_that_is_counted_in_steps_is_judged_at_each_validation(
+    pruner: dict[str, Any], num_validations: int, tmp_path: Path
+) -> None:
+    study = make_study(tmp_path, pruner)
+    record = run_trial(tmp_path / "job", study.ask(), *STEPS)
+    assert list(study.trials[0].intermediate_values) == list(range(num_validations))
+    assert record["pruned"] is (num_validations < 6)
+
+
 def test_checkpoints_of_a_trial_that_a_pruner_has_compared_can_be_read(tmp_path: Path) -> None:
     study = make_study(tmp_path, MEDIAN)
     study.add_trial(optuna.create_trial(value=0.0, intermediate_values=dict.fromkeys(range(EPOCHS), 0.0)))
