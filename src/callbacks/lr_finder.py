@@ -3,7 +3,9 @@
 import io
 import logging
 import sys
+from collections.abc import MutableMapping
 from contextlib import nullcontext, redirect_stderr
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,13 +19,16 @@ from src.engine.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+RATES = ("lr", "learning_rate")
+
 
 class LearningRateFinder(callbacks.LearningRateFinder):
-    """Lightning's range test (Smith, 2015), whose rate replaces ``optimizer.lr``.
+    """Lightning's range test (Smith, 2015), whose rate replaces that of the module.
 
-    It becomes the optimizer's rate and, if the schedule's ``max_lr`` is the same, its peak: the run then equals, to the
-    bit, one that was given the rate. Lightning's own sets the rate and leaves the schedule as it is, which overwrites
-    it in the first step. A resumed run keeps its rate. A picture shows the loss by rate.
+    It is looked for in the module and its ``hparams``: as ``lr`` or ``learning_rate``, and in the factory ``optimizer``
+    there. If the ``max_lr`` of the factory ``scheduler`` is the same, it is replaced, too: the run then equals,
+    to the bit, one that was given the rate. Lightning's own sets the rate and leaves the schedule as it is, which
+    overwrites it in the first step. A resumed run keeps its rate. A picture shows the loss by rate.
 
     Args:
         min_lr: The lowest rate, above 0.
@@ -43,9 +48,10 @@ class LearningRateFinder(callbacks.LearningRateFinder):
         """
         if trainer.ckpt_path:
             return
-        optimizer = getattr(getattr(pl_module, "optimizer", None), "keywords", {})
-        if "lr" not in optimizer:
-            raise ConfigError("callbacks.lr_find: needs a module with an optimizer whose lr is set, as ImageClassifier")
+        rates = [node[key] for node in _find_settings(pl_module) for key in RATES if isinstance(node.get(key), float)]
+        if not rates:
+            where = "lr, learning_rate or optimizer=<a partial with lr>, an attribute or a hyper-parameter"
+            raise ConfigError(f"callbacks.lr_find: {type(pl_module).__name__} shows no learning rate; expected {where}")
         if trainer.estimated_stepping_batches < self.num_training_steps:
             raise ConfigError(
                 f"callbacks.lr_find.num_training_steps={self.num_training_steps}: expected at most the steps of the "
@@ -59,12 +65,9 @@ class LearningRateFinder(callbacks.LearningRateFinder):
         if not self.optimal_lr or rate is None:
             raise ConfigError("callbacks.lr_find: found no rate; try a lower callbacks.lr_find.min_lr, or do without")
         if trainer.is_global_zero:
-            log.info(f"optimizer.lr={rate:.4g}, found by callbacks.lr_find, in place of {optimizer['lr']:.4g}")
-        scheduler: Any = getattr(pl_module, "scheduler", None)
-        schedule = scheduler["scheduler"].keywords if scheduler else {}
-        if schedule.get("max_lr") == optimizer["lr"]:
-            schedule["max_lr"] = rate
-        optimizer["lr"] = rate
+            log.info(f"learning rate {rate:.4g}, found by callbacks.lr_find, in place of {rates[0]:.4g}")
+        for node in _find_settings(pl_module):
+            node.update({key: rate for key in (*RATES, "max_lr") if node.get(key) == rates[0]})
         trainer.strategy.setup_optimizers(trainer)
         for logger in trainer.loggers:
             logger.log_metrics({"lr_find/suggestion": rate}, step=0)
@@ -73,3 +76,12 @@ class LearningRateFinder(callbacks.LearningRateFinder):
         self.optimal_lr.plot(suggest=True, ax=figure.add_subplot(title=f"suggestion: {rate:.3g}"))
         canvas.draw()
         show(find_loggers(trainer), "lr_find", np.asarray(canvas.buffer_rgba())[..., :3], 0)
+
+
+def _find_settings(module: pl.LightningModule) -> list[MutableMapping[str, Any]]:
+    """Where a module may keep its rate: its attributes, its ``hparams``, and the factories among them."""
+    nodes: list[MutableMapping[str, Any]] = [vars(module), module.hparams]
+    schedulers = [node.get("scheduler") for node in nodes]
+    factories = [each["scheduler"] if isinstance(each, dict) and "scheduler" in each else each for each in schedulers]
+    factories = [*(node.get("optimizer") for node in nodes), *factories]
+    return [*nodes, *(each.keywords for each in factories if isinstance(each, partial))]

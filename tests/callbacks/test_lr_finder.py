@@ -1,10 +1,13 @@
 """The range test: the rate that it finds trains as if it had been given."""
 
 import io
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -13,7 +16,7 @@ from src.engine.runs.build import load_checkpoint
 from src.train import train
 from tests.compose import run_command
 from tests.engine.equality import assert_equal
-from tests.engine.tiny import TINY, compose_tiny
+from tests.engine.tiny import TINY, TinyNet, TinyTask, compose_tiny
 
 COMMON = ("trainer.max_epochs=2", "test=false")
 
@@ -44,6 +47,70 @@ def test_the_rate_that_is_found_trains_as_if_it_had_been_given(scheduler: str, t
     assert list((tmp_path / "found").glob(".lr_find*")) == []
 
 
+class Owner(TinyTask):
+    """Makes its optimizer by a rate among its hyper-parameters, as most modules do."""
+
+    def __init__(self, lr: float, learning_rate: float = 0.004) -> None:
+        super().__init__(TinyNet())
+        self.learning_rate = learning_rate
+        self.save_hyperparameters("lr")
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.hparams["lr"])
+        return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=24)]
+
+
+class Upstream(TinyTask):
+    """Has the optimizer's factory among its hyper-parameters only, as lightning-hydra-template's modules have it."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(TinyNet())
+        self.save_hyperparameters("optimizer", logger=False)
+
+    def configure_optimizers(self) -> Any:
+        return self.hparams["optimizer"](self.parameters())
+
+
+class Silent(TinyTask):
+    """Keeps its rate to itself."""
+
+    def __init__(self) -> None:
+        super().__init__(TinyNet())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+ME = "tests.callbacks.test_lr_finder"
+OWNER = ("~model.net", "optimizer=[]", "scheduler=[]")
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize(
+    ("module", "given"),
+    [
+        ((f"model._target_={ME}.Owner", *OWNER, "+model.lr=0.004"), ["model.lr", "+model.learning_rate"]),
+        ((f"model._target_={ME}.Upstream", "~model.net", "scheduler=[]"), ["optimizer.lr"]),
+    ],
+)
+def test_any_modules_rate_is_found_and_set(module: tuple[str, ...], given: list[str], tmp_path: Path) -> None:
+    find = ("callbacks=[minimal,lr_find]", "callbacks.lr_find.num_training_steps=20", "callbacks.lr_find.max_lr=0.1")
+    train(compose_tiny(tmp_path / "found", *COMMON, *find, *module, "logger=tensorboard"))
+    events = EventAccumulator(str(tmp_path / "found"))
+    events.Reload()
+    (suggestion,) = (event.value for event in events.Scalars("lr_find/suggestion"))
+    rate = min((1e-6 * (0.1 / 1e-6) ** (step / 20) for step in range(1, 22)), key=lambda lr: abs(lr - suggestion))
+    train(compose_tiny(tmp_path / "given", *COMMON, *module, *(f"{key}={rate!r}" for key in given)))
+    one, other = (load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("found", "given"))
+    assert_equal(one["state_dict"], other["state_dict"])
+
+
+def test_a_module_that_shows_no_rate_is_told(tmp_path: Path) -> None:
+    cfg = compose_tiny(tmp_path, *COMMON, f"model._target_={ME}.Silent", *OWNER, "callbacks=[minimal,lr_find]")
+    with pytest.raises(ConfigError, match=r"callbacks\.lr_find: Silent shows no learning rate; expected lr"):
+        train(cfg)
+
+
 @pytest.mark.slow
 def test_two_processes_find_one_rate_and_say_so_once(tmp_path: Path) -> None:
     result = run_command(
@@ -51,8 +118,8 @@ def test_two_processes_find_one_rate_and_say_so_once(tmp_path: Path) -> None:
         "callbacks=[minimal,lr_find]", "logger=[]", PROJECT_ROOT=str(tmp_path), OMP_NUM_THREADS="1",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    said = [line.split("  ")[0] for line in result.stderr.splitlines()]
-    assert [line.partition("=")[0] for line in said] == ["optimizer.lr", "epoch 1/2", "epoch 2/2"]
+    said = [re.split(r" \d", line)[0] for line in result.stderr.splitlines()]
+    assert said == ["learning rate", "epoch", "epoch"]
 
 
 def test_a_range_test_longer_than_the_run_is_refused(tmp_path: Path) -> None:

@@ -68,9 +68,7 @@ def test_a_trial_ends_when_the_studys_pruner_says_so_but_for_its_last_epoch(
 STEPS = ("trainer=steps", "trainer.max_steps=12", "trainer.val_check_interval=2", "trainer.num_sanity_val_steps=0")
 
 
-@pytest.mark.parametrize(
-    ("pruner", "num_validations"), [(NEVER, 6), (AT_TWO, 2), ({**AT_TWO, "n_warmup_steps": 5}, 6)]
-)
+@pytest.mark.parametrize(("pruner", "num_validations"), [(NEVER, 6), (AT_TWO, 2), ({**AT_TWO, "n_warmup_steps": 5}, 6)])
 def test_a_trial_that_is_counted_in_steps_is_judged_at_each_validation(
     pruner: dict[str, Any], num_validations: int, tmp_path: Path
 ) -> None:
