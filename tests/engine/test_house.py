@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -30,6 +31,7 @@ DOORS = [name for name in MODULES if name not in ENGINE and '__name__ == "__main
 FRONT = [name for name, tree in TREES.items() if name not in ["src", *ENGINE, *DOORS] and len(tree.body) > 1]
 
 
+@cache
 def _imported(name: str) -> set[str]:
     """What a module imports, at its top or in a function."""
     found: set[str] = set()
@@ -41,6 +43,7 @@ def _imported(name: str) -> set[str]:
     return found
 
 
+@cache
 def _own(name: str) -> set[str]:
     """The project's modules among them; a package's empty __init__ is none."""
     return {imported for imported in _imported(name) if imported in MODULES and TREES[imported].body}
@@ -95,18 +98,23 @@ def test_front_rooms_and_doors_use_no_private_names(name: str) -> None:
     assert list(_private(TREES[name])) == []
 
 
+@cache
+def _classes(room: str) -> set[str]:
+    names = {"front": FRONT, "engine": ENGINE}[room]
+    return {node.name for name in names for node in ast.walk(TREES[name]) if isinstance(node, ast.ClassDef)}
+
+
 @pytest.mark.parametrize("name", ENGINE)
 def test_the_engine_names_no_class_of_the_front_rooms(name: str) -> None:
-    classes = {node.name for front in FRONT for node in ast.walk(TREES[front]) if isinstance(node, ast.ClassDef)}
-    own = {node.name for engine in ENGINE for node in ast.walk(TREES[engine]) if isinstance(node, ast.ClassDef)}
     tree = TREES[name]
     named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     named |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    assert named & (classes - own) == set()
+    assert named & (_classes("front") - _classes("engine")) == set()
     texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     assert [text for text in texts if any(f"{text}.".startswith(f"{front}.") for front in FRONT)] == []
 
 
+@cache
 def _needed(path: Path) -> set[str]:
     """The project's modules that a file of tests needs to be collected, by way of other files of tests, too."""
     top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
@@ -115,6 +123,7 @@ def _needed(path: Path) -> set[str]:
     return named.intersection(MODULES).union(*(_needed(other) for other in others if other.is_file()))
 
 
+@cache
 def _with_its_own(name: str) -> set[str]:
     """A module and all that it imports."""
     return {name}.union(*(_with_its_own(imported) for imported in _own(name)))
