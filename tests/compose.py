@@ -6,18 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from src.engine.settings.check import CONF, ROOT
+from tests.configs import compose_fast
 
 needs_mnist = pytest.mark.skipif(not (CONF / "data" / "mnist.yaml").exists(), reason="MNIST has been deleted")
 
 
 def compose_cfg(output_dir: Path, *overrides: str, config_name: str = "train") -> DictConfig:
     """The config of a command that writes to ``output_dir``."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(config_name, [f"output_dir={output_dir}", f"root_dir={output_dir}", *overrides])
+    return compose_fast(config_name, f"output_dir={output_dir}", f"root_dir={output_dir}", *overrides)
 
 
 def run_command(verb: str, *arguments: str, cwd: str | Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from src.engine.settings.check import CONF
+from tests.configs import compose_fast
 
 TINY_CONF = Path(__file__).with_name("conf")
 # For commands: python -m src.train *TINY
@@ -28,8 +27,7 @@ TINY = (
 def compose_tiny(output_dir: Path, *overrides: str, config_name: str = "train") -> DictConfig:
     """The config of a training that takes a second and writes to ``output_dir``."""
     paths = [f"output_dir={output_dir}", f"root_dir={output_dir}", f"hydra.searchpath=[file://{TINY_CONF}]"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(config_name, [*paths, *TINY[1:], "callbacks=minimal", "logger=[]", *overrides])
+    return compose_fast(config_name, *paths, *TINY[1:], "callbacks=minimal", "logger=[]", *overrides)
 
 
 class TinyNet(nn.Sequential):

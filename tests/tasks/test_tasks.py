@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from pytorch_lightning.utilities import CombinedLoader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from src.engine.runs.build import load_checkpoint, restore, restore_datamodule
-from src.engine.settings.check import CONF, check, check_values
+from src.engine.settings.check import check, check_values
 from src.engine.settings.trust import admit
 from src.train import train
 from tests.compose import run_command as run_alone
+from tests.configs import compose_fast
 from tests.engine.equality import assert_equal, content, weights
 from tests.forks import run_command
 
@@ -59,8 +59,8 @@ pytestmark = [
 
 def compose_task(task: str, output_dir: Path, *overrides: str) -> DictConfig:
     paths = [f"output_dir={output_dir}", f"root_dir={output_dir}", f"hydra.searchpath=[file://{TASKS / task / 'conf'}]"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", [*paths, *CHOSEN[task], "trainer=cpu", "callbacks=minimal", "logger=[]", *overrides])
+    chosen = (*CHOSEN[task], "trainer=cpu", "callbacks=minimal", "logger=[]")
+    return compose_fast("train", *paths, *chosen, *overrides)
 
 
 @pytest.mark.parametrize("task", CHOSEN)

@@ -28,7 +28,7 @@ MNIST = (
     "conf/sweep/train_size.yaml", "notebooks/", "tests/",
 )  # fmt: skip
 # The template runs the engine's tests; here stays what those of your own code need, which the skeleton begins.
-TESTS = ("tests/__init__.py", "tests/compose.py", "tests/conftest.py", "tests/test_classifier.py")
+TESTS = ("tests/__init__.py", "tests/compose.py", "tests/configs.py", "tests/conftest.py", "tests/test_classifier.py")
 # The package where it is named, and no attribute, no part of a security policy, no src="..." of a page.
 PACKAGE = re.compile(r"(?<![-.\w])(?<!attribute\(\")src(?![-\w=|])")
 MARKED = re.compile(r"(?s)<!-- MNIST -->\n(.*?)<!-- /MNIST -->\n")  # what a README says of these

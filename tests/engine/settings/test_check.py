@@ -86,25 +86,23 @@ def test_the_test_command_has_keys_of_its_own(override: str, said: str, tmp_path
 
 
 def test_an_unknown_key_in_a_file_is_refused_but_for_declared_ones(tmp_path: Path) -> None:
-    (tmp_path / "experiment").mkdir()
-    path = f"hydra.searchpath=[file://{tmp_path}]"
-    for text, said in (
-        ("monitr: val/loss", "monitr: no such key; did you mean monitor?"),
-        ("note: 5", "note: no such key"),
-    ):
-        (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
+    def compose_experiment(name: str, text: str) -> DictConfig:
+        path = tmp_path / "experiment" / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        return compose_cfg(tmp_path, f"experiment={name}", f"hydra.searchpath=[file://{tmp_path}]")
+
+    for key, said in (("monitr", "monitr: no such key; did you mean monitor?"), ("note", "note: no such key")):
         with pytest.raises(ConfigError) as caught:
-            check(compose_cfg(tmp_path, "experiment=mine", path))
+            check(compose_experiment(key, f"# @package _global_\n{key}: 5\n"))
         assert str(caught.value).startswith(said)
-    check(compose_cfg(tmp_path, "experiment=mine", path), declared=["note"])
-    (tmp_path / "experiment" / "mine.yaml").write_text("seed: 3\n# @package _global_\n")
+    check(compose_experiment("declared", "# @package _global_\nnote: 5\n"), declared=["note"])
+    known = "train: false\ntask_name: mine\ntags: [dev]\nextras: {anything: 1}\npaths: {data_dir: x}\n"
+    check(compose_experiment("known", f"# @package _global_\n{known}"))
     with pytest.raises(
         ConfigError, match="experiment: nothing reads its keys; the file's first line must be '# @package"
     ):
-        check(compose_cfg(tmp_path, "experiment=mine", path), declared=["experiment"])
-    text = "train: false\ntask_name: mine\ntags: [dev]\nextras: {anything: 1}\npaths: {data_dir: x}\n"
-    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
-    check(compose_cfg(tmp_path, "experiment=mine", path))
+        check(compose_experiment("elsewhere", "seed: 3\n# @package _global_\n"), declared=["experiment"])
 
 
 @pytest.mark.parametrize(
