@@ -65,6 +65,14 @@ def test_a_pipe_gets_a_plain_line_an_epoch(run_dir: Path) -> None:
     assert "test/acc" in stdout
 
 
+def test_a_metric_of_training_is_in_the_table_if_it_is_monitored(run_dir: Path, tmp_path: Path) -> None:
+    assert "train/loss" not in (run_dir / "stdout").read_text()
+    arguments = ("trainer.max_epochs=1", "monitor=train/loss", "mode=min", "callbacks=minimal", "logger=[]")
+    result = run_command("train", *TINY, *arguments, PROJECT_ROOT=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "train/loss" in result.stdout
+
+
 def test_shows_a_progress_bar_on_a_terminal_and_works_from_any_directory(tmp_path: Path) -> None:
     shown = train_on_terminal(
         *TINY, "data.num_rows=8000", "trainer.max_epochs=1", "hydra.run.dir=here", cwd=tmp_path, CI=""

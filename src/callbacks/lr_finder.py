@@ -48,7 +48,8 @@ class LearningRateFinder(callbacks.LearningRateFinder):
         """
         if trainer.ckpt_path:
             return
-        rates = [node[key] for node in _find_settings(pl_module) for key in RATES if isinstance(node.get(key), float)]
+        found = [node.get(key) for node in _find_settings(pl_module) for key in RATES]
+        rates = [rate for rate in found if isinstance(rate, int | float)]
         if not rates:
             where = "lr, learning_rate or optimizer=<a partial with lr>, an attribute or a hyper-parameter"
             raise ConfigError(f"callbacks.lr_find: {type(pl_module).__name__} shows no learning rate; expected {where}")

@@ -91,6 +91,7 @@ OWNER = ("~model.net", "optimizer=[]", "scheduler=[]")
     [
         ((f"model._target_={ME}.Owner", *OWNER, "+model.lr=0.004"), ["model.lr", "+model.learning_rate"]),
         ((f"model._target_={ME}.Upstream", "~model.net", "scheduler=[]"), ["optimizer.lr"]),
+        ((f"model._target_={ME}.Upstream", "~model.net", "scheduler=[]", "optimizer.lr=1"), ["optimizer.lr"]),
     ],
 )
 def test_any_modules_rate_is_found_and_set(module: tuple[str, ...], given: list[str], tmp_path: Path) -> None:

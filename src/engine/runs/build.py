@@ -166,7 +166,7 @@ def naming(path: str | Path | None) -> Iterator[None]:
 
 
 def restore(path: str | Path) -> Any:
-    """Build the module that a checkpoint holds, weights and all, from the file alone, by Lightning's hooks for that.
+    """Build the module that a checkpoint holds, weights and all, from only the file, by Lightning's hooks for that.
 
     Args:
         path: A checkpoint of a run.

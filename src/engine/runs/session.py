@@ -75,7 +75,7 @@ class Session(Callback):
             torch.manual_seed(seed)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for callback, name in itertools.product(callbacks, OF_STEP):
-            if name not in vars(callback) and getattr(type(callback), name) is getattr(Callback, name):
+            if name not in vars(callback) and getattr(type(callback), name, None) is getattr(Callback, name):
                 setattr(callback, name, None)  # which Lightning passes over
         for name, value in self._loaded.items():
             if trainer.enable_validation or not OF_VALIDATION.match(name):  # else they would rank what has none

@@ -68,7 +68,7 @@ def _explain(error: BaseException, config_name: str, cfg: DictConfig | None) -> 
         return f"{mark.name}, line {mark.line + 1}: {error.problem}; expected YAML"
     if isinstance(error, UnicodeDecodeError):
         for path in (Path(os.environ.get("PROJECT_ROOT", ROOT), ".env"), *CONF.rglob("*.yaml")):
-            if path.is_file() and error.object in path.read_bytes():
+            if path.is_file() and path.read_bytes().startswith(error.object):
                 return f"{path}: {error.reason} at byte {error.start}; expected UTF-8"
     if isinstance(error, HydraException | OmegaConfBaseException) or "Invalid defaults list" in str(error):
         return " ".join(_explain_config(error, config_name).split())  # a value may have line breaks

@@ -175,6 +175,10 @@ def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UnicodeDecodeError) as caught:
         read_env(path)
     assert explain(caught.value, "train") == f"error: {path}: invalid start byte at byte 6; expected UTF-8"
+    path.write_text("NAME=±\n", encoding="utf-8")
+    with pytest.raises(UnicodeDecodeError) as theirs:  # though the file has this byte
+        b"\xb1".decode()
+    assert explain(theirs.value, "train").startswith("error: UnicodeDecodeError")
 
 
 @pytest.mark.parametrize(
