@@ -1,7 +1,5 @@
 """Train a model: ``python -m src.train [group=option] [key=value]``."""
 
-import json
-import shlex
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.engine.runs.command import continue_if_requeued, in_sweep, run, short_errors
 from src.engine.runs.processes import get_name
-from src.engine.runs.status import describe_start, read_status, tracked
+from src.engine.runs.status import describe_start, tracked
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -56,31 +54,9 @@ def main(cfg: DictConfig) -> None:
             cfg.callbacks.summary = None  # the same for each job
         train(cfg)
         if not get_name() and not in_sweep():
-            _show(cfg)
+            from src.engine.runs.record import show
 
-
-def _show(cfg: DictConfig) -> None:
-    from src.engine.runs import report
-
-    folder = Path(cfg.output_dir)
-    record = json.loads((folder / "metrics.json").read_text())
-    rate, best = record["images_per_second"], record["best"]["checkpoint"]
-    report.print_table(
-        " and ".join(verb for verb, done in {"trained": cfg.train, "tested": cfg.test}.items() if done),
-        {k: v for k, v in sorted(record["metrics"].items()) if k == cfg.monitor or not k.startswith(("train", "lr-"))}
-        | ({"data": report.describe_data(record["data"])} if "num_images" in record["data"] else {})
-        | {"time": f"{record['seconds']:.1f} s"}
-        | ({"samples/s": f"{rate:.0f} (median epoch)"} if rate else {})
-        | {"best" if record["best"]["monitor"] else "last": report.shown(folder / best) if best else "no checkpoint"},
-    )
-    logs = shlex.quote(report.shown(f"{cfg.root_dir}/logs"))
-    is_testable = cfg.test and best and not read_status(folder)["debug"]
-    sweep = {"python -m src.train -m optimizer.lr=0.001,0.003,0.01": "try three learning rates"}
-    report.print_next(
-        ({"python -m src.test": "test it once more, in detail"} if is_testable else {})
-        | {f"python -m tensorboard.main --logdir {logs}": "the curves of all runs"}
-        | (sweep if OmegaConf.select(cfg, "optimizer.lr") else {})
-    )
+            show(cfg)
 
 
 if __name__ == "__main__":

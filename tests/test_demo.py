@@ -22,9 +22,10 @@ from PIL import Image, ImageDraw
 
 from src.data.images import read_digits
 from src.data.mnist import preprocess
-from src.demo import MAX_BYTES, DemoServer, make_classifier
+from src.demo import PAGE, make_classifier
 from src.engine.errors import ConfigError
 from src.engine.runs.build import restore
+from src.engine.runs.server import MAX_BYTES, PageServer
 from src.engine.settings.check import ROOT
 from tests.compose import run_command
 from tests.marks import by_default
@@ -47,15 +48,15 @@ ONE, SEVEN = stroke([(140, 30), (140, 250)]), stroke([(70, 40), (210, 40), (120,
 
 
 @pytest.fixture(scope="module")
-def server(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoServer]:
-    with DemoServer(0, *make_classifier(trained, tmp_path_factory.mktemp("demo"))) as server:
+def server(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageServer]:
+    with PageServer(0, PAGE.read_bytes(), *make_classifier(trained, tmp_path_factory.mktemp("demo"))) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
 
 
 def ask(
-    server: DemoServer, method: str, path: str, body: bytes | None = None, **headers: str
+    server: PageServer, method: str, path: str, body: bytes | None = None, **headers: str
 ) -> tuple[int, bytes, Any]:
     """Status, content and headers of the answer."""
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=120)
@@ -66,14 +67,14 @@ def ask(
     return reply.status, content, reply.headers
 
 
-def classify(server: DemoServer, drawing: bytes) -> dict[str, Any]:
+def classify(server: PageServer, drawing: bytes) -> dict[str, Any]:
     status, content, _ = ask(server, "POST", "/predict", drawing)
     assert status == 200, content
     answer: dict[str, Any] = json.loads(content)
     return answer
 
 
-def test_the_page_needs_nothing_from_elsewhere(server: DemoServer) -> None:
+def test_the_page_needs_nothing_from_elsewhere(server: PageServer) -> None:
     status, content, headers = ask(server, "GET", "/")
     page = content.decode()
     assert status == 200
@@ -85,7 +86,7 @@ def test_the_page_needs_nothing_from_elsewhere(server: DemoServer) -> None:
     assert not re.search(r"https?://|@import|(src|href)=\"(?!data:)", page)
 
 
-def test_the_page_is_told_of_the_model(server: DemoServer, trained: Path) -> None:
+def test_the_page_is_told_of_the_model(server: PageServer, trained: Path) -> None:
     status, content, _ = ask(server, "GET", "/about")
     assert status == 200
     about = json.loads(content)
@@ -95,14 +96,14 @@ def test_the_page_is_told_of_the_model(server: DemoServer, trained: Path) -> Non
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_its_own_page_is_answered_also_through_another_port(host: str, server: DemoServer) -> None:
+def test_its_own_page_is_answered_also_through_another_port(host: str, server: PageServer) -> None:
     headers = {"Host": f"{host}:9999", "Origin": f"http://{host}:9999"}
     assert ask(server, "POST", "/predict", ONE, **headers)[0] == 200
 
 
 @pytest.mark.parametrize(("drawing", "digit"), [(ONE, 1), (SEVEN, 7)], ids=["one", "seven"])
 def test_a_drawing_gets_the_checkpoints_probabilities_and_maps(
-    drawing: bytes, digit: int, server: DemoServer, trained: Path, tmp_path: Path
+    drawing: bytes, digit: int, server: PageServer, trained: Path, tmp_path: Path
 ) -> None:
     answer = classify(server, drawing)
     (tmp_path / "drawing.png").write_bytes(drawing)
@@ -124,12 +125,12 @@ def test_a_drawing_gets_the_checkpoints_probabilities_and_maps(
     assert np.abs(picture.astype(int) - layers.draw_values(c1, tile=56)).max() <= 1
 
 
-def test_what_the_reader_doubts_is_told(server: DemoServer) -> None:
+def test_what_the_reader_doubts_is_told(server: PageServer) -> None:
     assert classify(server, ONE)["doubt"] == ""
     assert classify(server, stroke([(130, 140), (150, 140)]))["doubt"] == "perhaps no digit"
 
 
-def test_many_at_once_get_their_own_answers(server: DemoServer) -> None:
+def test_many_at_once_get_their_own_answers(server: PageServer) -> None:
     alone = [classify(server, drawing)["probabilities"] for drawing in (ONE, SEVEN)]
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda drawing: classify(server, drawing)["probabilities"], [ONE, SEVEN] * 10))
@@ -171,7 +172,7 @@ BAD: dict[str, tuple[str, str, bytes | None, dict[str, str], int, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_request_is_refused_in_a_line(name: str, server: DemoServer, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_request_is_refused_in_a_line(name: str, server: PageServer, capfd: pytest.CaptureFixture[str]) -> None:
     method, path, body, headers, status, said = BAD[name]
     found, content, _ = ask(server, method, path, body, **headers)
     assert found == status
@@ -189,7 +190,7 @@ def test_a_net_that_fails_and_a_browser_that_hangs_up_are_survived(capfd: pytest
     def fail(content: bytes) -> dict[str, Any]:
         raise RuntimeError("the net's own")
 
-    with DemoServer(0, {}, fail) as server:
+    with PageServer(0, b"", {}, fail) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         status, content, _ = ask(server, "POST", "/predict", ONE)
         assert (status, json.loads(content)) == (400, {"error": "the net's own"})
@@ -203,12 +204,12 @@ def test_a_net_that_fails_and_a_browser_that_hangs_up_are_survived(capfd: pytest
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_taken_port_is_said(server: DemoServer) -> None:
+def test_a_taken_port_is_said(server: PageServer) -> None:
     with pytest.raises(ConfigError, match=rf"port={server.server_port}: Address already in use; choose another one"):
-        DemoServer(server.server_port, {}, server.classify)
+        PageServer(server.server_port, b"", {}, server.classify)
 
 
-def test_other_machines_cannot_reach_it(server: DemoServer) -> None:
+def test_other_machines_cannot_reach_it(server: PageServer) -> None:
     assert server.server_address[0] == "127.0.0.1"
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from src.engine.runs.build import preprocess, restore, restore_datamodule
-from src.predict import Rows, predict_files
+from src.engine.runs.predict import Rows, predict_files
 
 CPU = {"accelerator": "cpu", "devices": 1}
 

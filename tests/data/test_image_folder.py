@@ -141,7 +141,6 @@ def finetune(folder: Path, root: Path, net: str, weights: Path, *overrides: str)
 
 def check_run(root: Path, folder: Path, net: str, state: dict[str, Tensor], *overrides: str) -> None:
     """Fine-tune whole, and killed in the frozen epoch of 4 steps and after it."""
-    pytest.importorskip("src.callbacks.freeze")
     weights = folder / "weights.pth"
     torch.save(state, weights)
     whole = finetune(folder / "whole", root, net, weights, *overrides)

@@ -23,8 +23,8 @@ TEMPLATE = (
 )  # fmt: skip
 # LeNet-5, MNIST, the recipes, the demo, the notebooks, and their tests.
 MNIST = (
-    "src/models/", "src/data/", "src/demo", "conf/demo.yaml", "conf/model/", "conf/data/", "conf/experiment/",
-    "conf/optimizer/sgd_1998.yaml", "conf/scheduler/lenet5_1998.yaml", "conf/sweep/ablation.yaml",
+    "src/models/", "src/data/", "src/demo", "src/engine/runs/server.py", "conf/demo.yaml", "conf/model/", "conf/data/",
+    "conf/experiment/", "conf/optimizer/sgd_1998.yaml", "conf/scheduler/lenet5_1998.yaml", "conf/sweep/ablation.yaml",
     "conf/sweep/train_size.yaml", "notebooks/", "tests/",
 )  # fmt: skip
 # The template runs the engine's tests; here stays what those of your own code need, which the skeleton begins.

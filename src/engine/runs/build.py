@@ -18,9 +18,10 @@ from torch import nn
 
 from src.engine.errors import CheckpointError, ConfigError
 from src.engine.runs.checkpoints import check_checkpoint
-from src.engine.runs.groups import InGroups, Schedule, equip
+from src.engine.runs.groups import InGroups
 from src.engine.runs.init import COMPILED, load_weights
 from src.engine.runs.processes import get_name, is_started_from_outside
+from src.engine.runs.schedules import Schedule, equip
 from src.engine.settings.arguments import check_arguments, parameters_of
 from src.engine.settings.explain import explain
 from src.engine.settings.trust import instantiate, renamed, tame

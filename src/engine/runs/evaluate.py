@@ -1,12 +1,11 @@
-"""Test a checkpoint, and make one ready to predict."""
+"""Test a checkpoint."""
 
 from collections.abc import Mapping
-from itertools import chain
 from os.path import relpath
 from pathlib import Path
 from typing import Any
 
-from src.engine.errors import ConfigError, UntestedError
+from src.engine.errors import UntestedError
 from src.engine.runs import report
 from src.engine.runs.origin import environment
 
@@ -67,47 +66,3 @@ def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **
         output_dir.mkdir(parents=True, exist_ok=True)
         report.write_json(output_dir / "metrics.json", result)
     return result
-
-
-def complete_prediction(module: Any, source: Any) -> None:
-    """Have a module that was restored predict with what it has.
-
-    Without a ``predict_step``, its ``forward`` gets a batch, or the first part of a batch of several that it does not
-    take whole. Without a ``predict_dataloader``, it predicts the test split.
-
-    Args:
-        module: The module.
-        source: Its data module, or itself if its loaders are its own.
-    """
-    from pytorch_lightning.utilities import CombinedLoader
-    from pytorch_lightning.utilities.model_helpers import is_overridden
-
-    def predict_step(batch: Any, *_: Any) -> Any:
-        try:
-            try:
-                return module(batch)
-            except (TypeError, AttributeError):  # a net that gets a list where it expects a tensor
-                if not isinstance(batch, list | tuple):
-                    raise
-            return module(batch[0])
-        # What torch and Python raise of a forward that is missing, or written for other arguments; a fault in its own
-        # code may be of these kinds, too, so the message names the error.
-        except (TypeError, AttributeError, NotImplementedError) as error:
-            raise ConfigError(
-                f"{type(module).__name__} has no predict_step, and its forward takes no batch "
-                f"({type(error).__name__}: {error}; HYDRA_FULL_ERROR=1 shows where): give it a "
-                "predict_step(batch, batch_idx)"
-            ) from error
-
-    def predict_dataloader() -> Any:
-        if not has_loader:
-            source.setup("test")
-        # No DataLoaders: Lightning makes them anew, and fails where batch_size was given by its position.
-        return [chain(loader) for loader in CombinedLoader(make_loaders()).flattened]
-
-    has_loader = is_overridden("predict_dataloader", source)
-    make_loaders = source.predict_dataloader if has_loader else source.test_dataloader
-    if not is_overridden("predict_step", module):
-        module.predict_step = predict_step
-    if has_loader or is_overridden("test_dataloader", source):
-        source.predict_dataloader = predict_dataloader

@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -43,45 +42,6 @@ def require_match(key: str, patterns: str | Sequence[str], names: Iterable[str])
         if not any(matches(name, pattern) for name in names):
             known = {part for name in names for part in (name, name.rpartition(".")[0], name.split(".")[0])}
             raise ConfigError(f"{key}={pattern}: fits no name in the module; {nearest(pattern, sorted(known - {''}))}")
-
-
-def equip(value: Any, made: list["Schedule"]) -> Any:
-    """Replace the schedulers' factories in ``value`` that need to know the run or the optimizer's groups.
-
-    Args:
-        value: What is built of a config; dictionaries are looked into.
-        made: The new factories are added here: each must be told its ``module``.
-    """
-    if isinstance(value, dict):
-        return {name: equip(child, made) for name, child in value.items()}
-    if isinstance(value, partial) and (value.keywords.get("total_steps", 0) is None or "max_lr" in value.keywords):
-        value = Schedule(value.func, *value.args, **value.keywords)
-        made.append(value)
-    return value
-
-
-class Schedule(partial):
-    """A scheduler's factory that fills in the run's number of steps, and each group's own peak."""
-
-    module: pl.LightningModule
-
-    def __reduce__(self) -> Any:
-        """Without the module: Lightning drops hyper-parameters that cannot be pickled, and a module may not be."""
-        reduced: Any = super().__reduce__()
-        kind, function, state = reduced
-        return kind, function, (*state[:-1], None)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the scheduler of an optimizer."""
-        own = {**self.keywords, **kwargs}
-        if own.get("total_steps", 0) is None:
-            kwargs["total_steps"] = int(self.module.trainer.estimated_stepping_batches)
-        optimizer = args[0] if args else own["optimizer"]
-        rate, rates = optimizer.defaults["lr"], [group["lr"] for group in optimizer.param_groups]
-        for name in ("base_lr", "max_lr"):  # a number: that of the optimizer's own rate
-            if isinstance(own.get(name), int | float) and any(other != rate for other in rates):
-                kwargs[name] = [own[name] * other / rate if rate else other for other in rates]
-        return super().__call__(*args, **kwargs)
 
 
 class InGroups:

@@ -18,6 +18,7 @@ SUFFIXES = (".csv", ".json", ".parquet")
 MAX_SHOWN = 50  # rows of the table on the terminal
 ROW_GROUP = 10_000  # rows of Parquet at a time
 Row = dict[str, Any]  # a sample, by column
+CLASS_COLUMNS = ("class", "probability", "runner_up", "runner_up_probability")  # a classifier's
 
 
 class Predictions:

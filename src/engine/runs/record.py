@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import statistics
 import time
 from collections.abc import Mapping
@@ -147,3 +148,26 @@ def _is_plain(value: Any) -> bool:
     with suppress(TypeError, ValueError):
         return bool(json.dumps(value))
     return False
+
+
+def show(cfg: DictConfig) -> None:
+    """Print what came of a run that has finished, and what to try next."""
+    folder = Path(cfg.output_dir)
+    record = json.loads((folder / "metrics.json").read_text())
+    rate, best = record["images_per_second"], record["best"]["checkpoint"]
+    report.print_table(
+        " and ".join(verb for verb, done in {"trained": cfg.train, "tested": cfg.test}.items() if done),
+        {k: v for k, v in sorted(record["metrics"].items()) if k == cfg.monitor or not k.startswith(("train", "lr-"))}
+        | ({"data": report.describe_data(record["data"])} if "num_images" in record["data"] else {})
+        | {"time": f"{record['seconds']:.1f} s"}
+        | ({"samples/s": f"{rate:.0f} (median epoch)"} if rate else {})
+        | {"best" if record["best"]["monitor"] else "last": report.shown(folder / best) if best else "no checkpoint"},
+    )
+    logs = shlex.quote(report.shown(f"{cfg.root_dir}/logs"))
+    is_testable = cfg.test and best and not read_status(folder)["debug"]
+    sweep = {"python -m src.train -m optimizer.lr=0.001,0.003,0.01": "try three learning rates"}
+    report.print_next(
+        ({"python -m src.test": "test it once more, in detail"} if is_testable else {})
+        | {f"python -m tensorboard.main --logdir {logs}": "the curves of all runs"}
+        | (sweep if OmegaConf.select(cfg, "optimizer.lr") else {})
+    )

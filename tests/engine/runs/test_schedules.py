@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from src.engine.runs.build import load_checkpoint
-from src.schedules import warmup_cosine
+from src.engine.runs.schedules import warmup_cosine
 from src.train import train
 from tests.engine.tiny import compose_tiny
 

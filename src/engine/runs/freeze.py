@@ -1,14 +1,13 @@
 """Weights that stay as they are, for some epochs or for the whole run."""
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from torch import nn
 
-from src.engine.errors import ConfigError
+from src.engine.runs.groups import matches, require_match
 
 
 class Freeze(Callback):
@@ -27,7 +26,7 @@ class Freeze(Callback):
     """
 
     def __init__(self, match: str | Sequence[str], until_epoch: int | None = None) -> None:
-        self.match = [match] if isinstance(match, str) else list(match)
+        self.match = match
         self.until_epoch = until_epoch
         self._is_frozen = True
         self._parameters: list[nn.Parameter] = []  # those that would be trained
@@ -37,15 +36,14 @@ class Freeze(Callback):
         """Find what is frozen, before an optimizer or a strategy looks at the parameters."""
         parameters = dict(pl_module.named_parameters())
         names = [*parameters, *dict(pl_module.named_buffers())]
-        for pattern in self.match:
-            if not any(_fits(name, [pattern]) for name in names):
-                raise ConfigError(f"callbacks.freeze.match={pattern}: fits no name in the module, as {names[0]} would")
+        require_match("callbacks.freeze.match", self.match, names)
         if stage != "fit":
             return
-        self._parameters = [each for name, each in parameters.items() if each.requires_grad and _fits(name, self.match)]
+        trained = {name: each for name, each in parameters.items() if each.requires_grad}
+        self._parameters = [each for name, each in trained.items() if matches(name, self.match)]
         for path, module in pl_module.named_modules():
             buffers = [f"{path}.{name}".lstrip(".") for name, _ in module.named_buffers(recurse=False)]
-            if module.training and buffers and all(_fits(name, self.match) for name in buffers):
+            if module.training and buffers and all(matches(name, self.match) for name in buffers):
                 self._modules.append(module)
         for parameter in self._parameters if self.until_epoch is None else ():
             parameter.requires_grad_(False)
@@ -63,7 +61,3 @@ class Freeze(Callback):
         """Drop the gradients that there are."""
         for parameter in self._parameters if self._is_frozen else ():
             parameter.grad = None
-
-
-def _fits(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in patterns)
