@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from src.engine.sweeps.folder import Job
-from src.engine.sweeps.leaderboard import SEED, Leaderboard, Setting, scores_of
+from src.engine.sweeps.leaderboard import Leaderboard, Setting, scores_of
 
 MAX_PANELS = 6
 MAX_LINES = 6  # of two keys; more are a heat map
@@ -25,13 +25,17 @@ LOG_KEYS = ("lr", "max_lr", "eta_min", "weight_decay", "eps")  # their scale is 
 
 
 def draw(board: Leaderboard) -> bytes:
-    """The monitored metric against the swept keys, as a PNG: mean and, over seeds, standard deviation.
+    """The monitored metric against the swept keys, as a PNG: mean and, over repetitions, standard deviation.
 
     Two keys are lines or a heat map; of more, each has a panel. The winner is marked by a star. A learning rate, or
     numbers that span a factor of 100, get a logarithmic axis.
     """
-    keys = [key for key in board.keys if key != SEED] or board.keys or ["job"]
-    pair = sorted(keys, key=lambda key: -len(_values(board, key))) if len(keys) == 2 and board.winner else []
+    keys = [key for key in board.keys if key not in board.repeated] or board.keys or ["job"]
+    pair = (
+        sorted(keys, key=lambda key: -len(_values(board, key)))
+        if len(keys) == 2 and board.winner and keys != board.repeated
+        else []
+    )
     panels = pair[:1] or keys[:MAX_PANELS]
     figure = Figure(figsize=(1 + 4.2 * len(panels) + len(pair), 3.6), layout="constrained")
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -57,7 +61,7 @@ def draw_panel(axes: Axes, board: Leaderboard, key: str, other: str | None = Non
         connected: Whether there is a line at all.
     """
     points, best = [setting for setting in board.planned if setting.scores], board.winner
-    if key in (SEED, "job"):  # each job is a point
+    if key in (*board.repeated, "job"):  # each job is a point
         points = [Setting({"job": j.name, **j.values}, [j], scores_of([j])) for j in board.jobs if scores_of([j])]
         best = next((point for point in points if point.jobs[0] is board.best_job), None)
     values = _values(board, key)

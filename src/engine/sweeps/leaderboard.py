@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,15 +16,15 @@ from scipy.special import stdtrit
 from src.engine.runs import report
 from src.engine.sweeps.folder import DONE, Job, count
 
-SEED = "seed"  # swept, its jobs are repetitions of one setting
-MAX_SEEDS = 1000  # a difference that needs more is none that matters
+REPEATED = re.compile(r"(.*\.)?((\w+_)?seed|fold)")  # keys that, swept, only repeat a setting: seed, data.fold
+MAX_NUM = 1000  # a difference that needs more repetitions is none that matters
 
 
 class Setting(NamedTuple):
-    """The jobs that differ by their seed only.
+    """The jobs that differ by their seed or fold only.
 
     Args:
-        values: Their swept values, without the seed.
+        values: Their swept values, without these.
         jobs: The jobs.
         scores: The values of the monitored metric, of the finished jobs.
     """
@@ -71,12 +72,13 @@ class Leaderboard:
         self.jobs = jobs
         self.monitor = monitor
         self.keys = list(dict.fromkeys(key for job in jobs for key in job.values))
+        self.repeated = list(filter(REPEATED.fullmatch, self.keys))
         groups: dict[str, list[Job]] = {}
         for job in jobs:
-            groups.setdefault(repr(_without_seed(job.values)) if SEED in self.keys else job.name, []).append(job)
+            groups.setdefault(repr(_values_of(job)) if self.repeated else job.name, []).append(job)
         sign = -1 if mode == "max" else 1
-        self.planned = [Setting(_without_seed(group[0].values), group, scores_of(group)) for group in groups.values()]
-        # A setting of which a seed failed ranks below those that are complete: one lucky run must not win.
+        self.planned = [Setting(_values_of(group[0]), group, scores_of(group)) for group in groups.values()]
+        # A setting of which a job failed ranks below those that are complete: one lucky run must not win.
         self.settings = sorted(
             self.planned, key=lambda setting: (-len(setting.scores), sign * setting.mean if setting.scores else 0.0)
         )
@@ -127,18 +129,17 @@ class Leaderboard:
 
     def table(self) -> list[list[str]]:
         """A header and a row a setting, as text."""
-        keys = [key for key in self.keys if key != SEED]
-        seeds = SEED in self.keys
+        keys = [key for key in self.keys if key not in self.repeated]
         tested = [setting.tests for setting in self.settings if setting.tests]
         tests = list(dict.fromkeys(name for found in tested for name in found)) if len(tested) > 1 else []
-        header = ["rank", *keys, *(["n"] if seeds else []), self.heading, *map(_test_name, tests), "status"]
+        header = ["rank", *keys, *(["n"] if self.repeated else []), self.heading, *map(_test_name, tests), "status"]
         rows = []
         for rank, setting in enumerate(self.settings, 1):
             pruned = [job.score for job in setting.jobs if job.status == "pruned" and job.score is not None]
             score = shown_mean(setting.scores or pruned)
-            status = count(job.status for job in setting.jobs) if seeds else setting.jobs[0].status
+            status = count(job.status for job in setting.jobs) if self.repeated else setting.jobs[0].status
             values = [_shown(setting.values.get(key, "")) for key in keys]
-            number = [str(len(setting.scores))] if seeds else []
+            number = [str(len(setting.scores))] if self.repeated else []
             found = [shown_mean(setting.tests.get(name, [])) for name in tests]
             rows.append([str(rank), *values, *number, score, *found, status])
         return [header, *rows]
@@ -156,8 +157,8 @@ class Leaderboard:
             top = min((each for each in self.settings if each.scores), key=lambda each: self._sign * each.mean)
             if self._sign * top.mean < self._sign * self.winner.mean:
                 lines.append(
-                    f"{top.name} has a better mean, {top.mean:.4f}, of fewer seeds, {len(top.scores)} beside "
-                    f"{len(self.winner.scores)}: settings with more finished seeds win"
+                    f"{top.name} has a better mean, {top.mean:.4f}, of fewer {self._units}, {len(top.scores)} "
+                    f"beside {len(self.winner.scores)}: settings with more finished {self._units} win"
                 )
             lines.append(f"checkpoint: {report.shown(Path(folder, job.checkpoint)) if job.checkpoint else 'none'}")
             for name, tests in self.winner.tests.items():
@@ -177,16 +178,21 @@ class Leaderboard:
         for line in self.summary(folder):
             console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
+    @property
+    def _units(self) -> str:
+        """What repeats a setting, in the plural."""
+        return f"{self.repeated[0].rpartition('.')[2]}s" if len(self.repeated) == 1 else "repetitions"
+
     def _lead(self, winner: Setting) -> list[str]:
         """Whether the winner is better than the next setting or only ahead: their difference, paired over the seeds."""
         runner_up = next((setting for setting in self.settings[1:] if setting.scores), None)
-        if runner_up is None or SEED not in self.keys:
+        if runner_up is None:
             return []
         ours, theirs = (
-            {job.values[SEED]: job.score for job in setting.jobs if _counts(job) and job.score is not None}
+            {_pair(job): job.score for job in setting.jobs if _counts(job) and job.score is not None}
             for setting in (winner, runner_up)
         )
-        differences = [self._sign * (theirs[seed] - ours[seed]) for seed in ours.keys() & theirs.keys()]
+        differences = [self._sign * (theirs[pair] - ours[pair]) for pair in ours.keys() & theirs.keys()]
         if len(differences) < 2:
             return []
         num = len(differences)
@@ -194,9 +200,9 @@ class Leaderboard:
         margin = _margin(num, std)
         said = f"ahead of {runner_up.name} by {lead:.4f}, 95 % interval {lead - margin:.4f} to {lead + margin:.4f}"
         if lead > margin:
-            return [f"{said}: better over {num} seeds"]
-        more = next((n - num for n in range(num, MAX_SEEDS) if _margin(n, std) < lead), None)
-        return [f"{said}: not told apart by {num} seeds" + (f"; some {more} more may tell" if more else "")]
+            return [f"{said}: better over {num} {self._units}"]
+        more = next((n - num for n in range(num, MAX_NUM) if _margin(n, std) < lead), None)
+        return [f"{said}: not told apart by {num} {self._units}" + (f"; some {more} more may tell" if more else "")]
 
 
 def shown_mean(scores: Sequence[float]) -> str:
@@ -207,8 +213,14 @@ def shown_mean(scores: Sequence[float]) -> str:
     return f"{statistics.fmean(scores):.4f}{std}"
 
 
-def _without_seed(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key != SEED}
+def _values_of(job: Job) -> dict[str, Any]:
+    """A job's swept values but for those that only repeat a setting."""
+    return {key: value for key, value in job.values.items() if not REPEATED.fullmatch(key)}
+
+
+def _pair(job: Job) -> tuple[Any, ...]:
+    """What a job shares with those of other settings: its seed and fold."""
+    return tuple(value for key, value in job.values.items() if REPEATED.fullmatch(key))
 
 
 def _counts(job: Job) -> bool:

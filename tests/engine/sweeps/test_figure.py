@@ -75,8 +75,22 @@ def test_categories_are_labelled() -> None:
         Leaderboard([Job("a", {"lr": 1e30}, "finished", 1e30), Job("b", {"lr": -1}, "failed")], "val/loss", "min"),
         make_pairs([0.1, 0.2], ["relu", None]),
         make_pairs(list(range(40)), [f"text {number}" for number in range(40)]),
+        Leaderboard(
+            [Job(f"{s},{f}", {"seed": s, "fold": f}, "finished", s + f) for s in range(9) for f in range(9)],
+            "f1",
+            "max",
+        ),
     ],
-    ids=["seeds", "all failed", "nothing swept", "many keys", "extreme", "two keys", "two keys, many"],
+    ids=[
+        "seeds",
+        "all failed",
+        "nothing swept",
+        "many keys",
+        "extreme",
+        "two keys",
+        "two keys, many",
+        "seeds and folds",
+    ],
 )
 def test_any_board_is_drawn(board: Leaderboard) -> None:
     image = matplotlib.image.imread(io.BytesIO(figure.draw(board)))

@@ -144,6 +144,38 @@ def test_seeds_that_would_tell_are_as_many_as_the_interval_needs() -> None:
     assert line.endswith(f"not told apart by 2 seeds; some {needed - 2} more may tell")
 
 
+@pytest.mark.parametrize(
+    ("key", "units"), [("data.fold", "folds"), ("fold", "folds"), ("data.split_seed", "split_seeds")]
+)
+def test_folds_and_seeds_of_other_names_are_averaged_like_seeds(key: str, units: str) -> None:
+    scores = {(lr, fold): 0.5 + lr + fold / 10 for lr in (0.1, 0.2) for fold in range(3)}
+    jobs = [Job(f"{lr},{fold}", {"lr": lr, key: fold}, "finished", score) for (lr, fold), score in scores.items()]
+    board = Leaderboard(jobs, "val/acc", "max")
+    assert board.table() == [
+        ["rank", "lr", "n", "best val/acc", "status"],
+        ["1", "0.2", "3", "0.8000 ± 0.1000", "3 finished"],
+        ["2", "0.1", "3", "0.7000 ± 0.1000", "3 finished"],
+    ]
+    (line,) = [line for line in board.summary() if line.startswith("ahead of")]
+    assert line == f"ahead of lr=0.1 by 0.1000, 95 % interval 0.1000 to 0.1000: better over 3 {units}"
+
+
+def test_each_pair_of_seed_and_fold_is_a_repetition() -> None:
+    jobs = [
+        Job(f"{lr},{seed},{fold}", {"lr": lr, "seed": seed, "data.fold": fold}, "finished", lr + seed / 10 + fold / 100)
+        for lr in (0.1, 0.2) for seed in (0, 1) for fold in (0, 1)
+    ]  # fmt: skip
+    board = Leaderboard(jobs, "val/acc", "max")
+    assert [row[:3] for row in board.table()[1:]] == [["1", "0.2", "4"], ["2", "0.1", "4"]]
+    assert any(line.endswith("better over 4 repetitions") for line in board.summary())
+
+
+@pytest.mark.parametrize("key", ["data.num_folds", "data.n_fold", "model.scaffold", "seeded"])
+def test_a_key_that_only_sounds_like_a_seed_or_fold_is_a_setting(key: str) -> None:
+    board = Leaderboard([Job(f"{x}", {key: x}, "finished", x / 10) for x in (1, 2)], "val/acc", "max")
+    assert board.table()[0] == ["rank", key, "best val/acc", "status"]
+
+
 def test_where_a_job_has_no_best_all_are_compared_by_their_last() -> None:
     jobs = [
         Job("a", {"x": 1}, "finished", 0.9, {"val/acc": 0.4}),
