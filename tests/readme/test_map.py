@@ -20,6 +20,7 @@ ELSEWHERE = {
     "key",
     "weights_only",
     "install",
+    "data.fold",
 }  # no settings of a command, or none that a file has
 PUBLIC = {"_replace", "_asdict", "_fields", "_exit"}  # documented: of named tuples and of os
 

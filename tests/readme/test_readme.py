@@ -53,9 +53,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(
             ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__", "train", "multirun", "test")
         )
-    blocks = re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", "".join(READMES.values()), re.DOTALL)
+    pattern = r"```(?:python|yaml)\n((?:# @package _global_\n)?# ((?:src|conf)/\S+)\n.*?)```"
+    blocks = re.findall(pattern, "".join(READMES.values()), re.DOTALL)
     assert len(blocks) == 5
-    for path, content in blocks:
+    for content, path in blocks:  # whole, as they are pasted
         assert not (project / path).exists()
         (project / path).write_text(content)
     return project

@@ -150,7 +150,9 @@ def _check_training(config: Mapping[str, Any]) -> None:
     for key, node in nodes.items():
         if (node is not None or key in NEEDED) and not (isinstance(node, dict) and "_target_" in node):
             found = ", ".join(map(str, node)) if isinstance(node, dict) else node
-            raise ConfigError(f"{key}: expected a node with a _target_, the class to build; found {found}")
+            # A file that sets keys of several groups may have been read as one of its own group.
+            remedy = "; the file's first line must be '# @package _global_'" if key in (node or ()) else ""
+            raise ConfigError(f"{key}: expected a node with a _target_, the class to build; found {found}{remedy}")
         if node and node.get("_partial_") and key not in MADE_LATER:
             raise ConfigError(f"{key}._partial_={node['_partial_']}: makes no object; leave it out")
     weights = (config["init"] or {}).get("weights")

@@ -191,12 +191,19 @@ def _explain_composition(error: ConfigCompositionException, config_name: str) ->
     keys = _all_keys(config_name)
     if key in keys and found[1] == "delete":
         return f"{key}: cannot be deleted; {key}=null may do"
-    if key in keys and (chosen := [word for word in sys.argv if word.startswith(f"{key.partition('.')[0]}=")]):
-        return f"{key}: {chosen[-1]} has no such key; is it the sweep's? conf/sweep/ may have one without it"
     if config_name != "train" and (CONF / key).is_dir():
         return f"{key}: python -m src.{config_name} reads this from the checkpoint; there are: {', '.join(keys)}"
-    known = [*keys, *find_groups()]  # those that are off have no key
-    return f"{key}: no such key; {nearest(key, known)} (+{key}=... adds a new one)"
+    top = str(key).partition(".")[0]
+    own = [each for each in keys if each.startswith(f"{top}.") and "._" not in each] if "." in key else []
+    known = own or [*keys, *find_groups()]  # those that are off have no key
+    chosen = [word for word in sys.argv if word.startswith(f"{top}=") and (CONF / top).is_dir()]
+    said = f"{key}: {chosen[-1]} has no such key" if chosen else f"{key}: no such key"
+    if f"{top}.{key}" in keys:
+        return f"{said}; the first line of a file that sets keys of several groups must be '# @package _global_'"
+    typed = [word.lstrip("+~") for word in sys.argv]
+    if any(word.startswith("sweep=") for word in typed) and not any(word.startswith(key) for word in typed):
+        return f"{said}; it is the sweep's: choose another one of conf/sweep/"
+    return f"{said}; {nearest(key, known)} (+{key}=... adds a new one)"
 
 
 def nearest_key(name: str, config_name: str) -> str:
@@ -205,5 +212,13 @@ def nearest_key(name: str, config_name: str) -> str:
 
 
 def _all_keys(config_name: str) -> list[str]:
+    """The keys of a command's config, with the options that the command line chooses as far as they compose."""
+    chosen = [word for word in sys.argv[1:] if (CONF / word.partition("=")[0].lstrip("+")).is_dir()]
+    folders = [Path(word.partition("=")[2]).resolve() for word in sys.argv if word.startswith("--config-dir=")]
+    chosen.append(f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]")
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return [key for key, _ in walk(OmegaConf.to_container(compose(config_name))) if key]
+        try:
+            config = compose(config_name, chosen)
+        except (HydraException, OmegaConfBaseException):  # of several values, say
+            config = compose(config_name)
+        return [key for key, _ in walk(OmegaConf.to_container(config)) if key]

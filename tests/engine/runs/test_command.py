@@ -166,6 +166,27 @@ def test_what_misleads_elsewhere_is_told_with_its_remedy(command: str, said: str
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("header", "setting", "said"),
+    [
+        ("# @package _global_", "model.num_hiden=3", "model=mine has no such key; did you mean model.num_hidden?"),
+        ("# @package _global_", "model.net.activation=relu", "has no such key; there are: model.num_hidden (+"),
+        ("# mine", "model.num_hidden=3", "model=mine has no such key; the first line of a file that sets keys of"),
+        ("# mine", "+model.num_hidden=3", "expected a node with a _target_, the class to build; found monitor, model"),
+    ],
+)  # fmt: skip
+def test_a_slip_is_looked_up_in_the_model_that_was_chosen(header: str, setting: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text(
+        f"{header}\n\nmonitor: f1\nmodel:\n  _target_: tests.engine.tiny.TinyTask\n  num_hidden: 8\n"
+    )
+    result = forks.run_command(
+        "train", f"--config-dir={tmp_path}", "model=mine", setting, PROJECT_ROOT=str(tmp_path / "project")
+    )
+    (line,) = _lines(result.stdout + result.stderr)
+    assert said in line
+
+
 @pytest.mark.parametrize("option", by_default(["stdout", "none", "disabled"]))
 def test_hydras_own_logging_may_be_chosen(option: str, tmp_path: Path) -> None:
     arguments = (*TINY, "debug=fast", "callbacks=minimal", "logger=[]")
