@@ -1,10 +1,11 @@
 """From a config to objects, and from a checkpoint to a module and its data."""
 
+import inspect
 import logging
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import nn
 
@@ -22,7 +24,7 @@ from src.engine.runs.groups import InGroups
 from src.engine.runs.init import COMPILED, load_weights
 from src.engine.runs.processes import get_name, is_started_from_outside
 from src.engine.runs.schedules import Schedule, equip
-from src.engine.settings.arguments import check_arguments, parameters_of
+from src.engine.settings.arguments import check_arguments, parameters_of, takes_group
 from src.engine.settings.explain import explain
 from src.engine.settings.trust import instantiate, renamed, tame
 
@@ -57,20 +59,21 @@ def build_module(cfg: DictConfig) -> pl.LightningModule:
     """The LightningModule of ``cfg.model``, ready to train.
 
     Its constructor gets what stands in ``cfg.model``, lists and dicts as plain ones. It gets ``cfg.optimizer`` and
-    ``cfg.scheduler`` too if it takes arguments of these names and ``cfg.model`` does not have them itself; a group that
-    it does not get is set to null in ``cfg``. A scheduler's ``total_steps`` that is null is filled in with the run's
-    number of optimizer steps when the scheduler is made. Its optimizers divide their parameters by
+    ``cfg.scheduler`` too if it takes arguments of these names, not as a text or a class, and ``cfg.model`` has none; a
+    group that it does not get is set to null in ``cfg``. A scheduler's ``total_steps`` that is null is filled in with
+    the run's number of optimizer steps when the scheduler is made. Its optimizers divide their parameters by
     ``cfg.optimizer_groups``, and the weights are those of ``cfg.init``, unless a checkpoint is about to replace them.
     """
     takes, arguments = _parameters(cfg.model), {}
     entries, init = (_plain(OmegaConf.select(cfg, key) or OmegaConf.create()) for key in ("optimizer_groups", "init"))
     for name in FACTORIES:
-        if cfg.get(name) and (name not in takes or name in cfg.model):
+        if cfg.get(name) and name in takes and name not in cfg.model and takes_group(takes[name], cfg[name]):
+            with suppress(InterpolationResolutionError):  # it follows an optimizer that is not used
+                arguments[name] = instantiate(cfg[name], _convert_="object")
+        if cfg.get(name) and name not in arguments:
             if not get_name():  # the first process tells it
                 log.info(f"{name}: not used: {cfg.model._target_} has its own")
             cfg[name] = None
-        if cfg.get(name):
-            arguments[name] = instantiate(cfg[name], _convert_="object")
     for name, node in cfg.model.items():
         if OmegaConf.is_dict(node) and node.get("_partial_"):
             arguments[str(name)] = instantiate(node, _convert_="object")
@@ -112,16 +115,16 @@ def _plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True)
 
 
-def _parameters(node: Any) -> set[str]:
-    """The names that a node's target takes; those of a base class too where its constructor takes ``**kwargs``."""
+def _parameters(node: Any) -> dict[str, inspect.Parameter]:
+    """What a node's target takes; what its base class does, too, where its constructor takes ``**kwargs``."""
     target = get_object(node["_target_"])
-    names: set[str] = set()
+    found: dict[str, inspect.Parameter] = {}
     for each in [kind for kind in target.__mro__ if "__init__" in vars(kind)] if isinstance(target, type) else [target]:
         parameters = parameters_of(each)
-        names |= set(parameters)
+        found = {**parameters, **found}
         if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
             break
-    return names
+    return found
 
 
 def _fit_names(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:

@@ -37,7 +37,7 @@ class Progress(callbacks.ProgressBar):
     def __init__(self, ci: str | None = None) -> None:
         super().__init__()
         self._has_bar = sys.stderr.isatty() and not ci
-        self._is_enabled = True
+        self.is_enabled = True  # as Lightning's own bars have it: self.print asks for it
         self._start = self._drawn = 0.0  # when the epoch began, and when the bar was last drawn
         self._length = 0  # of the bar on the terminal
         self._first: tuple[float, float] | None = None  # when the first batch ended, and how much was done then
@@ -47,11 +47,16 @@ class Progress(callbacks.ProgressBar):
 
     def disable(self) -> None:
         """Lightning calls this in all processes but the first."""
-        self._is_enabled = False
+        self.is_enabled = False
 
     def enable(self) -> None:
         """The opposite of disable."""
-        self._is_enabled = True
+        self.is_enabled = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print what a module says by ``self.print``, in the place of the bar."""
+        self.teardown()
+        super().print(*args, **kwargs)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock; a resumed run may start in the middle of an epoch."""
@@ -115,7 +120,7 @@ class Progress(callbacks.ProgressBar):
 
     def _write(self, trainer: pl.Trainer, label: str, metrics: Iterable[str], seconds: float) -> None:
         self._before = dict(trainer.callback_metrics)
-        if self._is_enabled:
+        if self.is_enabled:
             self.teardown()
             log.info("  ".join([label, *metrics, f"{seconds:.1f} s"]))
 
@@ -141,7 +146,7 @@ class Progress(callbacks.ProgressBar):
         return _shown({**metrics, **last})
 
     def _is_due(self) -> bool:
-        return self._has_bar and self._is_enabled and time.perf_counter() - self._drawn >= REDRAWN
+        return self._has_bar and self.is_enabled and time.perf_counter() - self._drawn >= REDRAWN
 
     def _draw(self, label: str, share: float, metrics: Iterable[str] = (), left: float = math.nan) -> None:
         """Write the bar over the last one, as wide as the terminal; the cursor stays at its end."""

@@ -125,7 +125,7 @@ class Session(Callback):
         """Note the metrics of a validation, and step what waits for one."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._note_metrics(trainer)
-            number = (trainer.fit_loop.total_batch_idx + 1) // int(trainer.val_check_batch or 1)
+            number = (trainer.fit_loop.total_batch_idx + 1) // (trainer.val_check_batch or 1)  # inf: at an epoch's end
             for config, frequency in self._plateaus:
                 value = trainer.callback_metrics.get(str(config.monitor))
                 if value is not None and number % frequency == 0:

@@ -10,12 +10,14 @@ import sys
 import traceback
 import types
 import typing
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
 
 import hydra.utils
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from src.engine.errors import ConfigError
 
@@ -43,6 +45,7 @@ HYDRAS = {
     for name, kind in KINDS.items()
 }
 UNIONS = (typing.Union, types.UnionType)
+PLAIN = (str, bool, int, float, list, tuple, type, Literal, DictConfig)  # of these, none is what a group is built to
 TENSOR = "torch.Tensor"
 IMPORTS = ("<", pydoc.__file__)  # the files whose lines import what a _target_ names
 
@@ -198,6 +201,22 @@ def takes(annotation: Any, value: Any) -> bool:
     return not any(f"{each.__module__}.".startswith(NODES) for each in origin.__mro__)
 
 
+def takes_group(parameter: inspect.Parameter, group: Mapping[str, Any]) -> bool:
+    """Whether a module's argument takes what a group is built to, by its annotation or else its default.
+
+    That is a function to call, or a dict with one; a module that expects a name, a class or settings has its own.
+    """
+    annotation, default = parameter.annotation, parameter.default
+    if annotation is parameter.empty and default is not parameter.empty:
+        annotation = type(default)
+    kinds = {typing.get_origin(option) or option for option in _options(annotation)} - {type(None)}
+    return not kinds or not kinds <= {*PLAIN, *((dict, Mapping) if "_target_" in group else ())}
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    return typing.get_args(annotation) if typing.get_origin(annotation) in UNIONS else (annotation,)
+
+
 def describe(annotation: Any) -> str:
     """A type as it is written in Python.
 
@@ -212,9 +231,10 @@ def describe(annotation: Any) -> str:
 def build(config: Any, **kwargs: Any) -> Any:
     """Hydra's ``instantiate``; what an annotation takes in another form is given in that one.
 
-    Lists and dicts are plain ones, unless the node's ``_convert_`` says otherwise. A list of numbers becomes a tensor
-    of floats where the annotation says Tensor, and 1e3 a whole number where it says int. A null for an argument that
-    the target does not take is left out: in a file, that is how an argument of the file before is taken back.
+    Lists and dicts are plain ones, unless the node's ``_convert_`` says otherwise, or an annotation DictConfig. A list
+    of numbers becomes a tensor of floats where the annotation says Tensor, 1e3 a whole number where it says int, and a
+    dict a Namespace or a dataclass where it says so. A null for an argument that the target does not take is left
+    out: in a file, that is how an argument of the file before is taken back.
 
     Args:
         config: A node of the user's own config; None is None.
@@ -228,6 +248,8 @@ def build(config: Any, **kwargs: Any) -> Any:
     for key, node in find_nodes(OmegaConf.to_container(config)):
         parameters = parameters_of(locate(key, node["_target_"]))
         takes_others = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+        if any(kind in (DictConfig, ListConfig) for each in parameters.values() for kind in _options(each.annotation)):
+            OmegaConf.update(config, f"{key}._convert_".lstrip("."), node.get("_convert_", "none"))
         for name, value in node.items():
             if name in parameters and (fitted := _fit(parameters[name].annotation, value)) is not value:
                 OmegaConf.update(config, f"{key}.{name}".lstrip("."), fitted, merge=False)
@@ -239,9 +261,14 @@ def build(config: Any, **kwargs: Any) -> Any:
 
 
 def _fit(annotation: Any, value: Any) -> Any:
-    options = typing.get_args(annotation) if typing.get_origin(annotation) in UNIONS else (annotation,)
+    options = _options(annotation)
     if isinstance(value, float) and value.is_integer() and int in options and float not in options:
         return int(value)
     if isinstance(value, list) and [describe(option) for option in options if takes(option, value)] == [TENSOR]:
         return {"_target_": TENSOR, "_args_": [value]}
+    for option in options if isinstance(value, dict) and "_target_" not in value else ():
+        if isinstance(option, type) and (option is Namespace or is_dataclass(option)):
+            own = parameters_of(option)
+            parts = {name: _fit(own[name].annotation, part) if name in own else part for name, part in value.items()}
+            return {"_target_": f"{option.__module__}.{option.__qualname__}", **parts}
     return value

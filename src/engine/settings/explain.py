@@ -31,6 +31,7 @@ IN_LOG = "The stack trace is in the run's log; HYDRA_FULL_ERROR=1 prints it."
 DOORS = [f"src/{name}.py" for name in ("train", "test", "predict", "export", "demo", "reproduce")]
 PLUMBING = tuple(str(ROOT / name) for name in ("src/engine", "hydra_plugins", *DOORS))
 KEYS = {"lr scheduler dict": "scheduler", "_dataloader` must be": "data"}  # of what Lightning says without one
+AS_CONFIG = "where a module expects a DictConfig or Namespace, annotate its argument so, or set +model._convert_=none"
 CONNECTOR = "checkpoint_connector.py"  # Lightning's
 LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 
@@ -54,6 +55,7 @@ def explain(error: BaseException, config_name: str = "", cfg: DictConfig | None 
         cfg: The config that the command ran with.
     """
     said = re.sub(r"(\S{100})\S{300,}", r"\1...", f"error: {_explain(error, config_name, cfg)}")
+    said = re.sub("'dict' object has no attribute .*", rf"\g<0>; {AS_CONFIG}", said)
     return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in said)
 
 

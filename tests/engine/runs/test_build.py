@@ -3,12 +3,15 @@
 import functools
 import io
 import pickle
+from argparse import Namespace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -147,6 +150,108 @@ def test_without_an_optimizer_a_module_is_built(more: list[str], tmp_path: Path)
     module = build_module(compose_tiny(tmp_path, *more))
     assert isinstance(module, TinyTask)
     assert module.optimizer is None
+
+
+class ByName(TinyTask):
+    """Makes its optimizer by a name, as many published modules do."""
+
+    def __init__(self, net: nn.Module, optimizer: str = "adam", scheduler: str | None = None) -> None:
+        super().__init__(net)
+        self.given = optimizer, scheduler
+
+
+class ByDefault(ByName):
+    """The same, without annotations."""
+
+    def __init__(self, net, optimizer="adam", scheduler=None) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+        super().__init__(net, optimizer, scheduler)
+
+
+class ByClass(ByName):
+    """Makes its optimizer of a class."""
+
+    def __init__(self, net: nn.Module, optimizer: type[torch.optim.Optimizer] = torch.optim.SGD) -> None:
+        super().__init__(net, optimizer)  # type: ignore[arg-type]
+
+
+class BySettings(ByName):
+    """Makes its optimizer of settings of its own."""
+
+    def __init__(self, net: nn.Module, optimizer: dict[str, Any], scheduler: dict[str, Any] | None = None) -> None:
+        super().__init__(net, optimizer, scheduler)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "given"),
+    [
+        (ByName, (), "adam"),
+        (ByDefault, (), "adam"),
+        (ByClass, (), torch.optim.SGD),
+        (BySettings, ("+model.optimizer={name: SGD, lr: 0.1}",), {"name": "SGD", "lr": 0.1}),
+    ],
+)
+def test_a_module_that_takes_a_name_a_class_or_settings_keeps_its_own(
+    kind: type, more: tuple[str, ...], given: Any, tmp_path: Path
+) -> None:
+    cfg = compose_tiny(tmp_path, f"model._target_={ME}.{kind.__name__}", "scheduler=onecycle", *more)
+    assert build_module(cfg).given == (given, None)  # nor a schedule whose peak is that of the group
+    assert (cfg.optimizer, cfg.scheduler) == (None, None)
+
+
+@dataclass
+class Optim:
+    """Part of Sizes."""
+
+    lr: float = 0.5
+
+
+@dataclass
+class Sizes:
+    """Settings of a module, as a dataclass."""
+
+    num_hidden: int = 8
+    optim: Optim = field(default_factory=Optim)
+
+
+class ByConfig(TinyTask):
+    """Takes its settings as objects with attributes."""
+
+    def __init__(self, cfg: DictConfig, args: Namespace, sizes: Sizes | None = None) -> None:
+        super().__init__(TinyNet(cfg.net.num_hidden))
+        self.save_hyperparameters(args)
+        self.cfg, self.args, self.sizes = cfg, args, sizes
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.args.lr)
+
+
+def test_settings_that_are_annotated_as_objects_are_these_objects(tmp_path: Path) -> None:
+    own = ("+model.cfg={net: {num_hidden: 4}}", "+model.args={lr: 0.1}", "+model.sizes={optim: {lr: 0.25}}")
+    cfg = compose_tiny(tmp_path, f"model._target_={ME}.ByConfig", "~model.net", *own, "trainer.max_epochs=1")
+    check(cfg)
+    check_values(cfg)
+    train(cfg)
+    module = restore(tmp_path / "checkpoints" / "last.ckpt")
+    assert module.cfg == {"net": {"num_hidden": 4}}
+    assert module.args == Namespace(lr=0.1)
+    assert module.hparams == {"lr": 0.1}
+    assert module.sizes == Sizes(8, Optim(0.25))
+
+
+class Unannotated(TinyTask):
+    """Expects a DictConfig, and does not say so."""
+
+    def __init__(self, cfg) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+        super().__init__(TinyNet(cfg.net.num_hidden))
+
+
+def test_a_module_that_expects_a_dictconfig_without_a_word_is_told_how_to_get_it(tmp_path: Path) -> None:
+    own = (f"model._target_={ME}.Unannotated", "~model.net", "+model.cfg={net: {num_hidden: 4}}")
+    with pytest.raises(Exception, match="'dict' object has no attribute 'net'") as caught:
+        build_module(compose_tiny(tmp_path, *own))
+    assert "annotate its argument so, or set +model._convert_=none" in explain(caught.value)
+    module = build_module(compose_tiny(tmp_path, *own, "+model._convert_=none"))
+    assert module.get_parameter("net.0.weight").shape == (4, 4)
 
 
 class OwnLoaders(TinyTask):

@@ -160,6 +160,16 @@ def test_an_epoch_without_metrics_has_a_line(caplog: pytest.LogCaptureFixture) -
     assert lines(caplog, Plain()) == ["epoch 1/1"]
 
 
+def test_a_module_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    class Printing(Plain):
+        def on_validation_epoch_end(self) -> None:
+            self.print("validated", self.current_epoch)
+
+    rows = DataLoader(make_rows(8, drawn_by=0), 8)
+    make_trainer([Progress()]).fit(Printing(), rows, rows)
+    assert capsys.readouterr().out == "validated 0\n"
+
+
 def test_other_processes_say_nothing(caplog: pytest.LogCaptureFixture) -> None:
     class Other(Progress):
         def enable(self) -> None:

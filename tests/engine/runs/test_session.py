@@ -110,12 +110,15 @@ def test_the_last_window_of_accumulated_gradients_counts_in_full(limit: int | No
     assert float(module.weight.detach()) == pytest.approx(weight)
 
 
+class Stream(IterableDataset):
+    """One row, which has no length."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor]]:
+        return iter([(torch.ones(1),)])
+
+
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 def test_you_are_warned_where_the_last_window_is_not_known(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Stream(IterableDataset):
-        def __iter__(self) -> Iterator[tuple[Tensor]]:
-            return iter([(torch.ones(1),)])
-
     trainer = pl.Trainer(
         max_epochs=1, accelerator="cpu", accumulate_grad_batches=3, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[Session({"seed": 0})],
@@ -123,6 +126,20 @@ def test_you_are_warned_where_the_last_window_is_not_known(tmp_path: Path, caplo
     )  # fmt: skip
     trainer.fit(Line(), DataLoader(Stream()))
     assert "trainer.accumulate_grad_batches=3: the train loader has no length" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+def test_epochs_of_a_stream_without_a_length_end_with_their_validation(tmp_path: Path) -> None:
+    class Validated(Line):
+        def validation_step(self, batch: tuple[Tensor], batch_idx: int) -> None:
+            self.log("val/loss", self.training_step(batch, batch_idx))
+
+    trainer = pl.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[session := Session({"seed": 0})], default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(Validated(), DataLoader(Stream()), DataLoader(Stream()))
+    assert session.logged["val/loss"] == {"epoch": 2, "step": 2}
 
 
 class Mine(Callback):
