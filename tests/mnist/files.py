@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from src.engine.settings.check import ROOT
@@ -89,9 +90,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from src.train import train
     from tests.compose import compose_cfg
 
-    folder = tmp_path_factory.mktemp("trained")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"  # the same for all processes
     common = ("data=mnist5k", "trainer=cpu", "callbacks=minimal", "logger=[]", "test=false")
-    train(compose_cfg(folder, *common, "trainer.max_epochs=6"))
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "metrics.json").exists():
+            train(compose_cfg(folder, *common, "trainer.max_epochs=6"))
     return folder / "checkpoints" / "best.ckpt"
 
 

@@ -5,6 +5,7 @@ import io
 import pickle
 from argparse import Namespace
 from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,33 @@ from tests.forks import run_command
 from tests.marks import by_default
 
 ME = "tests.engine.runs.test_build"
-OPTIONS = [
+TRACKERS = ("wandb", "mlflow")  # test_loggers.py has these
+# Files of these groups are independent of each other: several are tested at a time.
+INDEPENDENT = ("callbacks", "data", "logger", "model", "optimizer", "paths", "scheduler")
+OTHERS = [
     f"{path.parent.name}={path.stem}"
     for path in sorted(CONF.glob("*/*.yaml"))
-    if path.parent.name not in ("hydra", "local") and path.stem not in ("wandb", "mlflow")  # test_loggers.py has these
+    if path.parent.name not in ("hydra", "local", *INDEPENDENT)
 ]
+
+
+def list_choices() -> list[tuple[str, ...]]:
+    """Choices of options which together have each one."""
+    groups = [
+        [f"{group}={path.stem}" for path in sorted((CONF / group).glob("*.yaml")) if path.stem not in TRACKERS]
+        for group in INDEPENDENT
+    ]
+    together = [tuple(filter(None, options)) for options in zip_longest(*groups)]
+    return [*together, ("scheduler=[]", "logger=[]", "callbacks=[]"), *((option,) for option in OTHERS)]
+
+
 NEEDED = {"data=idx": ("data.name=Letters",), "data=emnist_letters": ("model.num_classes=26",)}
 
 
-@pytest.mark.parametrize("option", [*OPTIONS, "scheduler=[]", "logger=[]", "callbacks=[]"])
-def test_every_yaml_file_composes_and_builds(option: str, tmp_path: Path) -> None:
-    cfg = compose_cfg(tmp_path, option, *NEEDED.get(option, ()))
+@pytest.mark.parametrize("options", list_choices(), ids=" ".join)
+def test_every_yaml_file_composes_and_builds(options: tuple[str, ...], tmp_path: Path) -> None:
+    needed = chain.from_iterable(NEEDED.get(option, ()) for option in options)
+    cfg = compose_cfg(tmp_path, *options, *needed)
     if cfg.trainer.accelerator in ("gpu", "mps"):  # right config, wrong machine; test_train.py tests it on a GPU
         with pytest.raises(MisconfigurationException, match=r"backend found|can not run on your system"):
             build_trainer(cfg)
@@ -49,7 +66,7 @@ def test_every_yaml_file_composes_and_builds(option: str, tmp_path: Path) -> Non
     datamodule: Any = build_datamodule(cfg)
     assert datamodule.batch_size == cfg.data.batch_size
     module = build_module(cfg)
-    if option == "trainer=fsdp":
+    if "trainer=fsdp" in options:
         with pytest.raises(ValueError, match="requires a GPU"):
             build_trainer(cfg)
         return

@@ -18,12 +18,13 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 
 from src.engine.errors import ConfigError
 from src.engine.runs.build import load_checkpoint
-from src.engine.runs.resume import expand, quoted
+from src.engine.runs.resume import check_difference, expand, quoted
 from src.engine.runs.status import write_status
+from src.engine.settings.trust import plain_config
 from tests import forks
 from tests.compose import run_command
 from tests.engine.equality import assert_equal, assert_same_run, content, scalars, table
-from tests.engine.tiny import TINY
+from tests.engine.tiny import TINY, compose_tiny
 from tests.marks import by_default
 from tests.processes import wait_until
 
@@ -129,6 +130,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one_to_the_bit(
     assert_same_run(whole, runs.path(name))
 
 
+@pytest.mark.slow
 def test_a_clock_that_goes_back_between_kills_changes_no_curve(
     runs: Runs, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,21 +336,43 @@ def test_only_weights_cannot_be_resumed(runs: Runs, whole: Path) -> None:
     assert f"error: ckpt_path={path}: holds weights only, nothing to resume from; choose a run's last.ckpt" in line
 
 
+CONTRADICTIONS = {
+    "trainer.max_epochs=9": "trainer.max_epochs=9: the run so far has 3, and its schedule, OneCycleLR, is",
+    "data.batch_size=9": "data.batch_size=9: the run so far has 5, and its schedule, OneCycleLR, is",
+    "trainer.limit_train_batches=0.5": "trainer.limit_train_batches=0.5: the run so far has .*Cycle",
+    "optimizer.lr=0.1": "optimizer.lr=0.1: the run so far has 0.004, which its checkpoint keeps",
+    "model.net.num_hidden=9": "model.net.num_hidden=9: the run so far has 8",
+}
+
+
+@pytest.mark.parametrize("resumed", CONTRADICTIONS)
+def test_what_would_not_be_a_continuation_is_refused(resumed: str, whole: Path) -> None:
+    stored = load_checkpoint(whole / "checkpoints" / "last.ckpt")["config"]
+    asked = compose_tiny(whole, *ARGUMENTS[1:], resumed)
+    with pytest.raises(ConfigError, match=CONTRADICTIONS[resumed]):
+        check_difference(stored, plain_config(asked))
+
+
+def test_what_it_was_given_itself_is_no_contradiction(whole: Path) -> None:
+    stored = load_checkpoint(whole / "checkpoints" / "last.ckpt")["config"]
+    check_difference(stored, plain_config(compose_tiny(whole, *ARGUMENTS[1:])))
+
+
 @pytest.mark.parametrize(
     ("resumed", "reason"),
     [
-        ("trainer.max_epochs=9", "trainer.max_epochs=9: the run so far has 3, and its schedule, OneCycleLR, is"),
-        ("data.batch_size=9", "data.batch_size=9: the run so far has 5, and its schedule, OneCycleLR, is"),
-        ("trainer.limit_train_batches=0.5", "trainer.limit_train_batches=0.5: the run so far has .*Cycle"),
-        ("optimizer.lr=0.1", "optimizer.lr=0.1: the run so far has 0.004, which its checkpoint keeps"),
-        ("model.net.num_hidden=9", "model.net.num_hidden=9: the run so far has 8"),
-        (None, "resume=.*whole.*: this run has finished; to train longer, add trainer.max_epochs=<more>"),
-        ("ckpt_path=a.ckpt", "ckpt_path=a.ckpt: resume=.* chooses this itself"),
-        ("++ckpt_path=a.ckpt", r"\+\+ckpt_path=a.ckpt: resume=.* chooses this itself"),
+        ((), "resume=.*whole.*: this run has finished; to train longer, add trainer.max_epochs=<more>"),
+        (("ckpt_path=a.ckpt",), "ckpt_path=a.ckpt: resume=.* chooses this itself"),
+        (("++ckpt_path=a.ckpt",), r"\+\+ckpt_path=a.ckpt: resume=.* chooses this itself"),
     ],
 )
-def test_what_would_not_be_a_continuation_is_refused(runs: Runs, whole: Path, resumed: str | None, reason: str) -> None:
-    assert_refused(runs, "whole", resumed, reason)
+def test_what_resume_stands_for_is_not_set_beside_it(resumed: tuple[str, ...], reason: str, whole: Path) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        expand([f"resume='{whole}'", *resumed])
+
+
+def test_a_command_that_contradicts_its_run_ends_in_a_line_and_changes_nothing(runs: Runs, whole: Path) -> None:
+    assert_refused(runs, "whole", "optimizer.lr=0.1", CONTRADICTIONS["optimizer.lr=0.1"])
 
 
 @pytest.mark.slow
@@ -434,21 +458,24 @@ def test_an_exception_in_training_saves_the_steps_before(runs: Runs) -> None:
     assert scalars(whole)["val/acc"] == scalars(runs.path("failed"))["val/acc"]
 
 
-def test_resuming_nothing_is_refused_in_a_line(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    sweep = tmp_path_factory.mktemp("sweep")
+def test_resuming_nothing_is_refused_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
     (sweep / "sweep.json").touch()
+    monkeypatch.setenv("PROJECT_ROOT", str(tmp_path))
     for value, reason in {
         "latest": "resume=latest: no run below .*: train first",
         "nowhere": "resume=nowhere: no such folder; expected a run's",
         str(tmp_path): "resume=.*: no run's folder: its status.json does not say",
         str(sweep): f"resume=.*: a sweep's folder; repeat its command with hydra.sweep.dir={sweep}",
     }.items():
-        result = run_command("train", f"resume={value}", PROJECT_ROOT=str(tmp_path))
-        assert result.returncode == 1
-        (line,) = result.stderr.splitlines()
-        assert re.match(f"error: {reason}", line), line
-    result = run_command("train", "-m", "resume=latest", PROJECT_ROOT=str(tmp_path))
-    assert "resumes one run; a sweep resumes by its own command with hydra.sweep.dir" in result.stderr
+        with pytest.raises(ConfigError, match=reason):
+            expand([f"resume={value}"])
+    with pytest.raises(ConfigError, match="resumes one run; a sweep resumes by its own command"):
+        expand(["-m", "resume=latest"])
+    result = run_command("train", "resume=nowhere")
+    assert result.returncode == 1
+    assert re.fullmatch("error: resume=nowhere: no such folder; .*\n", result.stderr)
 
 
 def test_the_latest_run_is_one_of_training(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
