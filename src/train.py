@@ -29,7 +29,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     seed_everything(cfg)
     datamodule = build_datamodule(cfg)
     module = build_module(cfg)
-    cfg.test = is_tested(cfg.test, module, is_fresh=not (cfg.train or cfg.ckpt_path))
+    cfg.test = is_tested(cfg.test, module, datamodule, is_fresh=not (cfg.train or cfg.ckpt_path))
     trainer = build_trainer(cfg)
     record = Record(cfg, trainer)
 

@@ -260,6 +260,30 @@ def test_outputs_are_compared_relative_to_their_size(tmp_path: Path) -> None:
     assert result["checked"] == 100
 
 
+class Scaled(pl.LightningModule):
+    """Takes images and a scale, which its batches, of images and labels, do not have."""
+
+    def __init__(self, example: Any = None) -> None:
+        super().__init__()
+        self.line = torch.nn.Linear(64, 2)
+        self.example_input_array = example
+
+    def forward(self, images: Tensor, scale: Tensor) -> Tensor:
+        outputs: Tensor = self.line(images.flatten(1)) * scale[:, None]
+        return outputs
+
+
+def test_a_forward_of_two_inputs_needs_an_example_and_uses_it(tmp_path: Path) -> None:
+    path = tmp_path / "scaled.safetensors"
+    said = r"Scaled: its forward fails on float32 \(batch, 1, 8, 8\) \(TypeError: .*set example_input_array"
+    with pytest.raises(ConfigError, match=said):
+        export_module(Scaled().eval(), FloatDigits(), path, "safetensors", {})
+    result = export_module(
+        Scaled((torch.ones(1, 1, 8, 8), torch.ones(1))).eval(), FloatDigits(), path, "safetensors", {}
+    )
+    assert result["inputs"] == {"images": "float32 (batch, 1, 8, 8)", "scale": "float32 (batch)"}
+
+
 @pytest.mark.parametrize("datamodule", [Sentences(), pl.LightningDataModule(), None])
 def test_without_pairs_and_an_example_it_is_said_what_is_missing(
     datamodule: pl.LightningDataModule | None, tmp_path: Path

@@ -3,8 +3,10 @@
 import io
 import logging
 import sys
+from argparse import Namespace
 from collections.abc import MutableMapping
 from contextlib import nullcontext, redirect_stderr
+from dataclasses import is_dataclass
 from functools import partial
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytorch_lightning as pl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from omegaconf import DictConfig
 from pytorch_lightning import callbacks
 
 from src.callbacks.pictures import find_loggers, show
@@ -53,7 +56,8 @@ class LearningRateFinder(callbacks.LearningRateFinder):
         if not rates:
             where = "lr, learning_rate or optimizer=<a partial with lr>, an attribute or a hyper-parameter"
             raise ConfigError(f"callbacks.lr_find: {type(pl_module).__name__} shows no learning rate; expected {where}")
-        if trainer.estimated_stepping_batches < self.num_training_steps:
+        before = _find_rates(trainer)
+        if 0 <= trainer.estimated_stepping_batches < self.num_training_steps:  # below 0: of a stream nobody knows
             raise ConfigError(
                 f"callbacks.lr_find.num_training_steps={self.num_training_steps}: expected at most the steps of the "
                 f"run, {trainer.estimated_stepping_batches}"
@@ -70,6 +74,11 @@ class LearningRateFinder(callbacks.LearningRateFinder):
         for node in _find_settings(pl_module):
             node.update({key: rate for key in (*RATES, "max_lr") if node.get(key) == rates[0]})
         trainer.strategy.setup_optimizers(trainer)
+        if before == _find_rates(trainer):
+            where = f"{type(pl_module).__name__}.configure_optimizers"
+            raise ConfigError(
+                f"callbacks.lr_find: {where} does not read the rate that was set, as from self.hparams.lr"
+            )
         for logger in trainer.loggers:
             logger.log_metrics({"lr_find/suggestion": rate}, step=0)
         figure = Figure(layout="constrained")
@@ -79,9 +88,20 @@ class LearningRateFinder(callbacks.LearningRateFinder):
         show(find_loggers(trainer), "lr_find", np.asarray(canvas.buffer_rgba())[..., :3], 0)
 
 
+def _find_rates(trainer: pl.Trainer) -> list[list[Any]]:
+    """The rates of the optimizers' groups, and those that schedules have noted there."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return [[group.get(key) for key in ("lr", "initial_lr", "max_lr")] for group in groups]
+
+
 def _find_settings(module: pl.LightningModule) -> list[MutableMapping[str, Any]]:
-    """Where a module may keep its rate: its attributes, its ``hparams``, and the factories among them."""
+    """Where a module may keep its rate: its attributes, its ``hparams``, settings and factories among them."""
     nodes: list[MutableMapping[str, Any]] = [vars(module), module.hparams]
+    for node in nodes:  # which grows
+        own = [part for key, part in node.items() if not str(key).startswith("_")]
+        parts = [vars(part) if isinstance(part, Namespace) or is_dataclass(part) else part for part in own]
+        kept = [part for part in parts if isinstance(part, dict | DictConfig)]
+        nodes += [part for part in kept if all(part is not each for each in nodes)]
     schedulers = [node.get("scheduler") for node in nodes]
     factories = [each["scheduler"] if isinstance(each, dict) and "scheduler" in each else each for each in schedulers]
     factories = [*(node.get("optimizer") for node in nodes), *factories]

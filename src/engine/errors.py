@@ -6,7 +6,7 @@ class ConfigError(ValueError):
 
 
 class UntestedError(ConfigError):
-    """A module without a test_step; the message names it."""
+    """A module without a test_step, or data without a test_dataloader; the message names it."""
 
 
 class CheckpointError(Exception):

@@ -2,6 +2,7 @@
 
 import io
 import re
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,23 @@ class Silent(TinyTask):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class Configured(TinyTask):
+    """Reads its rate from settings: as a Namespace, as part of a dict, or from what nobody sees."""
+
+    def __init__(self, args: Namespace, cfg: dict[str, Any], reads: str) -> None:
+        super().__init__(TinyNet())
+        self.args, self.cfg, self.reads, self._own = args, cfg, reads, args.lr
+
+    def configure_optimizers(self) -> Any:
+        rates = {"args": self.args.lr, "cfg": self.cfg["optim"]["lr"], "own": self._own}
+        return torch.optim.SGD(self.parameters(), lr=rates[self.reads])
+
+
 ME = "tests.callbacks.test_lr_finder"
+CONFIGURED = (
+    f"model._target_={ME}.Configured", "~model.net", "optimizer=[]", "scheduler=[]", "+model.args={lr: 0.004}",
+    "+model.cfg={optim: {lr: 0.004}}",
+)  # fmt: skip
 OWNER = ("~model.net", "optimizer=[]", "scheduler=[]")
 
 
@@ -90,6 +107,8 @@ OWNER = ("~model.net", "optimizer=[]", "scheduler=[]")
     ("module", "given"),
     [
         ((f"model._target_={ME}.Owner", *OWNER, "+model.lr=0.004"), ["model.lr", "+model.learning_rate"]),
+        ((*CONFIGURED, "+model.reads=args"), ["model.args.lr"]),
+        ((*CONFIGURED, "+model.reads=cfg"), ["model.cfg.optim.lr"]),
         ((f"model._target_={ME}.Upstream", "~model.net", "scheduler=[]"), ["optimizer.lr"]),
         ((f"model._target_={ME}.Upstream", "~model.net", "scheduler=[]", "optimizer.lr=1"), ["optimizer.lr"]),
     ],
@@ -109,6 +128,14 @@ def test_any_modules_rate_is_found_and_set(module: tuple[str, ...], given: list[
 def test_a_module_that_shows_no_rate_is_told(tmp_path: Path) -> None:
     cfg = compose_tiny(tmp_path, *COMMON, f"model._target_={ME}.Silent", *OWNER, "callbacks=[minimal,lr_find]")
     with pytest.raises(ConfigError, match=r"callbacks\.lr_find: Silent shows no learning rate; expected lr"):
+        train(cfg)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_module_that_reads_its_rate_from_elsewhere_is_told(tmp_path: Path) -> None:
+    find = ("callbacks=[minimal,lr_find]", "callbacks.lr_find.num_training_steps=20", "callbacks.lr_find.max_lr=0.1")
+    cfg = compose_tiny(tmp_path, *COMMON, *CONFIGURED, "+model.reads=own", *find)
+    with pytest.raises(ConfigError, match=r"Configured\.configure_optimizers does not read the rate that was set"):
         train(cfg)
 
 

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.seek(0)
                 torch.load(file, weights_only=True)
             except Exception as error:  # whatever a user's object raises when it is pickled
-                reason = str(error).strip().split("\n")[0]
-                said = f"its part {key!r} holds more than tensors and plain values ({reason})"
+                found = re.search(r"GLOBAL (\S+)", str(error))  # torch's words come to ten lines
+                reason = found[1] if found else str(error).strip().split("\n")[0]
+                said = (
+                    f"its part {key!r} holds more than tensors and plain values ({reason}); convert that as it is saved"
+                )
                 raise CheckpointError(f"a checkpoint of this run could not be read back: {said}") from error
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:

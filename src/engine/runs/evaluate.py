@@ -26,20 +26,20 @@ def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **
         from ``output_dir`` if that lies in its run's folder.
 
     Raises:
-        UntestedError: If the module has no ``test_step``.
+        UntestedError: If the module has no ``test_step``, or its data no ``test_dataloader``.
     """
     import pytorch_lightning as pl  # here: a sweep's command imports this before its config is known to be good
-    from pytorch_lightning.utilities.model_helpers import is_overridden
 
     from src.engine.runs import build
     from src.engine.runs.processes import prepare_trainer
     from src.engine.runs.record import describe_data
+    from src.engine.runs.rehearsal import missing_for_test
     from src.engine.runs.trainer import set_matmul_precision
 
     module = build.restore(path)
-    if not is_overridden("test_step", module):
-        raise UntestedError(f"ckpt_path={path}: {type(module).__name__} has no test_step: there is nothing to test")
     datamodule = build.restore_datamodule(path, **overrides)
+    if missing := missing_for_test(module, datamodule):
+        raise UntestedError(f"ckpt_path={path}: {missing}: there is nothing to test")
     tester = pl.Trainer(
         **trainer, logger=False, enable_checkpointing=False, enable_model_summary=False,
         enable_progress_bar=False, default_root_dir=output_dir,

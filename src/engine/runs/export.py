@@ -78,8 +78,14 @@ def export_module(
     """
     module = module.to(memory_format=torch.contiguous_format)  # what safetensors and pt2 files hold
     graph = make_graph(module, datamodule)
-    with torch.no_grad():
-        outputs = find_tensors(graph(*graph.example))
+    try:
+        with torch.no_grad():
+            outputs = find_tensors(graph(*graph.example))
+    except Exception as error:  # whatever your forward raises
+        given = ", ".join(map(describe, graph.example))
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        remedy = "set example_input_array in its constructor to tensors that it takes"
+        raise ConfigError(f"{type(module).__name__}: its forward fails on {given} ({reason}); {remedy}") from error
     is_classifier = [values.shape[1:] for values in outputs] == [(getattr(module, "num_classes", None),)]
     names = ["logits" if is_classifier else "output"]
     if len(outputs) != 1:
@@ -134,7 +140,7 @@ def make_graph(module: Any, datamodule: Any) -> Graph:
         (inputs,), _ = next(iter(read_batches()))
         if isinstance(inputs, Tensor):
             example = inputs.new_zeros(2, *inputs.shape[1:])
-            if not isinstance(own, Tensor) or own.shape[1:] == adapt(example)[names[0]].shape[1:]:
+            if own is None or (isinstance(own, Tensor) and own.shape[1:] == adapt(example)[names[0]].shape[1:]):
                 return Graph(module, names[:1], (example,), adapt, read_batches).eval()
     if own is None:
         raise ConfigError(

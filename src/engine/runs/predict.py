@@ -177,11 +177,18 @@ def make_rows(prediction: Any, num_classes: int | None = None, classes: Sequence
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
+def _choose(function: Callable[..., Any], batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a batch that a function takes by name."""
+    parameters = signature(function).parameters
+    takes_all = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {name: part for name, part in batch.items() if takes_all or name in parameters}
+
+
 def complete_prediction(module: Any, source: Any) -> None:
     """Have a module that was restored predict with what it has.
 
-    Without a ``predict_step``, its ``forward`` gets a batch, or the first part of a batch of several that it does not
-    take whole. Without a ``predict_dataloader``, it predicts the test split.
+    Without a ``predict_step``, its ``forward`` gets a batch, or, if it does not take that whole, a dict's entries by
+    their names, or else the first of several parts. Without a ``predict_dataloader``, it predicts the test split.
 
     Args:
         module: The module.
@@ -193,6 +200,8 @@ def complete_prediction(module: Any, source: Any) -> None:
             try:
                 return module(batch)
             except (TypeError, AttributeError):  # a net that gets a list where it expects a tensor
+                if isinstance(batch, Mapping) and (named := _choose(module.forward, batch)):
+                    return module(**named)
                 if not isinstance(batch, list | tuple):
                     raise
             return module(batch[0])

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import nn
@@ -26,20 +26,31 @@ BEGINNING = re.compile(r".*?[/_.-]")
 PARTS = frozenset(vars(nn.Module()))  # what every module has: its parts and its mode are kept by other means
 
 
-def is_tested(test: bool | str, module: LightningModule, is_fresh: bool = False) -> bool | str:
-    """Whether a run is to be tested: ``test``, or False for a module without ``test_step``, which is logged.
+def is_tested(test: bool | str, module: LightningModule, datamodule: Any = None, is_fresh: bool = False) -> bool | str:
+    """Whether a run is to be tested: ``test``, or False where something is missing for that, which is logged.
 
     Args:
         test: What the config says.
         module: The module.
+        datamodule: Its data; None: the module has the loaders.
         is_fresh: Whether it is neither trained nor read from a checkpoint, which is logged, too.
     """
     if is_fresh:
         log.warning("train=false without ckpt_path: tests the weights that the module starts with")
-    if test and not is_overridden("test_step", module):
-        log.warning(f"test=false: {type(module).__name__} has no test_step")
+    if test and (missing := missing_for_test(module, datamodule)):
+        log.warning(f"test=false: {missing}")
         return False
     return test
+
+
+def missing_for_test(module: LightningModule, datamodule: Any) -> str:
+    """What a test needs and is not there, in words; empty if nothing is missing."""
+    source = module if datamodule is None else datamodule  # which may be a loader itself
+    has_loaders = isinstance(source, LightningModule | LightningDataModule)
+    for owner, name in ((module, "test_step"), *(((source, "test_dataloader"),) if has_loaders else ())):
+        if not is_overridden(name, owner):
+            return f"{type(owner).__name__} has no {name}"
+    return ""
 
 
 class Rehearsal(Callback):

@@ -400,7 +400,7 @@ class Unreadable(TinyTask):
 
 def test_a_checkpoint_that_could_not_be_read_back_is_found_before_the_first_step(tmp_path: Path) -> None:
     cfg = compose_tiny(tmp_path, f"model._target_={ME}.Unreadable")
-    with pytest.raises(CheckpointError, match="its part 'extra' holds more than tensors and plain values"):
+    with pytest.raises(CheckpointError, match=r"its part 'extra' holds .* \(pathlib\.PosixPath\); convert"):
         train(cfg)
     assert not list(tmp_path.rglob("*.ckpt"))
 

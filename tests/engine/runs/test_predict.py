@@ -195,6 +195,32 @@ def test_without_a_step_or_a_loader_forward_predicts_the_test_split() -> None:
         predict_loaders(pl.LightningModule(), Pairs())
 
 
+class Named(Forward):
+    """Takes its inputs by name, as Hugging Face's models do."""
+
+    def forward(self, number: Tensor, scale: float = 2.0) -> Tensor:
+        return super().forward(scale * number[:, None].float())
+
+
+class AnyNames(Forward):
+    """Takes whatever comes by name."""
+
+    def forward(self, **inputs: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward((inputs["number"] + inputs["labels"])[:, None].float())
+
+
+class Labelled(pl.LightningDataModule):
+    def test_dataloader(self) -> Any:
+        return DataLoader([{"number": 1.0, "labels": 1.0}])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [Named, AnyNames])
+def test_forward_takes_a_dicts_entries_by_their_names(kind: type[Forward]) -> None:
+    module = kind().eval()
+    rows = predict_loaders(module, Labelled())
+    assert rows == [{"prediction": pytest.approx(module.line(torch.tensor([2.0])).tolist())}]
+
+
 def test_without_files_and_a_loader_it_is_said_what_is_missing() -> None:
     message = "inputs=null: LightningDataModule has no predict_dataloader and no test_dataloader; name files, folders"
     with pytest.raises(ConfigError, match=message):

@@ -12,12 +12,14 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torchmetrics import MaxMetric, MeanMetric
 
-from src.engine.errors import ConfigError
+from src.engine.errors import ConfigError, UntestedError
 from src.engine.runs.build import build_datamodule, build_module, load_checkpoint, restore
+from src.engine.runs.evaluate import test_checkpoint as run_test
 from src.engine.runs.rehearsal import Rehearsal, is_tested
 from src.engine.runs.trainer import build_trainer
+from src.train import train
 from tests.engine.equality import assert_equal
-from tests.engine.tiny import TinyTask, compose_tiny
+from tests.engine.tiny import TinyData, TinyTask, compose_tiny
 
 PLATEAU = "scheduler=plateau"
 
@@ -216,8 +218,30 @@ def test_a_module_without_a_test_is_not_tested(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.WARNING):
         assert is_tested("all", NoTest()) is False
     assert caplog.messages == ["test=false: NoTest has no test_step"]
-    assert is_tested("all", TinyTask(nn.Identity())) == "all"
+    assert is_tested("all", TinyTask(nn.Identity()), TinyData()) == "all"
     assert is_tested(False, NoTest()) is False
     caplog.clear()
-    assert is_tested(True, TinyTask(nn.Identity()), is_fresh=True) is True
+    assert is_tested(True, TinyTask(nn.Identity()), TinyData(), is_fresh=True) is True
     assert caplog.messages == ["train=false without ckpt_path: tests the weights that the module starts with"]
+
+
+class Untested(pl.LightningDataModule):
+    """Has data to train on and to validate."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.data = TinyData(**kwargs)
+
+    def train_dataloader(self) -> Any:
+        return self.data.train_dataloader()
+
+    def val_dataloader(self) -> Any:
+        return self.data.val_dataloader()
+
+
+def test_data_without_a_test_split_end_a_run_without_a_test(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cfg = compose_tiny(tmp_path, "trainer.max_epochs=1", f"data._target_={__name__}.Untested")
+    assert not any(name.startswith("test") for name in train(cfg))
+    assert "test=false: Untested has no test_dataloader" in caplog.messages
+    with pytest.raises(UntestedError, match=r"Untested has no test_dataloader: there is nothing to test"):
+        run_test(tmp_path / "checkpoints" / "last.ckpt", tmp_path, {"accelerator": "cpu"})
