@@ -29,8 +29,8 @@ def export(cfg: DictConfig) -> dict[str, Any]:
 
     path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
     output = Path(cfg.output or Path(cfg.output_dir) / f"model.{cfg.format}")
-    module = restore(path)
     datamodule = restore_datamodule(path, **cfg.data)
+    module = restore(path, datamodule)
     facts = {"config": load_checkpoint(path)["config"], "checkpoint": str(path)}
     result = export_module(module, datamodule, output, cfg.format, facts)
     OmegaConf.save(cfg, Path(cfg.output_dir) / "config.yaml", resolve=True)

@@ -36,7 +36,8 @@ def predict(cfg: DictConfig) -> None:
     path = Path(cfg.ckpt_path or newest_checkpoint(Path(cfg.root_dir) / "logs"))
     # The run's folder of data need not be there, nor be trusted, where nothing is read from it.
     unread = None if cfg.inputs is None else f"{cfg.root_dir}/data"
-    module, datamodule = restore(path), restore_datamodule(path, unread, **settings.get("data", {}))
+    datamodule = restore_datamodule(path, unread, **settings.get("data", {}))
+    module = restore(path, datamodule)
     failed: list[str] = []
     with Predictions(Path(cfg.output or Path(cfg.output_dir) / "predictions.csv")) as predictions:
         if cfg.inputs is None:

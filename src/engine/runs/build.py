@@ -169,11 +169,12 @@ def naming(path: str | Path | None) -> Iterator[None]:
         raise CheckpointError(f"ckpt_path={path}: cannot be used: {reason}") from error
 
 
-def restore(path: str | Path) -> Any:
+def restore(path: str | Path, datamodule: Any = None) -> Any:
     """Build the module that a checkpoint holds, weights and all, from only the file, by Lightning's hooks for that.
 
     Args:
         path: A checkpoint of a run.
+        datamodule: Its data, for a module that makes layers in ``setup``, which may ask for them.
 
     Returns:
         The LightningModule in evaluation mode, on the CPU.
@@ -195,14 +196,33 @@ def restore(path: str | Path) -> Any:
                 module = build_module(cfg)
         if is_overridden("configure_model", module):
             module.configure_model()
+        own = {name.replace(COMPILED, "") for name in module.state_dict()}
+        is_lacking = any(name.replace(COMPILED, "") not in own for name in checkpoint["state_dict"])
+        if is_lacking and is_overridden("setup", module):
+            _set_up(module, datamodule or restore_datamodule(path), checkpoint["state_dict"])
         module.on_load_checkpoint(checkpoint)
     try:
         module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
-        remedy = "; layers that setup makes belong in the constructor or in configure_model" * ("Unexpected" in reason)
-        raise CheckpointError(f"ckpt_path={path}: its weights do not fit its model: {reason}{remedy}") from error
+        raise CheckpointError(f"ckpt_path={path}: its weights do not fit its model: {reason}") from error
     return module.eval()
+
+
+def _set_up(module: pl.LightningModule, datamodule: Any, weights: dict[str, Any]) -> None:
+    """Have a module make its layers in ``setup``, by its data, as Lightning does; each time they get their weights."""
+
+    def set_up(stage: str) -> None:
+        type(module).setup(module, stage)
+        module.load_state_dict(weights, strict=module.strict_loading)
+
+    module.trainer = trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    if isinstance(datamodule, pl.LightningDataModule):
+        trainer.datamodule, datamodule.trainer = datamodule, trainer  # type: ignore[attr-defined]
+        datamodule.prepare_data()
+        datamodule.setup("test")
+    type(module).setup(module, "test")
+    module.trainer, module.setup = None, set_up  # type: ignore[method-assign]
 
 
 class _Gone(dict):

@@ -36,8 +36,8 @@ def test_checkpoint(path: Path, output_dir: Path, trainer: Mapping[str, Any], **
     from src.engine.runs.rehearsal import missing_for_test
     from src.engine.runs.trainer import set_matmul_precision
 
-    module = build.restore(path)
     datamodule = build.restore_datamodule(path, **overrides)
+    module = build.restore(path, datamodule)
     if missing := missing_for_test(module, datamodule):
         raise UntestedError(f"ckpt_path={path}: {missing}: there is nothing to test")
     tester = pl.Trainer(

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from src.engine.errors import CheckpointError, ConfigError
 from src.engine.runs.build import build_datamodule, build_module, load_checkpoint, restore, restore_datamodule
 from src.engine.runs.checkpoints import newest_checkpoint
+from src.engine.runs.evaluate import test_checkpoint as run_test
 from src.engine.runs.trainer import build_trainer
 from src.engine.settings.check import CONF, check, check_values
 from src.engine.settings.explain import explain, is_refusal
@@ -358,17 +359,23 @@ def test_a_module_that_needs_lightnings_hooks_comes_back(tmp_path: Path) -> None
 
 
 class MadeInSetup(TinyTask):
-    """Makes a layer in setup, which a checkpoint alone cannot."""
+    """Makes a layer in setup, by its data, each time anew."""
 
     def setup(self, stage: str) -> None:
-        self.late = nn.Linear(2, 2)
+        self.late = nn.Linear(2, self.trainer.datamodule.batch_size // 10)  # type: ignore[attr-defined]
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.late(self.net(rows))
+        return logits
 
 
-def test_layers_of_setup_are_told_with_the_remedy(tmp_path: Path) -> None:
+def test_a_module_that_makes_layers_in_setup_comes_back_and_is_tested_with_its_weights(tmp_path: Path) -> None:
     target = f"model._target_={ME}.MadeInSetup"
-    train(compose_tiny(tmp_path, target, "trainer.max_epochs=1", "trainer.log_every_n_steps=1"))
-    with pytest.raises(CheckpointError, match=r'"late\.weight".*belong in the constructor or in configure_model$'):
-        restore(tmp_path / "checkpoints" / "best.ckpt")
+    trained = train(compose_tiny(tmp_path, target, "trainer.max_epochs=1", "trainer.log_every_n_steps=1"))
+    path = tmp_path / "checkpoints" / "best.ckpt"
+    assert torch.equal(restore(path).late.weight, load_checkpoint(path)["state_dict"]["late.weight"])
+    tested = run_test(path, tmp_path / "tested", {"accelerator": "cpu"})["metrics"]
+    assert tested["test/loss"] == pytest.approx(trained["test/loss"], rel=1e-6)
 
 
 class Unpicklable(UpstreamTask):
