@@ -90,6 +90,9 @@ def resume(trainer: Trainer, loaded: dict[str, Any]) -> dict[str, list[Tensor]]:
         for each in (loop, steps):
             each.restarting = False
             each.on_iteration_done()
+    if every := trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+        # Lightning counts from this start; loaders are to be made anew where the run would have made them.
+        loop._last_train_dl_reload_epoch = (trainer.current_epoch - (not is_in_epoch)) // every * every
     if restart := _describe_restart(trainer) if is_in_epoch else "":
         warn(trainer, restart)
     if loaded.get("in_step"):

@@ -156,7 +156,9 @@ def parameters_of(target: Any) -> Mapping[str, inspect.Parameter]:
     """Those of a class or function; annotations are text where they name what only type checkers import."""
     for is_evaluated in (True, False):
         try:
-            return inspect.signature(target, eval_str=is_evaluated).parameters
+            parameters = inspect.signature(target, eval_str=is_evaluated).parameters
+            # Lightning's load_from_checkpoint shows what it is bound to.
+            return {name: each for name, each in parameters.items() if name != "cls"}
         except Exception:  # whatever an annotation raises
             continue
     return inspect.signature(lambda **_: None).parameters  # written in C: it checks itself

@@ -75,13 +75,15 @@ def make_loader(kind: str) -> Loader:
     return DataLoader(TensorDataset(images, labels), BATCH_SIZE, shuffle=True)
 
 
-def fit(folder: Path, kind: str, *callbacks: Callback, ckpt_path: Path | None = None) -> dict[str, Any]:
+def fit(
+    folder: Path, kind: str, *callbacks: Callback, ckpt_path: Path | None = None, **arguments: Any
+) -> dict[str, Any]:
     """Train for three epochs; what Lightning's checkpoint at the end would hold, and the curves."""
     pl.seed_everything(1 if ckpt_path is None else 2, verbose=False)  # other numbers, were they not restored
     trainer = pl.Trainer(
         max_epochs=3, accelerator="cpu", logger=CSVLogger(folder, name="", version=""), callbacks=list(callbacks),
         default_root_dir=folder, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
-        enable_checkpointing=bool(callbacks),
+        enable_checkpointing=bool(callbacks), **arguments,
     )  # fmt: skip
     module = UsersModule()
     try:
@@ -109,6 +111,18 @@ def test_a_users_module_goes_on_exactly(kind: str, kill_at: int, every_n_steps: 
     for name, weights in whole.pop("weights").items():
         assert torch.equal(weights, rest["weights"][name]), name
     del rest["weights"]
+    assert rest == whole
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty")
+@pytest.mark.parametrize(("every", "kill_at"), [(1, 17), (2, 17), (2, 27)])
+def test_loaders_are_made_anew_where_the_run_would_have_made_them(every: int, kill_at: int, tmp_path: Path) -> None:
+    again: dict[str, Any] = {"reload_dataloaders_every_n_epochs": every}
+    whole = fit(tmp_path / "whole", "DataLoader", LastCheckpoint(str(tmp_path / "whole")), **again)
+    path = tmp_path / "part" / "last.ckpt"
+    fit(tmp_path / "part", "DataLoader", LastCheckpoint(str(path.parent)), KillAfter(kill_at), **again)
+    rest = fit(tmp_path / "part", "DataLoader", LastCheckpoint(str(path.parent)), ckpt_path=path, **again)
+    assert torch.equal(rest.pop("weights")["net.0.weight"], whole.pop("weights")["net.0.weight"])
     assert rest == whole
 
 

@@ -11,6 +11,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from src.engine.errors import ConfigError
+from src.engine.settings.arguments import check_arguments
 from src.engine.settings.check import check, check_values
 from src.train import train
 from tests.engine.tiny import TinyTask, compose_tiny
@@ -143,3 +145,10 @@ class Weighted(TinyTask):
     def __init__(self, weight: torch.Tensor, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         assert torch.equal(weight, torch.tensor([1.0, 2.5]))
+
+
+def test_a_checkpoint_may_be_loaded_as_a_part_of_a_model() -> None:
+    node = {"_target_": "tests.engine.tiny.TinyTask.load_from_checkpoint", "checkpoint_path": "a.ckpt"}
+    check_arguments({"model": {"_target_": "tests.engine.tiny.TinyTask", "net": node}})
+    with pytest.raises(ConfigError, match=r"^model\.net\.checkpoint_path: is missing"):
+        check_arguments({"model": {"_target_": "tests.engine.tiny.TinyTask", "net": {"_target_": node["_target_"]}}})
