@@ -29,6 +29,7 @@ from src.engine.settings.trust import admit, instantiate
 from src.export import check_format, export
 from tests import forks
 from tests.compose import compose_cfg, run_command
+from tests.marks import by_default
 
 DIGITS = read_package().images[::50]  # (100, 28, 28)
 SLOW_FORMATS = [pytest.param(file_format, marks=pytest.mark.slow) for file_format in ("onnx", "pt2")]
@@ -340,11 +341,13 @@ def test_logits_that_are_not_numbers_are_not_taken_for_the_same(trained: Path, t
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (["format=tflite"], "format=tflite: expected onnx, pt2 or safetensors"),
-        (["ckpt_path=nowhere.ckpt"], "ckpt_path=nowhere.ckpt: no such file"),
-        ([], "train first (python -m src.train)"),
-    ],
+    by_default(
+        [
+            (["format=tflite"], "format=tflite: expected onnx, pt2 or safetensors"),
+            (["ckpt_path=nowhere.ckpt"], "ckpt_path=nowhere.ckpt: no such file"),
+            ([], "train first (python -m src.train)"),
+        ]
+    ),
 )
 def test_a_bad_setting_is_said_and_nothing_written(arguments: list[str], message: str, tmp_path: Path) -> None:
     result = run_command("export", *arguments, cwd=tmp_path, PROJECT_ROOT=str(tmp_path))

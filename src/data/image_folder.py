@@ -40,18 +40,25 @@ class ViewLoader(BatchLoader):
 
     def __init__(self, views: Views, num_workers: int, batch_size: int, **arguments: Any) -> None:
         super().__init__(torch.arange(len(views)), torch.tensor(views.targets), batch_size, **arguments)
+        self._views, self._num_workers = views, num_workers
         self._batches: list[list[tuple[int, int, int]]] = []  # of an epoch, those that are left
-        self._loader: DataLoader[Any] = DataLoader(
-            views,
-            batch_sampler=self._batches,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else a seed for the workers is drawn from the run's random numbers
-        )
+        self._loader: DataLoader[Any] | None = None
+
+    def end_workers(self) -> None:
+        """End them in good order: where Python collects them as garbage, it waits five seconds for each."""
+        self._loader = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images (B, C, H, W), labels (B,)), from the start unless this very epoch is being resumed."""
+        if self._loader is None:
+            self._loader = DataLoader(
+                self._views,
+                batch_sampler=self._batches,
+                num_workers=self._num_workers,
+                persistent_workers=self._num_workers > 0,
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator(),  # else a seed for the workers is drawn from the run's random numbers
+            )
         self._batches[:] = [[(self.seed, self.epoch, int(i)) for i in batch] for batch, _ in super().__iter__()]
         self.batches_done = len(self) - len(self._batches)
         for batch in self._loader:
@@ -99,6 +106,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         self.batch_transform = batch_transform
         self.splits: dict[str, Views] = {}
         self.classes: list[str] = []
+        self._loaders: list[ViewLoader] = []
 
     def setup(self, stage: str | None = None) -> None:
         """List the files of the splits that are there.
@@ -133,7 +141,14 @@ class ImageFolderDataModule(pl.LightningDataModule):
             raise DataError(f"data.root={self.root}: no folder {split}; make one, or set test=false")
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         order: dict[str, Any] = {"shuffle": shuffle, "seed": self.seed, "rank": rank, "world_size": world_size}
-        return ViewLoader(self.splits[split], self.num_workers, self.batch_size, **order)
+        loader = ViewLoader(self.splits[split], self.num_workers, self.batch_size, **order)
+        self._loaders.append(loader)
+        return loader
+
+    def teardown(self, stage: str | None = None) -> None:
+        """End the workers, after a training and after a test."""
+        while self._loaders:
+            self._loaders.pop().end_workers()
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn uint8 (B, 3, H, W) into the net's input, float of the same shape, on the device."""

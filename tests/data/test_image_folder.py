@@ -1,6 +1,7 @@
 """Images in folders: exact with any number of workers, and a fine-tuning from weights to a test."""
 
 import json
+import multiprocessing
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,9 @@ def make(root: Path, num_workers: int, **arguments: Any) -> ImageFolderDataModul
 def batches(datamodule: ImageFolderDataModule, epoch: int) -> list[tuple[Tensor, Tensor]]:
     loader = datamodule.train_dataloader()
     loader.set_epoch(epoch)
-    return list(loader)
+    found = list(loader)
+    datamodule.teardown()
+    return found
 
 
 def same(one: list[tuple[Tensor, Tensor]], other: list[tuple[Tensor, Tensor]]) -> bool:
@@ -83,6 +86,20 @@ def test_a_state_continues_after_the_batches_that_were_handed_out(num_workers: i
     resumed = make(root, num_workers).train_dataloader()
     resumed.load_state_dict(loader.state_dict())
     assert same(list(resumed), whole[2:])
+    del iterator
+    resumed.end_workers()
+    datamodule.teardown()
+
+
+def test_the_workers_end_in_good_order_with_the_training(root: Path) -> None:
+    datamodule = make(root, 2)
+    loader = datamodule.train_dataloader()
+    list(loader)
+    workers = multiprocessing.active_children()[-2:]
+    datamodule.teardown()
+    assert [worker.exitcode for worker in workers] == [0, 0]  # -15: killed after five seconds each
+    assert len(list(loader)) == 5  # new ones
+    loader.end_workers()
 
 
 def test_images_are_torchvisions_by_hand(root: Path) -> None:

@@ -28,7 +28,6 @@ SHORT = ["data.source=package", "trainer.max_epochs=1", "trainer.limit_train_bat
 QUICK = (
     "python -m src.train trainer=gpu",
     "python -m src.train model=digits data=digits",
-    "python -m src.test",
 )
 # The table "From laptop to cluster": who runs the rows that are not among the commands above.
 HERE = {
@@ -146,6 +145,7 @@ def test_each_command_does_what_it_says(command: str, project: Path, request: py
         _assert_demo_serves(command, project)
     else:
         assert command == "python -m src.test"
+        request.getfixturevalue("trained")
         result = _run(project, command)
         assert result.returncode == 0, result.stderr
         assert "test" in result.stdout

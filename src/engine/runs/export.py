@@ -5,6 +5,7 @@ import inspect
 import io
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -273,4 +274,5 @@ def compare(compute: Compute, graph: Graph, file_format: str) -> int:
 def measure_time(compute: Compute, inputs: Inputs) -> float:
     """Median milliseconds of inputs, on one thread, since several wait for each other."""
     timer = Timer("compute(*inputs)", globals={"compute": compute, "inputs": inputs}, num_threads=1)
-    return 1000 * float(timer.blocked_autorange(min_run_time=0.5).median)
+    number = max(1, round(0.05 / timer.timeit(10).mean))  # of a twentieth of a second
+    return 1000 * statistics.median(timer.timeit(number).mean for _ in range(7))

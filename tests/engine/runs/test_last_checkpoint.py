@@ -224,6 +224,8 @@ def test_a_users_loader_with_workers_and_a_state_resumes_to_the_bit(estimates: b
         )  # fmt: skip
         with suppress(Kill):
             trainer.fit(Module(), loader, ckpt_path=ckpt_path, weights_only=True)
+        if iterator := loader._iterator:  # of a killed run: as garbage, each worker would be waited for five seconds
+            iterator._shutdown_workers()
         return last.path
 
     whole = fit("whole")
