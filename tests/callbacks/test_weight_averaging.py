@@ -7,13 +7,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.engine.runs.build import build_datamodule, build_module, load_checkpoint, restore, restore_datamodule
 from src.engine.runs.trainer import build_trainer
 from src.train import train
 from tests.engine.equality import assert_equal
-from tests.engine.tiny import compose_tiny
+from tests.engine.tiny import TinyTask, compose_tiny
 
 AVERAGING = ("callbacks=[minimal,weight_averaging]", "callbacks.weight_averaging.decay=0.8", "trainer.max_epochs=2")
 
@@ -45,8 +45,23 @@ def test_averaged_weights_are_those_computed_by_hand(tmp_path: Path) -> None:
     assert not torch.allclose(found, recorder.weights[-1], rtol=1e-3)
 
 
-def test_averaged_weights_are_tested(tmp_path: Path) -> None:
-    metrics = train(compose_tiny(tmp_path, *AVERAGING))
+class MadeInSetup(TinyTask):
+    """Makes its last layer in setup."""
+
+    def setup(self, stage: str) -> None:
+        self.late = nn.Linear(2, 2)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        logits: Tensor = self.late(self.net(rows))
+        return logits
+
+
+LATE = f"model._target_={__name__}.MadeInSetup"
+
+
+@pytest.mark.parametrize("more", [(), (LATE,)])
+def test_averaged_weights_are_tested(more: tuple[str, ...], tmp_path: Path) -> None:
+    metrics = train(compose_tiny(tmp_path, *AVERAGING, *more))
     best = tmp_path / "checkpoints" / "best.ckpt"
     tester = pl.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -58,8 +73,9 @@ def test_averaged_weights_are_tested(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # as the command ignores it
-def test_a_resumed_run_continues_the_average(tmp_path: Path) -> None:
-    arguments = (*AVERAGING[:2], "test=false")
+@pytest.mark.parametrize("more", [(), (LATE,)])
+def test_a_resumed_run_continues_the_average(more: tuple[str, ...], tmp_path: Path) -> None:
+    arguments = (*AVERAGING[:2], "test=false", *more)
     train(compose_tiny(tmp_path / "whole", *arguments, "trainer.max_epochs=2"))
     train(compose_tiny(tmp_path / "first", *arguments, "trainer.max_epochs=1"))
     path = tmp_path / "first" / "checkpoints" / "last.ckpt"
@@ -67,3 +83,4 @@ def test_a_resumed_run_continues_the_average(tmp_path: Path) -> None:
     one, other = (load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("whole", "second"))
     for key in ("state_dict", "current_model_state", "optimizer_states"):
         assert_equal(one[key], other[key])
+    assert one["state_dict"].keys() == one["current_model_state"].keys()
