@@ -29,6 +29,7 @@ from src.engine.runs.predictions import CLASS_COLUMNS
 from src.predict import check_inputs, predict, print_rows
 from tests.compose import compose_cfg
 from tests.forks import run_command, start
+from tests.marks import by_default
 from tests.mnist.files import write_idx
 from tests.processes import wait_until
 
@@ -249,14 +250,14 @@ def test_answers_that_should_not_be_trusted_are_told(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
+    by_default([
         ([], "train first"),
         (["inputs=[]"], "inputs=[]: name files, folders or patterns"),
         (["inputs=nothing/*.png"], "inputs=nothing/*.png: no such file"),
         (["inputs=.", "output=rows.xlsx"], "output=rows.xlsx: expected a file that ends in .csv, .json or .parquet"),
         (["inputs=.", "batch_size=0"], "batch_size=0: expected a whole number of 1 or more"),
-    ],
-)
+    ], 2),
+)  # fmt: skip
 def test_a_bad_setting_is_said_and_nothing_written(arguments: list[str], message: str, tmp_path: Path) -> None:
     result = run_command("predict", *arguments, cwd=tmp_path, PROJECT_ROOT=str(tmp_path))
     assert result.returncode == 1

@@ -86,7 +86,7 @@ def test_the_stack_trace_is_printed_on_request(tmp_path: Path) -> None:
     assert "seed=-1: expected" in result.stderr
 
 
-@pytest.mark.parametrize("override", ["trainer=gpu", "accelerator=gpu"])
+@pytest.mark.parametrize("override", by_default(["trainer=gpu", "accelerator=gpu"]))
 def test_a_gpu_that_is_not_there_is_said(override: str, tmp_path: Path) -> None:
     result = forks.run_command("train", override, PROJECT_ROOT=str(tmp_path), CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 1
