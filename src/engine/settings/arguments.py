@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import hydra.utils
@@ -208,11 +209,14 @@ def takes_group(parameter: inspect.Parameter, group: Mapping[str, Any]) -> bool:
 
     That is a function to call, or a dict with one; a module that expects a name, a class or settings has its own.
     """
-    annotation, default = parameter.annotation, parameter.default
-    if annotation is parameter.empty and default is not parameter.empty:
-        annotation = type(default)
-    kinds = {typing.get_origin(option) or option for option in _options(annotation)} - {type(None)}
+    kinds = {typing.get_origin(option) or option for option in _options(_kind(parameter))} - {type(None)}
     return not kinds or not kinds <= {*PLAIN, *((dict, Mapping) if "_target_" in group else ())}
+
+
+def _kind(parameter: inspect.Parameter) -> Any:
+    """Its annotation, or else what its default is."""
+    is_told = parameter.annotation is not parameter.empty or parameter.default is parameter.empty
+    return parameter.annotation if is_told else type(parameter.default)
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:
@@ -234,9 +238,9 @@ def build(config: Any, **kwargs: Any) -> Any:
     """Hydra's ``instantiate``; what an annotation takes in another form is given in that one.
 
     Lists and dicts are plain ones, unless the node's ``_convert_`` says otherwise, or an annotation DictConfig. A list
-    of numbers becomes a tensor of floats where the annotation says Tensor, 1e3 a whole number where it says int, and a
-    dict a Namespace or a dataclass where it says so. A null for an argument that the target does not take is left
-    out: in a file, that is how an argument of the file before is taken back.
+    of numbers becomes a tensor of floats where the annotation says Tensor, 1e3 a whole number where it says int, a list
+    a tuple, a text a Path, and a dict a Namespace or a dataclass where it says so; so does a default. A null for an
+    argument that the target does not take is left out: in a file, that is how one of the file before is taken back.
 
     Args:
         config: A node of the user's own config; None is None.
@@ -253,7 +257,8 @@ def build(config: Any, **kwargs: Any) -> Any:
         if any(kind in (DictConfig, ListConfig) for each in parameters.values() for kind in _options(each.annotation)):
             OmegaConf.update(config, f"{key}._convert_".lstrip("."), node.get("_convert_", "none"))
         for name, value in node.items():
-            if name in parameters and (fitted := _fit(parameters[name].annotation, value)) is not value:
+            takes_objects = name in parameters and node.get("_recursive_", True)
+            if takes_objects and (fitted := _fit(_kind(parameters[name]), value)) is not value:
                 OmegaConf.update(config, f"{key}.{name}".lstrip("."), fitted, merge=False)
             elif value is None and not (name in parameters or takes_others or name.startswith("_")):
                 (OmegaConf.select(config, key) if key else config).pop(name)
@@ -268,9 +273,13 @@ def _fit(annotation: Any, value: Any) -> Any:
         return int(value)
     if isinstance(value, list) and [describe(option) for option in options if takes(option, value)] == [TENSOR]:
         return {"_target_": TENSOR, "_args_": [value]}
+    kinds = [typing.get_origin(option) or option for option in options]
+    for given, kind in ((list, tuple), (str, Path)):
+        if isinstance(value, given) and kind in kinds and given not in kinds:
+            return {"_target_": f"{kind.__module__}.{kind.__qualname__}", "_args_": [value]}
     for option in options if isinstance(value, dict) and "_target_" not in value else ():
         if isinstance(option, type) and (option is Namespace or is_dataclass(option)):
             own = parameters_of(option)
-            parts = {name: _fit(own[name].annotation, part) if name in own else part for name, part in value.items()}
+            parts = {name: _fit(_kind(own[name]), part) if name in own else part for name, part in value.items()}
             return {"_target_": f"{option.__module__}.{option.__qualname__}", **parts}
     return value

@@ -234,17 +234,20 @@ class Sizes:
 class ByConfig(TinyTask):
     """Takes its settings as objects with attributes."""
 
-    def __init__(self, cfg: DictConfig, args: Namespace, sizes: Sizes | None = None) -> None:
+    def __init__(self, cfg: DictConfig, args: Namespace, where: Path, sizes: Sizes | None = None, shape=(1, 1)) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
         super().__init__(TinyNet(cfg.net.num_hidden))
         self.save_hyperparameters(args)
-        self.cfg, self.args, self.sizes = cfg, args, sizes
+        self.cfg, self.args, self.sizes, self.shape, self.where = cfg, args, sizes, shape, where
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=self.args.lr)
 
 
 def test_settings_that_are_annotated_as_objects_are_these_objects(tmp_path: Path) -> None:
-    own = ("+model.cfg={net: {num_hidden: 4}}", "+model.args={lr: 0.1}", "+model.sizes={optim: {lr: 0.25}}")
+    own = (
+        "+model.cfg={net: {num_hidden: 4}}", "+model.args={lr: 0.1}", "+model.sizes={optim: {lr: 0.25}}",
+        "+model.shape=[2,3]", "+model.where=rows",
+    )  # fmt: skip
     cfg = compose_tiny(tmp_path, f"model._target_={ME}.ByConfig", "~model.net", *own, "trainer.max_epochs=1")
     check(cfg)
     check_values(cfg)
@@ -254,6 +257,7 @@ def test_settings_that_are_annotated_as_objects_are_these_objects(tmp_path: Path
     assert module.args == Namespace(lr=0.1)
     assert module.hparams == {"lr": 0.1}
     assert module.sizes == Sizes(8, Optim(0.25))
+    assert (module.shape, module.where) == ((2, 3), Path("rows"))
 
 
 class Unannotated(TinyTask):
