@@ -281,7 +281,7 @@ def test_a_list_becomes_a_tensor_where_the_annotation_says_tensor() -> None:
     assert torch.equal(instantiate(config.loss).weight, torch.tensor([1.0, 2.5]))
     assert config.loss.weight == [1, 2.5]
     adam = {"_target_": "torch.optim.Adam", "_partial_": True, "lr": 0.1, "betas": [0.9, 0.99]}
-    assert instantiate(adam).keywords == {"lr": 0.1, "betas": [0.9, 0.99]}
+    assert instantiate(adam).keywords == {"lr": 0.1, "betas": (0.9, 0.99)}  # as Adam annotates them
 
 
 def test_a_null_that_a_target_does_not_take_takes_an_argument_back(caplog: pytest.LogCaptureFixture) -> None:
