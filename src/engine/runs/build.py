@@ -149,7 +149,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     found = checkpoint if isinstance(checkpoint, dict) else {}
     config = found.get("config", found.get("hyper_parameters"))
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict) or "state_dict" not in found:
-        raise CheckpointError(f"ckpt_path={path}: not of a run of this project: it lacks the weights or the config")
+        remedy = "src.train with train=false, your model and data tests it, init.weights=<file> starts from its weights"
+        lacks = f"config; {remedy}" if "state_dict" in found else "weights"
+        raise CheckpointError(f"ckpt_path={path}: not of a run of this project: it lacks the {lacks}")
     return {**checkpoint, "config": renamed(config)}
 
 

@@ -433,6 +433,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "checkpoints" / "best.ckpt"
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"state_dict": {}}, r"lacks the config; src\.train with train=false, .* init\.weights="),
+        ({}, "lacks the weights$"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_told_with_what_can_be_done(
+    content: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    torch.save(content, tmp_path / "theirs.ckpt")
+    with pytest.raises(CheckpointError, match=f"theirs.ckpt: not of a run of this project: it {said}"):
+        restore(tmp_path / "theirs.ckpt")
+
+
 def test_restore_rebuilds_the_module_from_the_file_alone(checkpoint: Path) -> None:
     module = restore(checkpoint)
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
