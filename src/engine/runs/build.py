@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import pytorch_lightning as pl
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
@@ -71,8 +72,10 @@ def build_module(cfg: DictConfig) -> pl.LightningModule:
             with suppress(InterpolationResolutionError):  # it follows an optimizer that is not used
                 arguments[name] = instantiate(cfg[name], _convert_="object")
         if cfg.get(name) and name not in arguments:
+            vain = [word for word in _overrides() if word.lstrip("+").startswith((f"{name}.", f"{name}="))]
             if not get_name():  # the first process tells it
-                log.info(f"{name}: not used: {cfg.model._target_} has its own")
+                no_effect = f", so {', '.join(vain)} has no effect" * bool(vain)
+                log.info(f"{name}: not used: {cfg.model._target_} has its own{no_effect}")
             cfg[name] = None
     for name, node in cfg.model.items():
         if OmegaConf.is_dict(node) and node.get("_partial_"):
@@ -91,6 +94,11 @@ def build_module(cfg: DictConfig) -> pl.LightningModule:
                 log.info(line)
     module.register_load_state_dict_pre_hook(_fit_names)
     return module
+
+
+def _overrides() -> list[str]:
+    """What the command line says, of a sweep's job too; nothing outside of a command."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def check_kind(key: str, node: Any, built: Any, expected: type) -> None:

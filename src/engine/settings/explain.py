@@ -79,7 +79,9 @@ def _explain(error: BaseException, config_name: str, cfg: DictConfig | None) -> 
     if key := _find_key(error, cfg):
         return _explain_constructor(error, key, cfg)
     if isinstance(error, IndexError) and (label := re.fullmatch(r"Target (\d+) is out of bounds\.", str(error))):
-        return f"model.num_classes: the data have a class {label[1]}; expected {int(label[1]) + 1} or more"
+        is_named = cfg is not None and OmegaConf.select(cfg, "model.num_classes") is not None
+        key, few = ("model.num_classes", "") if is_named else ("model", ", for which it has no output")
+        return f"{key}: the data have a class {label[1]}{few}; expected {int(label[1]) + 1} or more"
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; mend that or choose another folder with hydra.run.dir=<folder>"

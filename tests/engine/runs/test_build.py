@@ -25,7 +25,7 @@ from src.engine.settings.check import CONF, check, check_values
 from src.engine.settings.explain import explain, is_refusal
 from src.train import train
 from tests.compose import compose_cfg
-from tests.engine.tiny import TinyData, TinyNet, TinyTask, compose_tiny
+from tests.engine.tiny import TINY, TinyData, TinyNet, TinyTask, compose_tiny
 from tests.forks import run_command
 from tests.marks import by_default
 
@@ -154,6 +154,15 @@ def test_a_module_that_takes_no_optimizer_makes_its_own(tmp_path: Path, caplog: 
     assert last["optimizer_states"][0]["param_groups"][0]["lr"] == 0.03
     assert last["hyper_parameters"] == {"lr": 0.03, "cfg": {"sizes": [1, 2]}}
     assert last["config"]["optimizer"] is None
+
+
+@pytest.mark.slow
+def test_a_setting_of_a_group_that_is_not_used_is_told(tmp_path: Path) -> None:
+    own = (*OWN, "trainer.max_epochs=1", "logger=[]", "optimizer.lr=0.5")
+    result = run_command("train", *TINY, *own, PROJECT_ROOT=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    said = f"optimizer: not used: {ME}.OwnOptimizer has its own, so optimizer.lr=0.5 has no effect"
+    assert said in result.stderr.splitlines()
 
 
 def test_keyword_arguments_that_are_passed_on_count_as_taken(tmp_path: Path) -> None:

@@ -89,7 +89,10 @@ def test_what_the_other_processes_cause_is_said() -> None:
 def test_a_label_that_the_model_has_no_class_for_is_said() -> None:
     with pytest.raises(IndexError) as caught:
         torch.nn.functional.cross_entropy(torch.zeros(2, 5), torch.tensor([1, 9]))
-    assert explain(caught.value) == "error: model.num_classes: the data have a class 9; expected 10 or more"
+    cfg = OmegaConf.create({"model": {"num_classes": 9}})
+    assert explain(caught.value, cfg=cfg) == "error: model.num_classes: the data have a class 9; expected 10 or more"
+    said = "error: model: the data have a class 9, for which it has no output; expected 10 or more"
+    assert explain(caught.value, cfg=OmegaConf.create({"model": {"num_hidden": 9}})) == said
 
 
 def test_a_module_without_parameters_is_said() -> None:
