@@ -34,7 +34,6 @@ def arguments(mnist_root: Path) -> list[str]:
 def test_a_killed_run_with_augmentation_ends_as_the_uninterrupted_one_to_the_bit(
     arguments: list[str], tmp_path: Path
 ) -> None:
-    pytest.importorskip("src.callbacks.weight_averaging")
     arguments += ["data.augment=elastic", "callbacks=[default,weight_averaging]", "logger=[tensorboard,csv]"]
     train(0, tmp_path, *arguments, f"hydra.run.dir={tmp_path}/whole")
     train(-signal.SIGKILL, tmp_path, *arguments, f"hydra.run.dir={tmp_path}/killed", f"{KILL}17}}")

@@ -159,7 +159,7 @@ def parameters_of(target: Any) -> Mapping[str, inspect.Parameter]:
         try:
             parameters = inspect.signature(target, eval_str=is_evaluated).parameters
             # Lightning's load_from_checkpoint shows what it is bound to.
-            return {name: each for name, each in parameters.items() if name != "cls"}
+            return {name: each for name, each in parameters.items() if name != "cls" or isinstance(target, type)}
         except Exception:  # whatever an annotation raises
             continue
     return inspect.signature(lambda **_: None).parameters  # written in C: it checks itself

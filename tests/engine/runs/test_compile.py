@@ -6,7 +6,7 @@ from torch._dynamo.utils import counters
 
 from src.engine.runs.build import load_checkpoint, restore
 from src.train import train
-from tests.compose import compose_cfg
+from tests.engine.tiny import compose_tiny
 
 
 @pytest.mark.slow
@@ -17,9 +17,9 @@ def test_a_compiled_net_trains_as_a_plain_one_and_leaves_the_same_checkpoint(tmp
         counters.clear()
         folder = tmp_path / str(len(checkpoints))
         train(
-            compose_cfg(
-                folder, "trainer=cpu", f"callbacks={callbacks}", "trainer.limit_train_batches=5",
-                "trainer.max_epochs=1", "logger=[]", "callbacks.progress=null",
+            compose_tiny(
+                folder, f"callbacks={callbacks}", "trainer.limit_train_batches=5", "trainer.max_epochs=1",
+                "callbacks.progress=null", "model.net.dropout=0",
             )
         )  # fmt: skip
         assert bool(counters["stats"]["unique_graphs"]) == ("compile" in callbacks)
