@@ -1,13 +1,16 @@
 """Configs as Hydra composes them, in a tenth of its time."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from functools import cache
+from io import StringIO
+from typing import IO, Any
+from unittest.mock import patch
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from src.engine.settings.check import CONF
 
@@ -27,7 +30,19 @@ def compose_slowly(config_name: str, overrides: Iterable[str]) -> DictConfig:
         return compose(config_name, list(overrides))
 
 
-_compose_files = cache(compose_slowly)
+@cache
+def _compose_files(config_name: str, choices: tuple[str, ...]) -> DictConfig:
+    """As ``compose_slowly``, with each file's text parsed once: a third of the time is YAML's."""
+    with patch.object(OmegaConf, "load", lambda file: deepcopy(_parse(file.read()))):
+        return compose_slowly(config_name, choices)
+
+
+_load: Callable[[IO[Any]], Any] = OmegaConf.load
+
+
+@cache
+def _parse(text: str) -> Any:
+    return _load(StringIO(text))
 
 
 def _is_choice(key: str) -> bool:
