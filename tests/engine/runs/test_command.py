@@ -94,6 +94,7 @@ def test_a_gpu_that_is_not_there_is_said(override: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "darwin", reason="a Mac has MPS")
 def test_mps_off_a_mac_is_said(tmp_path: Path) -> None:
     result = forks.run_command("train", "trainer=mps", PROJECT_ROOT=str(tmp_path))
@@ -126,6 +127,7 @@ def test_damaged_data_are_named(tmp_path: Path, mnist_root: Path) -> None:
     assert not list(tmp_path.glob("logs/train/*/checkpoints"))
 
 
+@pytest.mark.slow
 @needs_mnist
 def test_no_network_is_said_where_a_download_was_asked_for(tmp_path: Path) -> None:
     result = forks.run_command(
@@ -173,7 +175,7 @@ def test_what_misleads_elsewhere_is_told_with_its_remedy(command: str, said: str
         ("# @package _global_", "model.net.activation=relu", "has no such key; there are: model.num_hidden (+"),
         ("# mine", "model.num_hidden=3", "model=mine has no such key; the first line of a file that sets keys of"),
         ("# mine", "+model.num_hidden=3", "expected a node with a _target_, the class to build; found monitor, model"),
-    ], 2),
+    ]),
 )  # fmt: skip
 def test_a_slip_is_looked_up_in_the_model_that_was_chosen(header: str, setting: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
