@@ -18,12 +18,13 @@ from src.train import train
 from tests.compose import run_command
 from tests.engine.equality import assert_equal
 from tests.engine.tiny import TINY, TinyNet, TinyTask, compose_tiny
+from tests.marks import by_default
 
 COMMON = ("trainer.max_epochs=2", "test=false")
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # as the command ignores it
-@pytest.mark.parametrize("scheduler", ["onecycle", "step", "[]"])
+@pytest.mark.parametrize("scheduler", by_default(["onecycle", "step", "[]"]))
 def test_the_rate_that_is_found_trains_as_if_it_had_been_given(scheduler: str, tmp_path: Path) -> None:
     find = ("callbacks=[minimal,lr_find]", "callbacks.lr_find.num_training_steps=20", "callbacks.lr_find.max_lr=0.1")
     train(compose_tiny(tmp_path / "found", *COMMON, *find, f"scheduler={scheduler}", "logger=tensorboard"))

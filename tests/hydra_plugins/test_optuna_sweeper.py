@@ -146,6 +146,7 @@ def test_a_grid_is_tried_once_two_jobs_at_a_time_with_a_study_in_sqlite(tmp_path
     assert not (result.folder / "study.journal").exists()
 
 
+@pytest.mark.slow
 def test_a_search_of_which_all_trials_fail_ends(tmp_path: Path) -> None:
     result = search(tmp_path, "hydra.sweeper.n_trials=2", space=("data.batch_size=choice(-1,-2)",))
     assert result.returncode == 1

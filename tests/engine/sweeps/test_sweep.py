@@ -295,7 +295,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("arguments", by_default([(words,) for words in REFUSED], 3))
+@pytest.mark.parametrize("arguments", by_default([(words,) for words in REFUSED], 2))
 def test_a_sweep_that_cannot_be_is_refused_in_a_line(arguments: tuple[str, ...], tmp_path: Path) -> None:
     result = run_command("train", *arguments, PROJECT_ROOT=str(tmp_path))
     assert result.returncode == 1
