@@ -95,9 +95,6 @@ def test_each_command_does_what_it_says(command: str, project: Path, request: py
     elif command.startswith("tensorboard "):
         request.getfixturevalue("trained")
         _assert_tensorboard_serves(command, project)
-    elif command == "python -m src.train trainer=gpu":
-        result = _run(project, command, *SHORT)
-        assert "No supported gpu backend found" in result.stderr
     elif "digits" in command and "src.train" in command:
         result = _run(project, command, "trainer.max_epochs=1")
         assert result.returncode == 0, result.stderr
