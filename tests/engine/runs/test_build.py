@@ -32,7 +32,7 @@ from tests.marks import by_default
 ME = "tests.engine.runs.test_build"
 TRACKERS = ("wandb", "mlflow")  # test_loggers.py has these
 # Files of these groups are independent of each other: several are tested at a time.
-INDEPENDENT = ("callbacks", "data", "logger", "model", "optimizer", "paths", "scheduler")
+INDEPENDENT = ("callbacks", "data", "debug", "logger", "model", "optimizer", "paths", "scheduler")
 OTHERS = [
     f"{path.parent.name}={path.stem}"
     for path in sorted(CONF.glob("*/*.yaml"))

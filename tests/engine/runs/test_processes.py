@@ -13,6 +13,7 @@ import pytest
 
 from src.engine.runs.processes import RUN_PARENT, SWEEP_PARENT, choose_interface, get_name, is_child, is_first_of_host
 from src.engine.settings.check import ROOT
+from tests.marks import by_default
 from tests.processes import living, wait_until
 
 VARIABLES = (
@@ -166,8 +167,9 @@ def test_what_a_killed_process_has_started_ends_with_it(name: str, value: str, e
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     ("where", "as_child", "last_words"),
-    [("Python", False, "left by itself\n"), ("C", False, ""), ("Python", True, "")],
-    ids=["in Python", "in C", "child, which leaves it to its parent for a while"],
+    by_default(
+        [("C", False, ""), ("Python", False, "left by itself\n"), ("Python", True, "")]
+    ),  # a child of Lightning's
 )
 def test_a_signal_ends_a_process_wherever_it_waits(
     where: str, as_child: bool, last_words: str, signum: signal.Signals
@@ -196,15 +198,15 @@ def test_a_process_that_is_at_work_gets_the_time_to_save() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="waits in Linux's C library")
 @pytest.mark.parametrize(
     ("where", "as_rank", "signum", "preempted", "requeued"),
-    [
-        ("Python", "0", signal.SIGUSR1, "None", True),
+    by_default([
         ("C", "0", signal.SIGUSR1, "None", True),
+        ("Python", "0", signal.SIGUSR1, "None", True),
         ("C", "1", signal.SIGUSR1, "None", False),
         ("Python", "0", signal.SIGTERM, "2026-11-27T04:43:19", True),
         ("C", "0", signal.SIGTERM, "2026-11-27T04:43:19", True),
         ("Python", "0", signal.SIGTERM, "None", False),  # by scancel
-    ],
-)
+    ]),
+)  # fmt: skip
 def test_a_process_out_of_time_or_preempted_is_queued_again_once_wherever_it_waits(
     where: str, as_rank: str, signum: signal.Signals, preempted: str, requeued: bool, tmp_path: Path
 ) -> None:

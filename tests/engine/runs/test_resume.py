@@ -273,6 +273,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(runs: Runs, whole:
     assert_same_run(whole, runs.path("early"))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_next_one_taken(runs: Runs, whole: Path) -> None:
     folder = runs.whole("damaged", "trainer.max_epochs=2", "scheduler=[]")
     content = bytearray(runs.last("damaged").read_bytes())

@@ -17,7 +17,7 @@ from tests.forks import run_command
 
 DATA = ["data=mnist5k"] if (CONF / "data" / "mnist5k.yaml").exists() else []  # which need no download
 NUM = {"train": 250, "test": 50}  # overrides in all
-NUM_BY_DEFAULT = {"train": 5, "test": 2}
+NUM_BY_DEFAULT = {"train": 4, "test": 1}
 
 # By the type of the value that a key has: what is wrong there whatever the key means.
 NEVER_A_NUMBER = ["text", "''", "nan", "-inf", "[1,2]", "{a: 1}", "true", "-1e999", "٣²", "1,5e", "'1'"]

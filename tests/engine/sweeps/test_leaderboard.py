@@ -58,7 +58,8 @@ def test_mean_and_deviation_are_numpys(scores: list[float]) -> None:
     assert setting.mean == pytest.approx(np.mean(scores))
     if len(scores) > 1:
         assert setting.std == pytest.approx(np.std(scores, ddof=1), abs=1e-12)
-        assert shown_mean(scores) == f"{np.mean(scores):.4f} ± {np.std(scores, ddof=1):.4f}"
+        shown = [float(number) for number in shown_mean(scores).split(" ± ")]
+        assert shown == pytest.approx([np.mean(scores), np.std(scores, ddof=1)], abs=0.000051)  # of four decimals
     else:
         assert math.isnan(setting.std)
         assert shown_mean(scores) == f"{scores[0]:.4f}"

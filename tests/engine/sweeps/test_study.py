@@ -248,6 +248,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
         open_in(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_trial_without_a_sign_of_life_makes_room_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("src.engine.sweeps.study.HEARTBEAT", 1)
     monkeypatch.setattr("src.engine.sweeps.study.PATIENCE", 2)
