@@ -312,7 +312,7 @@ def last(folder: Path) -> Path:
 def interrupt(folder: Path, steps: int, *overrides: str) -> Path:
     """A run that is killed when some steps are done, and resumed."""
     run(folder, *overrides, KILL % steps)
-    time.sleep(1)  # TensorBoard reads files of one process and second in the order of 10 before 9
+    time.sleep(1 - time.time() % 1)  # TensorBoard reads files of one process and second in the order of 10 before 9
     return run(folder, *overrides, f"ckpt_path={last(folder)}")
 
 

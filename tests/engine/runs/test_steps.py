@@ -109,25 +109,27 @@ def test_a_schedule_counts_steps(schedule: str, tmp_path: Path) -> None:
     assert [value for _, value in scalars(tmp_path)["lr-SGD"]] == pytest.approx(expected)
 
 
-def test_plateau_counts_validations(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("data", "frequency"), by_default([(STEPS[0], 1), (f"data._target_={TinyData.__module__}.TinyData", 2)])
+)
+def test_plateau_counts_validations(data: str, frequency: int, tmp_path: Path) -> None:
     """Of a stream, and of data whose epochs of 12 steps the validations do not fit."""
     lr = "+callbacks.lr={_target_: pytorch_lightning.callbacks.LearningRateMonitor, logging_interval: step}"
     plateau = ("scheduler=plateau", "scheduler.scheduler.patience=0", "+scheduler.scheduler.threshold=0.1", lr)
     slow = ("trainer.val_check_interval=5", "optimizer=sgd", "optimizer.lr=0.001")
-    for data, frequency in ((STEPS[0], 1), (f"data._target_={TinyData.__module__}.TinyData", 2)):
-        settings = (*STEPS, data, *slow, *plateau, f"+scheduler.frequency={frequency}")
-        folder = run(tmp_path / data[-8:], *settings)
-        losses, rates = dict(scalars(folder)["val/loss"]), dict(scalars(folder)["lr-SGD"])
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.001)
-        plain = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=0, threshold=0.1)
-        assert sorted(losses) == [4, 9, 14, 19, 24, 29]
-        for step in range(30):
-            assert rates[step] == pytest.approx(optimizer.param_groups[0]["lr"])
-            if (step + 1) % (5 * frequency) == 0:
-                plain.step(losses[step])
-        assert optimizer.param_groups[0]["lr"] < 1e-4
-        for steps in (7, 10):  # between two, and just validated
-            assert_same_run(folder, interrupt(tmp_path / f"{data[-8:]}-{steps}", steps, *settings))
+    settings = (*STEPS, data, *slow, *plateau, f"+scheduler.frequency={frequency}")
+    folder = run(tmp_path / data[-8:], *settings)
+    losses, rates = dict(scalars(folder)["val/loss"]), dict(scalars(folder)["lr-SGD"])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.001)
+    plain = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=0, threshold=0.1)
+    assert sorted(losses) == [4, 9, 14, 19, 24, 29]
+    for step in range(30):
+        assert rates[step] == pytest.approx(optimizer.param_groups[0]["lr"])
+        if (step + 1) % (5 * frequency) == 0:
+            plain.step(losses[step])
+    assert optimizer.param_groups[0]["lr"] < 1e-4
+    for steps in (7, 10):  # between two, and just validated
+        assert_same_run(folder, interrupt(tmp_path / f"{data[-8:]}-{steps}", steps, *settings))
 
 
 def test_a_schedule_made_for_the_steps_is_not_made_longer(tmp_path: Path) -> None:
