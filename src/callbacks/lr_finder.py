@@ -74,7 +74,7 @@ class LearningRateFinder(callbacks.LearningRateFinder):
         for node in _find_settings(pl_module):
             node.update({key: rate for key in (*RATES, "max_lr") if node.get(key) == rates[0]})
         trainer.strategy.setup_optimizers(trainer)
-        if before == _find_rates(trainer):
+        if rate != rates[0] and before == _find_rates(trainer):
             where = f"{type(pl_module).__name__}.configure_optimizers"
             raise ConfigError(
                 f"callbacks.lr_find: {where} does not read the rate that was set, as from self.hparams.lr"
@@ -94,12 +94,16 @@ def _find_rates(trainer: pl.Trainer) -> list[list[Any]]:
     return [[group.get(key) for key in ("lr", "initial_lr", "max_lr")] for group in groups]
 
 
+def _is_settings(part: Any) -> bool:
+    return is_dataclass(part) and hasattr(part, "__dict__")  # one with slots has none
+
+
 def _find_settings(module: pl.LightningModule) -> list[MutableMapping[str, Any]]:
     """Where a module may keep its rate: its attributes, its ``hparams``, settings and factories among them."""
     nodes: list[MutableMapping[str, Any]] = [vars(module), module.hparams]
     for node in nodes:  # which grows
         own = [part for key, part in node.items() if not str(key).startswith("_")]
-        parts = [vars(part) if isinstance(part, Namespace) or is_dataclass(part) else part for part in own]
+        parts = [vars(part) if isinstance(part, Namespace) or _is_settings(part) else part for part in own]
         kept = [part for part in parts if isinstance(part, dict | DictConfig)]
         nodes += [part for part in kept if all(part is not each for each in nodes)]
     schedulers = [node.get("scheduler") for node in nodes]

@@ -106,7 +106,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         self.batch_transform = batch_transform
         self.splits: dict[str, Views] = {}
         self.classes: list[str] = []
-        self._loaders: list[ViewLoader] = []
+        self._loaders: dict[str, ViewLoader] = {}  # the latest of each split
 
     def setup(self, stage: str | None = None) -> None:
         """List the files of the splits that are there.
@@ -141,14 +141,15 @@ class ImageFolderDataModule(pl.LightningDataModule):
             raise DataError(f"data.root={self.root}: no folder {split}; make one, or set test=false")
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         order: dict[str, Any] = {"shuffle": shuffle, "seed": self.seed, "rank": rank, "world_size": world_size}
-        loader = ViewLoader(self.splits[split], self.num_workers, self.batch_size, **order)
-        self._loaders.append(loader)
+        if split in self._loaders:  # made anew, as trainer.reload_dataloaders_every_n_epochs wants it
+            self._loaders[split].end_workers()
+        loader = self._loaders[split] = ViewLoader(self.splits[split], self.num_workers, self.batch_size, **order)
         return loader
 
     def teardown(self, stage: str | None = None) -> None:
         """End the workers, after a training and after a test."""
-        while self._loaders:
-            self._loaders.pop().end_workers()
+        for loader in self._loaders.values():
+            loader.end_workers()
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn uint8 (B, 3, H, W) into the net's input, float of the same shape, on the device."""

@@ -3,6 +3,7 @@
 import io
 import re
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,19 @@ class Silent(TinyTask):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+@dataclass(slots=True)
+class Slotted:
+    """Settings without a dict of their own."""
+
+    lr: float = 1.0
+
+
 class Configured(TinyTask):
     """Reads its rate from settings: as a Namespace, as part of a dict, or from what nobody sees."""
 
     def __init__(self, args: Namespace, cfg: dict[str, Any], reads: str) -> None:
         super().__init__(TinyNet())
-        self.args, self.cfg, self.reads, self._own = args, cfg, reads, args.lr
+        self.args, self.cfg, self.reads, self._own, self.beside = args, cfg, reads, args.lr, Slotted()
 
     def configure_optimizers(self) -> Any:
         rates = {"args": self.args.lr, "cfg": self.cfg["optim"]["lr"], "own": self._own}

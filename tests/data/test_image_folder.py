@@ -96,8 +96,12 @@ def test_the_workers_end_in_good_order_with_the_training(root: Path) -> None:
     loader = datamodule.train_dataloader()
     list(loader)
     workers = multiprocessing.active_children()[-2:]
-    datamodule.teardown()
+    again = datamodule.train_dataloader()  # as trainer.reload_dataloaders_every_n_epochs has it
     assert [worker.exitcode for worker in workers] == [0, 0]  # -15: killed after five seconds each
+    list(again)
+    workers = multiprocessing.active_children()[-2:]
+    datamodule.teardown()
+    assert [worker.exitcode for worker in workers] == [0, 0]
     assert len(list(loader)) == 5  # new ones
     loader.end_workers()
 

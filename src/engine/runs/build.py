@@ -69,7 +69,8 @@ def build_module(cfg: DictConfig) -> pl.LightningModule:
     entries, init = (_plain(OmegaConf.select(cfg, key) or OmegaConf.create()) for key in ("optimizer_groups", "init"))
     for name in FACTORIES:
         if cfg.get(name) and name in takes and name not in cfg.model and takes_group(takes[name], cfg[name]):
-            with suppress(InterpolationResolutionError):  # it follows an optimizer that is not used
+            follows = [] if cfg.get("optimizer") else [InterpolationResolutionError]  # an optimizer that is not used
+            with suppress(*follows):
                 arguments[name] = instantiate(cfg[name], _convert_="object")
         if cfg.get(name) and name not in arguments:
             vain = [word for word in _overrides() if word.lstrip("+").startswith((f"{name}.", f"{name}="))]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
+from omegaconf.errors import InterpolationResolutionError
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -223,6 +224,12 @@ def test_a_module_that_takes_a_name_a_class_or_settings_keeps_its_own(
     cfg = compose_tiny(tmp_path, f"model._target_={ME}.{kind.__name__}", "scheduler=onecycle", *more)
     assert build_module(cfg).given == (given, None)  # nor a schedule whose peak is that of the group
     assert (cfg.optimizer, cfg.scheduler) == (None, None)
+
+
+def test_a_schedule_that_follows_a_misspelt_key_is_not_left_out(tmp_path: Path) -> None:
+    cfg = compose_tiny(tmp_path, "scheduler=onecycle", "scheduler.scheduler.max_lr=${optimizer.lrr}")
+    with pytest.raises(InterpolationResolutionError, match=r"optimizer\.lrr"):
+        build_module(cfg)
 
 
 @dataclass

@@ -167,9 +167,7 @@ def test_what_a_killed_process_has_started_ends_with_it(name: str, value: str, e
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     ("where", "as_child", "last_words"),
-    by_default(
-        [("C", False, ""), ("Python", False, "left by itself\n"), ("Python", True, "")]
-    ),  # a child of Lightning's
+    by_default([("C", False, ""), ("Python", False, "left by itself\n"), ("Python", True, "")]),
 )
 def test_a_signal_ends_a_process_wherever_it_waits(
     where: str, as_child: bool, last_words: str, signum: signal.Signals
